@@ -1,0 +1,77 @@
+# Every target makes the environment itself: `make demo` on a fresh clone is one command.
+#
+# Choosing PyTorch (elsewhere than in constraints.txt):
+#   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu    small CPU build
+#   make install TORCH='torch==2.12.*' TORCH_INDEX=https://download.pytorch.org/whl/cu128
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PINS := $(VENV)/constraints-without-torch.txt
+
+# uv does not read pip's settings: hand over those that say where packages are.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Nobody is told about our runs.
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format ui constraints clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+install: $(INSTALLED) ## Make the environment in .venv
+
+# torch first and with pip itself, which knows where this machine takes it from; then the rest with
+# uv, which takes seconds where pip takes minutes, and with pip if uv cannot.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else "foldstack needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: try `make PYTHON=python3.12`" % v)'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(PINS)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	{ $(BIN)/python -m pip install --quiet -c $(PINS) uv \
+	    && $(BIN)/uv pip install --quiet --python $(BIN)/python -c $(PINS) -e '.[dev]'; } \
+	  || $(BIN)/python -m pip install --quiet --no-compile -c $(PINS) -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Compress the reference model with every method and print the comparison
+	$(BIN)/foldstack run flows/recipes/demo.yaml
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/pytest
+
+lint: $(INSTALLED) ## Check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: $(INSTALLED) ## Start the Prefect and MLflow servers on this machine
+	$(BIN)/foldstack ui
+
+constraints: $(INSTALLED) ## Resolve constraints.txt again, to the newest versions that pyproject.toml allows
+	$(BIN)/uv pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-header pyproject.toml \
+	  | grep -vE '^(cuda-|nvidia-|triton)' > constraints.new # these follow the torch that is chosen
+	grep -q '^torch==' constraints.new && mv constraints.new constraints.txt
+
+clean: ## Remove the environment and the caches of the tools, not the results in runs/
+	rm -rf $(VENV) build dist foldstack.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
