@@ -1,0 +1,244 @@
+"""The compressed structure as data: which blocks run, with whose weights, in which form.
+
+A plan is relative to a base model (a stock Hugging Face decoder). It holds no tensors, survives JSON,
+and is all that `modeling_foldstack.restructure` needs to build the model again. Methods derive a new
+plan from the plan of the model that they are given (`keep`, `share`, `factor`, `replace`), which is
+what makes methods stack.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LowRank(_Record):
+    """A linear y = W x + b kept as two factors: y = second(first(x)) + b."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: int = Field(ge=1)
+    """Inner width: first is (rank, in), second is (out, rank)."""
+    basis_of: int | None = None
+    """Position whose first factor is used instead of an own one (a basis shared across blocks)."""
+
+
+BlockKind = Literal["original", "layer", "ffn", "swiglu"]
+
+
+class BlockPlan(_Record):
+    """One executed block."""
+
+    kind: BlockKind = "original"
+    """original: a block of the base model; layer: a trained block of the same shape standing for a run;
+    ffn, swiglu: an attention-free network standing for a run (LLM-Streamline, arXiv 2403.19135)."""
+    source: int = Field(ge=0)
+    """Base block it comes from; for a replacement, the first of its run."""
+    stands_for: tuple[int, ...]
+    """Base blocks that this one does the work of: (source,) unless it replaces a run."""
+    weights_of: int | None = None
+    """Position whose linears this block uses instead of its own; its norms stay its own."""
+    linears: dict[str, LowRank] = {}
+    """Linears that are not dense, by their name inside the block."""
+    intermediate_size: int | None = None
+    """Inner width of an ffn or swiglu replacement."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "BlockPlan":
+        attention_free = self.kind in ("ffn", "swiglu")
+        if attention_free != (self.intermediate_size is not None):
+            raise ValueError(
+                f"intermediate_size belongs to ffn and swiglu blocks, got {self.kind} with "
+                f"intermediate_size {self.intermediate_size}"
+            )
+        if attention_free and (self.weights_of is not None or self.linears):
+            raise ValueError(f"an {self.kind} block has no shared or factored linears")
+        if self.weights_of is not None and self.linears:
+            raise ValueError("a block that uses another's linears has no forms of its own for them")
+        if not self.stands_for or self.stands_for[0] != self.source:
+            raise ValueError(f"stands_for must begin with source {self.source}, got {self.stands_for}")
+        return self
+
+    @property
+    def has_attention(self) -> bool:
+        return self.kind in ("original", "layer")
+
+
+def original_block(source: int) -> BlockPlan:
+    """Block `source` of the base model, untouched."""
+    return BlockPlan(source=source, stands_for=(source,))
+
+
+class Plan(_Record):
+    """The sequence of executed blocks of a model made from `base_model_type`."""
+
+    version: Literal[1] = 1
+    base_model_type: str
+    base_num_blocks: int = Field(ge=1)
+    blocks: tuple[BlockPlan, ...] = Field(min_length=1)
+
+    @classmethod
+    def identity(cls, base_model_type: str, num_blocks: int) -> "Plan":
+        """The plan of an untouched model."""
+        blocks = tuple(original_block(source) for source in range(num_blocks))
+        return cls(base_model_type=base_model_type, base_num_blocks=num_blocks, blocks=blocks)
+
+    @model_validator(mode="after")
+    def _references_point_to_earlier_owners(self) -> "Plan":
+        for position, block in enumerate(self.blocks):
+            if block.stands_for[-1] >= self.base_num_blocks:
+                raise ValueError(
+                    f"position {position} stands for base block {block.stands_for[-1]}, "
+                    f"the base model has {self.base_num_blocks}"
+                )
+            references = {form.basis_of for form in block.linears.values()} | {block.weights_of}
+            for owner in references - {None}:
+                self._check_owner(position, owner)
+            for name, form in block.linears.items():
+                if form.basis_of is not None:
+                    self._check_basis(position, name, form)
+        return self
+
+    def _check_owner(self, position: int, owner: int | None) -> None:
+        assert owner is not None
+        if not 0 <= owner < position:
+            raise ValueError(f"position {position} refers to {owner}, which does not come before it")
+        if self.blocks[owner].weights_of is not None or not self.blocks[owner].has_attention:
+            raise ValueError(f"position {position} refers to {owner}, which owns no linears")
+
+    def _check_basis(self, position: int, name: str, form: LowRank) -> None:
+        assert form.basis_of is not None
+        owner = self.blocks[form.basis_of].linears.get(name)
+        if owner is None or owner.basis_of is not None or owner.rank != form.rank:
+            raise ValueError(
+                f"position {position} shares the basis of {name} with position {form.basis_of}, "
+                f"which does not own one of rank {form.rank}"
+            )
+
+    @property
+    def is_native(self) -> bool:
+        """True when a stock class of the base architecture can express this structure."""
+        return all(
+            block.has_attention and block.weights_of is None and not block.linears
+            for block in self.blocks
+        )
+
+    @property
+    def removed_blocks(self) -> tuple[int, ...]:
+        """Base blocks whose own work nobody does any more, in order."""
+        present = {source for block in self.blocks for source in block.stands_for}
+        return tuple(source for source in range(self.base_num_blocks) if source not in present)
+
+    def owner(self, position: int) -> int:
+        """Position that stores the linears that `position` uses."""
+        weights_of = self.blocks[position].weights_of
+        return position if weights_of is None else weights_of
+
+    def keep(self, positions: Sequence[int]) -> "Plan":
+        """The plan with only these positions left, in ascending order.
+
+        When an owner of shared weights goes, its first surviving borrower becomes the owner.
+        """
+        positions = sorted(set(positions))
+        if not positions:
+            raise ValueError("a model keeps at least one block")
+        new_position = {old: new for new, old in enumerate(positions)}
+        heirs: dict[int, int] = {}
+        for old in positions:
+            heirs.setdefault(self.owner(old), old)
+        blocks = []
+        for old in positions:
+            owner = self.owner(old)
+            heir = heirs[owner]
+            stored = self.blocks[owner].linears
+            blocks.append(
+                self.blocks[old].model_copy(
+                    update={
+                        "weights_of": None if heir == old else new_position[heir],
+                        "linears": self._moved_forms(stored, old, positions) if heir == old else {},
+                    }
+                )
+            )
+        return self._with_blocks(blocks)
+
+    def _moved_forms(
+        self, forms: Mapping[str, LowRank], position: int, kept: Sequence[int]
+    ) -> dict[str, LowRank]:
+        """The forms with their basis references renumbered; a lost basis passes to its first user."""
+        moved = {}
+        for name, form in forms.items():
+            root = self.owner(position) if form.basis_of is None else form.basis_of
+            users = [p for p in kept if self._basis_root(p, name) == root]
+            first = users[0]
+            basis_of = None if first == position else kept.index(first)
+            moved[name] = form.model_copy(update={"basis_of": basis_of})
+        return moved
+
+    def _basis_root(self, position: int, name: str) -> int | None:
+        owner = self.owner(position)
+        form = self.blocks[owner].linears.get(name)
+        if form is None:
+            return None
+        return owner if form.basis_of is None else form.basis_of
+
+    def share(self, owner: int, members: Sequence[int]) -> "Plan":
+        """The plan in which `members` use the linears of `owner`; their norms stay their own.
+
+        The earliest of the group stores the linears, whoever's they were: `owner` only says whose
+        tensors they start from, which is the business of the cut.
+        """
+        group = sorted({owner, *members})
+        for position in group:
+            if self.owner(position) != position or not self.blocks[position].has_attention:
+                raise ValueError(f"position {position} has no linears of its own to share")
+        forms = self.blocks[owner].linears
+        blocks = list(self.blocks)
+        for position in group:
+            is_first = position == group[0]
+            blocks[position] = blocks[position].model_copy(
+                update={
+                    "weights_of": None if is_first else group[0],
+                    "linears": forms if is_first else {},
+                }
+            )
+        return self._with_blocks(blocks)
+
+    def factor(self, ranks: Mapping[tuple[int, str], int]) -> "Plan":
+        """The plan in which linear `name` of `position` has rank `ranks[position, name]`."""
+        blocks = list(self.blocks)
+        for (position, name), rank in ranks.items():
+            if self.owner(position) != position:
+                raise ValueError(f"position {position} stores no linears; factor its owner's instead")
+            linears = {**blocks[position].linears, name: LowRank(rank=rank)}
+            blocks[position] = blocks[position].model_copy(update={"linears": linears})
+        return self._with_blocks(blocks)
+
+    def replace(self, start: int, stop: int, kind: BlockKind, intermediate_size: int | None = None) -> "Plan":
+        """The plan in which one block of `kind` stands for positions start ... stop - 1."""
+        if not 0 <= start < stop <= len(self.blocks):
+            raise ValueError(f"run {start}..{stop} is not inside 0..{len(self.blocks)}")
+        if kind == "original":
+            raise ValueError("a replacement is a layer, ffn or swiglu block")
+        stands_for = tuple(s for block in self.blocks[start:stop] for s in block.stands_for)
+        replacement = BlockPlan(
+            kind=kind,
+            source=stands_for[0],
+            stands_for=stands_for,
+            intermediate_size=intermediate_size,
+        )
+        kept = self.keep([p for p in range(len(self.blocks)) if not start < p < stop])
+        blocks = list(kept.blocks)
+        if any(block.weights_of == start for block in blocks):
+            raise ValueError(f"position {start} owns weights that later blocks share; replace those too")
+        blocks[start] = replacement
+        return self._with_blocks(blocks)
+
+    def _with_blocks(self, blocks: Sequence[BlockPlan]) -> "Plan":
+        return Plan(
+            base_model_type=self.base_model_type,
+            base_num_blocks=self.base_num_blocks,
+            blocks=tuple(blocks),
+        )
