@@ -1,0 +1,159 @@
+"""Low-rank factors of a linear, best on its own inputs: closed forms, tensors in, tensors out.
+
+A linear y = W x has inputs with Gram matrix G = sum over tokens of x x^T. The rank-k matrix W' with
+the least loss ||(W - W') G^(1/2)||_F (the error of the outputs on those tokens) is the projection
+of the outputs on their k leading directions, W' = U U^T W, where U holds the leading eigenvectors
+of W G W^T.
+
+That is SVD-LLM's optimum (arXiv 2403.07378, theorem 3.2), and for a regular G the very same
+matrices: with G = S S^T and W S = U Sigma V^T, U^T W = Sigma V^T S^-1. But nothing is inverted
+here, so a singular or badly conditioned G (too few tokens, a dead channel) needs no fallback: an
+input direction that never occurred keeps its projection U U^T W x, where an inverse would answer
+with noise or with zero.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foldstack.compression.errors import InputError
+
+# Weight of directions that never occurred, relative to the mean energy of those that did: it orders
+# the leading directions of W G W^T beyond its rank, and is far below float32's noise in G.
+UNSEEN_DIRECTION_WEIGHT = 1e-10
+# Singular values of a Gram below this share of the largest one are rounding noise of float32 sums.
+RELATIVE_TOLERANCE = 1e-10
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class WhitenedSVD:
+    """The factors of a weight in descending order of what they carry on its inputs."""
+
+    left: Float[Tensor, "out rank"]
+    """Orthonormal directions of the outputs (U)."""
+    singular_values: Float[Tensor, " rank"]
+    """Root of the output energy along each direction: the singular values of W G^(1/2)."""
+    right: Float[Tensor, "rank in"]
+    """Coordinates of the outputs as functions of the inputs, U^T W (Sigma V^T S^-1 for a regular
+    G)."""
+
+
+def whitened_svd(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> WhitenedSVD:
+    """The full decomposition of `weight` on inputs with Gram matrix `gram`, in float64.
+
+    arXiv 2403.07378, algorithm 1, in the inverse-free form (see the module's docstring).
+
+    Raises:
+        InputError: the Gram has an entry that is not finite.
+    """
+    if not torch.isfinite(gram).all():
+        raise InputError(
+            "a Gram matrix must be finite, got NaN or infinity; "
+            "run the model in float32 or bfloat16"
+        )
+    weight, gram = weight.double(), gram.double()
+    gram = (gram + gram.T) / 2
+    unseen = UNSEEN_DIRECTION_WEIGHT * gram.diagonal().mean().clamp_min(
+        torch.finfo(gram.dtype).tiny
+    )
+    if weight.shape[0] > weight.shape[1]:
+        basis, core = torch.linalg.qr(weight)  # the outputs span no more than `in` directions
+    else:
+        basis, core = None, weight
+    energy = core @ gram @ core.T + unseen * (core @ core.T)
+    values, directions = torch.linalg.eigh((energy + energy.T) / 2)
+    values, directions = values.flip(0).clamp_min(0), directions.flip(1)
+    left = directions if basis is None else basis @ directions
+    return WhitenedSVD(left=left, singular_values=values.sqrt(), right=left.T @ weight)
+
+
+def truncate(
+    svd: WhitenedSVD, rank: int
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """The factors (first, second) of the best matrix of this rank: W' = second @ first.
+
+    Both carry the root of the singular values (arXiv 2403.07378, algorithm 1), which keeps their
+    scales alike for float16 and for training.
+    """
+    assert 1 <= rank <= len(svd.singular_values)
+    return balance(svd.right[:rank], svd.left[:, :rank], svd.singular_values[:rank])
+
+
+def balance(
+    coordinates: Float[Tensor, "rank in"],
+    directions: Float[Tensor, "out rank"],
+    singular_values: Float[Tensor, " rank"],
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """The same product with sqrt(sigma) moved from the coordinates to the directions."""
+    floor = singular_values.max() * RELATIVE_TOLERANCE
+    # A direction without energy has no scale of its own: leave it as it is.
+    scale = torch.where(
+        singular_values > floor, singular_values, torch.ones_like(singular_values)
+    ).sqrt()
+    return coordinates / scale[:, None], directions * scale
+
+
+def tail_energy(svd: WhitenedSVD, rank: int) -> float:
+    """Share of the output energy that rank `rank` loses: sum of sigma_i^2 for i > rank, over
+    all."""
+    energy = svd.singular_values.square()
+    return float(energy[rank:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny))
+
+
+def updated_directions(
+    weight: Float[Tensor, "out in"],
+    coordinates: Float[Tensor, "rank in"],
+    directions: Float[Tensor, "out rank"],
+    deviated_gram: Float[Tensor, "in in"],
+) -> Float[Tensor, "out rank"]:
+    """Directions that fit the outputs best on the inputs that the compressed model really sees.
+
+    The closed form of SVD-LLM's layer-wise update (the authors' `--step 2`), with A the coordinates
+    and G' the Gram of the deviated inputs:
+
+        U_new = W G' A^T (A G' A^T)^-1 = U + (W - U A) G' A^T (A G' A^T)^-1
+
+    The second form is the one computed: where A G' A^T is singular it leaves U as it was.
+    """
+    weight, gram = weight.double(), deviated_gram.double()
+    crossed = gram @ coordinates.T
+    normal = coordinates @ crossed
+    scale = normal.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale))
+    inverse = torch.linalg.pinv(
+        scale[:, None] * normal * scale, rtol=RELATIVE_TOLERANCE, hermitian=True
+    )
+    residual = weight @ crossed - directions @ normal
+    return directions + (residual * scale) @ inverse * scale
+
+
+def uniform_ranks(
+    shapes: Mapping[Key, tuple[int, int]], removed_fraction: float, *, spend_leftover: bool = True
+) -> dict[Key, int]:
+    """A rank for every (out, in) shape, removing the same fraction of each.
+
+    arXiv 2403.07378, section 4.2: k = floor(m n (1 - R) / (m + n)), at least 1. The floors remove
+    more than was asked; `spend_leftover` gives what is left to the linears with the largest
+    remainders, one rank each per round, so that the whole lands within one rank of the asked size.
+    """
+    kept = 1 - removed_fraction
+    exact = {key: m * n * kept / (m + n) for key, (m, n) in shapes.items()}
+    # 1e-9 keeps a rank that is whole in exact arithmetic from falling to the integer below.
+    ranks = {key: max(1, int(value + 1e-9)) for key, value in exact.items()}
+    if not spend_leftover:
+        return ranks
+    budget = kept * sum(m * n for m, n in shapes.values())
+    left = budget - sum(rank * sum(shapes[key]) for key, rank in ranks.items())
+    by_remainder = sorted(shapes, key=lambda key: ranks[key] - exact[key])
+    for key in by_remainder:
+        m, n = shapes[key]
+        if m + n <= left + 1e-6 and (ranks[key] + 1) * (m + n) < m * n:
+            ranks[key] += 1
+            left -= m + n
+    return ranks

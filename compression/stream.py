@@ -1,0 +1,256 @@
+"""Run a model's blocks one after another over all windows, each block once for the whole data.
+
+Between blocks only the hidden states live, on the CPU: whoever needs activations of every block
+(Grams, a sequential compression) holds one block's at a time, whatever the depth. The arguments
+that a block takes besides the hidden states (its attention mask, position embeddings, position ids)
+are what the model itself passes, recorded, so nothing here knows an architecture.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from foldstack.compression.architectures import architecture_of, base_config_of
+from foldstack.compression.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Hidden = Float[Tensor, "batch tokens hidden"]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _PrefixDone(Exception):
+    """Ends a forward pass once the blocks have received their arguments."""
+
+
+class BlockStream:
+    """All windows, standing before block `position`.
+
+    Windows have one length and no padding, so the blocks' arguments depend on the batch's size
+    alone and are recorded once per size.
+    """
+
+    def __init__(
+        self, model: nn.Module, windows: Int[Tensor, "windows tokens"], *, batch_size: int = 8
+    ) -> None:
+        """Embed all windows.
+
+        Raises:
+            InputError: there are no windows, or they are longer than the model's positions.
+        """
+        if 0 in windows.shape:
+            raise InputError(f"calibration needs at least one window, got {tuple(windows.shape)}")
+        longest = getattr(base_config_of(model.config), "max_position_embeddings", None)
+        if longest is not None and windows.shape[1] > longest:
+            raise InputError(
+                f"windows must fit the model's {longest} positions, got {windows.shape[1]} tokens; "
+                "use shorter windows"
+            )
+        assert not model.training, (
+            "statistics and targets are those of inference: call model.eval()"
+        )
+        self.model = model
+        self.blocks = architecture_of(model).blocks(model)
+        self.windows = windows
+        self.position = 0
+        self._returns_tuple = _returns_tuple(model, self.blocks, windows)
+        self._arguments: dict[int, list[Arguments]] = {}
+        self.hidden: list[Tensor] = []
+        """The input of block `position`, per batch, on the CPU."""
+        for tokens in windows.split(batch_size):
+            if len(tokens) not in self._arguments:
+                arguments, hidden = _recorded_arguments(
+                    model, self.blocks, tokens, self._returns_tuple
+                )
+                self._arguments[len(tokens)] = arguments
+            else:
+                hidden = _first_input(model, self.blocks, tokens)
+            self.hidden.append(hidden.cpu())
+
+    def call(self, block: nn.Module, hidden: Hidden, position: int | None = None) -> Hidden:
+        """`block` on some windows' hidden states with the model's own arguments for `position`.
+
+        Any number of windows works, also one that no batch has.
+        """
+        position = self.position if position is None else position
+        args, kwargs = self._arguments_for(len(hidden))[position]
+        device = _device_of(self.model)
+        args, kwargs = _match_dtype((args, kwargs), hidden.dtype)
+        output = block(hidden.to(device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def outputs(self, block: nn.Module | None = None) -> Iterator[Hidden]:
+        """The block's output for every batch in turn; the stream stays where it is."""
+        block = self.blocks[self.position] if block is None else block
+        for hidden in self.hidden:
+            with torch.no_grad():
+                output = self.call(block, hidden)
+            yield output
+
+    def advance(self, block: nn.Module | None = None) -> None:
+        """Pass the block at `position`, or `block` in its place, and stand before the next one."""
+        self.hidden = [output.cpu() for output in self.outputs(block)]
+        self.position += 1
+
+    def _arguments_for(self, num_windows: int) -> list[Arguments]:
+        if num_windows not in self._arguments:
+            tokens = self.windows[:1].expand(num_windows, -1)
+            recorded, _ = _recorded_arguments(self.model, self.blocks, tokens, self._returns_tuple)
+            self._arguments[num_windows] = recorded
+        return self._arguments[num_windows]
+
+
+@contextmanager
+def starting_at(
+    model: nn.Module, position: int, hidden_states: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Inside, `model(tokens)` skips blocks 0 ... position - 1: `hidden_states()` enters block
+    `position`.
+
+    What comes after the blocks (final norm, head, soft caps) stays the model's own business.
+    """
+    blocks = architecture_of(model).blocks(model)
+    probe = torch.zeros(1, 2, dtype=torch.long)
+    returns_tuple = _returns_tuple(model, blocks, probe)
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        given, args, kwargs = _take_hidden(args, kwargs)
+        return (hidden_states().to(given.device, given.dtype), *args), kwargs
+
+    handle = blocks[position].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with _replaced_forwards(blocks[:position], _passing_through(returns_tuple)):
+            yield
+    finally:
+        handle.remove()
+
+
+def _passing_through(returns_tuple: Sequence[bool]) -> Callable[[int], Callable[..., Any]]:
+    def forward_of(position: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, _, _ = _take_hidden(args, kwargs)
+            return (hidden,) if returns_tuple[position] else hidden
+
+        return forward
+
+    return forward_of
+
+
+@contextmanager
+def _replaced_forwards(
+    blocks: nn.ModuleList, forward_of: Callable[[int], Callable[..., Any]]
+) -> Iterator[None]:
+    # The instance attribute shadows the class's forward: the module keeps every attribute that the
+    # model may read from its blocks, and nothing in the module tree moves.
+    for position, block in enumerate(blocks):
+        assert "forward" not in vars(block), "the block's forward is replaced already"
+        block.forward = forward_of(position)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _recorded_arguments(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Int[Tensor, "batch tokens"],
+    returns_tuple: Sequence[bool],
+) -> tuple[list[Arguments], Hidden]:
+    """What the model passes to each block for such a batch, and the input of the first."""
+    recorded: list[Arguments] = []
+    first: list[Tensor] = []
+
+    def forward_of(position: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, args, kwargs = _take_hidden(args, kwargs)
+            first.append(hidden)
+            recorded.append((args, kwargs))
+            if position == len(blocks) - 1:
+                raise _PrefixDone  # before the head, which is the dearest part of a small model
+            return (hidden,) if returns_tuple[position] else hidden
+
+        return forward
+
+    with _replaced_forwards(blocks, forward_of):
+        _run_until_done(model, tokens)
+    return recorded, first[0]
+
+
+def _first_input(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Int[Tensor, "batch tokens"]
+) -> Hidden:
+    caught: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(_take_hidden(args, kwargs)[0])
+        raise _PrefixDone
+
+    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        _run_until_done(model, tokens)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _returns_tuple(
+    model: nn.Module, blocks: nn.ModuleList, windows: Int[Tensor, "windows tokens"]
+) -> list[bool]:
+    """Per block, whether its forward returns a tuple; seen on two tokens of one window."""
+    seen: dict[int, bool] = {}
+    handles = [
+        block.register_forward_hook(
+            lambda _module, _args, output, position=position: seen.update(
+                {position: isinstance(output, tuple)}
+            )
+        )
+        for position, block in enumerate(blocks)
+    ]
+    try:
+        with torch.no_grad():
+            model(windows[:1, :2].to(_device_of(model), torch.long), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[position] for position in range(len(blocks))]
+
+
+def _run_until_done(model: nn.Module, tokens: Int[Tensor, "batch tokens"]) -> None:
+    try:
+        with torch.no_grad():
+            model(tokens.to(_device_of(model), torch.long), use_cache=False)
+    except _PrefixDone:
+        return
+    raise AssertionError("the model did not call its blocks in order")
+
+
+def _take_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), args, kwargs
+
+
+def _match_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors among a block's arguments in `dtype`: a block trained in float32 inside a
+    bfloat16 model needs its mask and rotary tables in float32."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
+    if isinstance(value, tuple):
+        return tuple(_match_dtype(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _match_dtype(item, dtype) for key, item in value.items()}
+    return value
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

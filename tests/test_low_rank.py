@@ -1,0 +1,168 @@
+"""Closed forms of the low-rank factors against brute force (svd_llm.md, acceptance tests 1-6)."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.low_rank import (
+    tail_energy,
+    truncate,
+    uniform_ranks,
+    updated_directions,
+    whitened_svd,
+)
+
+SHAPES = [(24, 16), (16, 24), (20, 20)]
+
+
+def problem(out: int, inputs: int, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, inputs, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mixing
+    return weight, x
+
+
+def loss(x: Tensor, weight: Tensor, approximation: Tensor) -> float:
+    return float((x @ (weight - approximation).T).square().sum())
+
+
+def least_loss(x: Tensor, weight: Tensor, rank: int) -> float:
+    return float(torch.linalg.svdvals(x @ weight.T)[rank:].square().sum())
+
+
+@pytest.mark.parametrize(("out", "inputs"), SHAPES)
+def test_the_loss_is_the_dropped_energy_and_the_least_possible(out: int, inputs: int) -> None:
+    weight, x = problem(out, inputs)
+    svd = whitened_svd(weight, x.T @ x)
+    for rank in (1, 5, 15):
+        first, second = truncate(svd, rank)
+        assert first.shape == (rank, inputs)
+        assert second.shape == (out, rank)
+        got = loss(x, weight, second @ first)
+        assert got == pytest.approx(float(svd.singular_values[rank:].square().sum()), rel=1e-6)
+        assert got == pytest.approx(least_loss(x, weight, rank), rel=1e-6)
+        assert tail_energy(svd, rank) == pytest.approx(got / least_loss(x, weight, 0), rel=1e-6)
+
+
+def test_three_equivalent_forms_give_the_same_matrix() -> None:
+    weight, x = problem(20, 16)
+    gram, rank = x.T @ x, 6
+    first, second = truncate(whitened_svd(weight, gram), rank)
+
+    root = torch.linalg.cholesky(gram)  # the paper's form
+    u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
+    by_cholesky = u[:, :rank] * s[:rank] @ v[:rank] @ torch.linalg.inv(root)
+
+    values, vectors = torch.linalg.eigh(gram)  # V2's form
+    u, s, v = torch.linalg.svd(weight @ vectors * values.sqrt(), full_matrices=False)
+    by_eigen = u[:, :rank] * s[:rank] @ (v[:rank] / values.sqrt()) @ vectors.T
+
+    torch.testing.assert_close(second @ first, by_cholesky, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(second @ first, by_eigen, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("fault", ["few tokens", "dead channel", "silent data"])
+def test_a_singular_gram_needs_no_fallback(fault: str) -> None:
+    weight, x = problem(24, 16, tokens=9 if fault == "few tokens" else 200)
+    if fault == "dead channel":
+        x[:, 3] = 0
+    if fault == "silent data":
+        x[:] = 0
+    svd = whitened_svd(weight, x.T @ x)
+    for rank in (4, 12):
+        first, second = truncate(svd, rank)
+        assert torch.isfinite(first).all()
+        assert torch.isfinite(second).all()
+        scale = least_loss(x, weight, 0)
+        assert loss(x, weight, second @ first) <= least_loss(x, weight, rank) + 1e-8 * scale
+    first, second = truncate(svd, 16)
+    # Full rank is the identity even where the data never was.
+    torch.testing.assert_close(second @ first, weight, rtol=0, atol=1e-8)
+
+
+def test_a_gram_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(InputError, match="finite"):
+        whitened_svd(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, float("inf")]]))
+
+
+@pytest.mark.parametrize(("out", "inputs"), SHAPES)
+def test_full_rank_is_the_identity(out: int, inputs: int) -> None:
+    weight, x = problem(out, inputs)
+    first, second = truncate(whitened_svd(weight, x.T @ x), min(out, inputs))
+    torch.testing.assert_close(second @ first, weight, rtol=0, atol=1e-8)
+
+
+def test_the_two_factors_have_the_same_scale() -> None:
+    weight, x = problem(24, 16)
+    svd = whitened_svd(weight, x.T @ x)
+    first, second = truncate(svd, 5)
+    torch.testing.assert_close(second.norm(dim=0), svd.singular_values[:5].sqrt())
+    coordinates = x @ first.T  # arXiv 2403.07378: each carries the root of the singular values
+    torch.testing.assert_close(coordinates.norm(dim=0), svd.singular_values[:5].sqrt())
+
+
+def test_the_update_is_least_squares_on_the_deviated_inputs() -> None:
+    weight, x = problem(20, 16)
+    _, noise = problem(20, 16, seed=1)
+    deviated = x + 0.3 * noise
+    first, second = truncate(whitened_svd(weight, x.T @ x), 6)
+    updated = updated_directions(weight, first, second, deviated.T @ deviated)
+    by_tokens = torch.linalg.lstsq(deviated @ first.T, deviated @ weight.T).solution.T
+    torch.testing.assert_close(updated, by_tokens, rtol=1e-8, atol=1e-8)
+    before = loss(deviated, weight, second @ first)
+    assert loss(deviated, weight, updated @ first) < before
+
+
+def test_the_update_changes_nothing_on_unchanged_inputs() -> None:
+    weight, x = problem(20, 16)
+    first, second = truncate(whitened_svd(weight, x.T @ x), 6)
+    updated = updated_directions(weight, first, second, x.T @ x)
+    torch.testing.assert_close(updated, second, rtol=1e-8, atol=1e-8)
+
+
+def test_the_update_never_hurts_with_fewer_tokens_than_rank() -> None:
+    weight, x = problem(20, 16)
+    first, second = truncate(whitened_svd(weight, x.T @ x), 10)
+    _, few = problem(20, 16, tokens=4, seed=2)
+    updated = updated_directions(weight, first, second, few.T @ few)
+    assert torch.isfinite(updated).all()
+    assert loss(few, weight, updated @ first) <= loss(few, weight, second @ first)
+    # It moved no more than the four tokens ask for.
+    assert torch.linalg.matrix_rank(updated - second, rtol=1e-8) <= 4
+
+
+def test_ranks_are_the_papers_floors() -> None:
+    shapes = {"q": (4096, 4096), "k": (1024, 4096)}
+    assert uniform_ranks(shapes, 0.2, spend_leftover=False) == {"q": 1638, "k": 655}
+
+
+def test_a_whole_rank_is_not_lost_to_rounding() -> None:
+    # 64 * 64 * 0.7 / 128 = 22.4, and 100 * 100 * 0.58 / 200 = 29 exactly but 28.999... in floats
+    assert uniform_ranks({"a": (100, 100)}, 0.42, spend_leftover=False) == {"a": 29}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(4, 80), st.integers(4, 80)), min_size=1, max_size=12),
+    st.floats(0.05, 0.8),
+)
+def test_spending_the_leftover_comes_closer_and_never_overspends(
+    shapes: list[tuple[int, int]], removed: float
+) -> None:
+    named = dict(enumerate(shapes))
+    floors = uniform_ranks(named, removed, spend_leftover=False)
+    ranks = uniform_ranks(named, removed)
+    size = {key: m + n for key, (m, n) in named.items()}
+    budget = (1 - removed) * sum(m * n for m, n in shapes)
+    spent = sum(ranks[key] * size[key] for key in named)
+    assert all(floors[key] <= ranks[key] <= floors[key] + 1 for key in named)
+    minimum = sum(size.values())  # rank 1 everywhere may already be more than was asked
+    assert spent <= max(budget, minimum) + 1e-6 or floors == ranks
+    # Whoever got nothing either does not fit any more or would be larger than the dense matrix.
+    for key, (m, n) in named.items():
+        if ranks[key] == floors[key]:
+            assert size[key] > budget - spent - 1e-6 or (ranks[key] + 1) * size[key] >= m * n
