@@ -1,0 +1,431 @@
+"""What MLflow is told, and when: the only file that imports MLflow.
+
+A run is brought up to its `RunRecord`: what is missing is added, what is there stays. So logging the
+same record twice changes nothing, a run that was cut off is completed by the next sweep, and a record
+that is known to be complete costs no MLflow call at all (its receipt lies in the results folder).
+Logging happens on one background thread; a tracking server that is away costs a warning.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import re
+import sqlite3
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import batched
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+PREFIX = "foldstack."
+FINGERPRINT_TAG = PREFIX + "fingerprint"
+# MLflow's own limits; it cuts a longer value silently, so that we cut it visibly.
+ITEMS_PER_BATCH = 100
+METRICS_PER_BATCH = 1000
+PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 8000
+DIGEST_CHARACTERS = 36
+REACHABLE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class DatasetUse:
+    """Text that a run read: where from, the digest of its content, and for what."""
+
+    name: str
+    digest: str
+    source: str
+    context: str
+    profile: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that MLflow is to know of one variant, the dense model, or a sweep."""
+
+    name: str
+    fingerprint: str
+    params: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Curves, as (step, value) points."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[DatasetUse] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Local file or folder by its path inside the run."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    status: Literal["RUNNING", "FINISHED", "FAILED"] = "FINISHED"
+    sweep: str = ""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Tags that change from run to run (addresses): written, but no reason to write again."""
+
+    @property
+    def digest(self) -> str:
+        """Changes when there is something new to log."""
+        content = asdict(self) | {"links": {}, "sweep": "", "files": sorted(self.files)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Receipts:
+    """Which records a tracking server already holds in full, remembered in a small JSON file."""
+
+    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
+        key = hashlib.sha256(f"{uri}\n{experiment}".encode()).hexdigest()[:16]
+        self.uri = uri
+        self.path = folder / f"{key}.json"
+        try:
+            self._entries: dict[str, dict[str, Any]] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self._entries = {}
+        self._checked = not self._entries
+
+    def run_id(self, record: RunRecord) -> str | None:
+        """Run that holds `record` in full, or None when something is to be logged."""
+        entry = self._entries.get(record.fingerprint)
+        if entry is None or entry["digest"] != record.digest:
+            return None
+        if record.sweep and record.sweep not in entry["sweeps"]:
+            return None
+        self._forget_lost_runs()
+        return str(entry["run_id"]) if record.fingerprint in self._entries else None
+
+    @property
+    def experiment_id(self) -> str | None:
+        return next((str(e["experiment_id"]) for e in self._entries.values()), None)
+
+    def add(self, record: RunRecord, run_id: str, experiment_id: str) -> None:
+        known = self._entries.get(record.fingerprint, {}).get("sweeps", [])
+        self._entries[record.fingerprint] = {
+            "run_id": run_id,
+            "experiment_id": experiment_id,
+            "digest": record.digest,
+            "sweeps": sorted({*known, record.sweep} - {""}),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(self._entries, indent=1, sort_keys=True))
+        partial.replace(self.path)
+
+    def _forget_lost_runs(self) -> None:
+        """Drop receipts for runs that the server no longer has; asked once per process."""
+        if self._checked:
+            return
+        self._checked = True
+        ids = {entry["run_id"] for entry in self._entries.values()}
+        there = runs_still_there(self.uri, ids)
+        self._entries = {k: v for k, v in self._entries.items() if v["run_id"] in there}
+
+
+def runs_still_there(uri: str, run_ids: set[str]) -> set[str]:
+    """The given runs that still exist and are not deleted, found out without importing MLflow.
+
+    MLflow's import takes longer than a whole cached sweep. A kind of store that is not known here
+    is believed to have kept everything.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme == "sqlite":
+        path = Path(uri.removeprefix("sqlite:///"))
+        if not path.exists():
+            return set()
+        try:
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
+                rows = database.execute(
+                    "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'"
+                ).fetchall()
+        except sqlite3.Error:
+            return set()
+        return run_ids & {row[0] for row in rows}
+    if parts.scheme in ("http", "https"):
+        return {run_id for run_id in run_ids if _is_active_over_http(uri, run_id)}
+    return run_ids
+
+
+def _is_active_over_http(uri: str, run_id: str) -> bool:
+    url = f"{uri.rstrip('/')}/api/2.0/mlflow/runs/get?run_id={run_id}"
+    try:
+        with urllib.request.urlopen(url, timeout=REACHABLE_SECONDS) as answer:
+            info = json.load(answer)["run"]["info"]
+    except urllib.error.HTTPError as error:
+        return error.code != 404  # refused for want of credentials is not the same as gone
+    except (OSError, ValueError, KeyError):
+        return True  # away: nothing can be repaired now
+    return str(info.get("lifecycle_stage")) == "active"
+
+
+class Tracker:
+    """Writes records to one experiment of one tracking server, on a thread of its own."""
+
+    def __init__(
+        self, uri: str, experiment: str, folder: Path, artifact_location: Path | None = None
+    ) -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self.run_ids: dict[str, str] = {}
+        """Run id by fingerprint, of everything that is known to be logged."""
+        self.warnings: list[str] = []
+        self._artifact_location = artifact_location
+        self._receipts = Receipts(folder, uri, experiment)
+        self._queue: queue.SimpleQueue[RunRecord | _Best | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._client: MlflowClient | None = None
+        self._experiment_id: str | None = self._receipts.experiment_id
+
+    def log(self, record: RunRecord) -> None:
+        """Have `record` written soon; returns at once, and never raises."""
+        run_id = self._receipts.run_id(record)
+        if run_id is not None:
+            self.run_ids[record.fingerprint] = run_id
+            return
+        self._enqueue(record)
+
+    def register_best(self, model: str, record: RunRecord, alias: str, description: str) -> None:
+        """Have the run of `record` named the best version of the registered `model`."""
+        self._enqueue(_Best(model, record.fingerprint, alias, description))
+
+    def finish(self, wait_seconds: float = 60.0) -> None:
+        """Wait until everything is written, or until that has taken too long."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(wait_seconds)
+        if self._thread.is_alive():
+            self._warn(f"MLflow at {self.uri} did not answer within {wait_seconds:.0f} s")
+        self._thread = None
+
+    @property
+    def compare_link(self) -> str:
+        """Address, relative to an MLflow server, of the page that compares the logged runs."""
+        ids = json.dumps(list(self.run_ids.values()), separators=(",", ":"))
+        return f"#/compare-runs?runs={ids}&experiments=" + json.dumps([self._experiment_id or "0"])
+
+    @property
+    def server_link(self) -> str | None:
+        """The compare page of a tracking server that has an address; None for a plain file."""
+        if self.uri.startswith(("http://", "https://")):
+            return f"{self.uri.rstrip('/')}/{self.compare_link}"
+        return None
+
+    def _enqueue(self, item: "RunRecord | _Best") -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+            self._thread.start()
+        self._queue.put(item)
+
+    def _work(self) -> None:
+        """Write what is queued. After a failure the rest is left for the next sweep: a server that
+        is away would cost its time-out for every single record.
+        """
+        while (item := self._queue.get()) is not None:
+            if self.warnings:
+                continue
+            try:
+                with _impatient_mlflow():
+                    self._write(item)
+            except Exception as error:  # noqa: BLE001
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                self._warn(f"MLflow at {self.uri} could not be written: {reason[0][:300]}")
+
+    def _warn(self, sentence: str) -> None:
+        sentence += "; nothing computed is lost, and the next run logs what is missing"
+        self.warnings.append(sentence)
+        log.warning("%s", sentence)
+
+    def _write(self, item: "RunRecord | _Best") -> None:
+        if self._client is None:
+            check_reachable(self.uri)
+            self._client, self._experiment_id = open_experiment(
+                self.uri, self.experiment, self._artifact_location
+            )
+        assert self._experiment_id is not None
+        if isinstance(item, _Best):
+            if item.fingerprint in self.run_ids:
+                register(self._client, item, self.run_ids[item.fingerprint])
+            return
+        run_id = bring_up_to(self._client, self._experiment_id, item)
+        self.run_ids[item.fingerprint] = run_id
+        if item.status != "RUNNING":
+            self._receipts.add(item, run_id, self._experiment_id)
+
+
+@dataclass(frozen=True)
+class _Best:
+    model: str
+    fingerprint: str
+    alias: str
+    description: str
+
+
+def check_reachable(uri: str) -> None:
+    """Raise OSError within seconds when nothing listens at an http address."""
+    import socket
+
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with socket.create_connection((parts.hostname or "localhost", port), REACHABLE_SECONDS):
+        pass
+
+
+@contextmanager
+def _impatient_mlflow() -> Iterator[None]:
+    """MLflow retries for minutes by default; what the user set stays."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    yield
+
+
+def open_experiment(
+    uri: str, name: str, artifact_location: Path | None
+) -> "tuple[MlflowClient, str]":
+    """A client of the server at `uri`, and the id of the experiment, made if it is new."""
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    import logging as standard_logging
+
+    # Its first use of a database reports every migration as INFO.
+    standard_logging.getLogger("alembic").setLevel(standard_logging.WARNING)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = (
+            None if uri.startswith("http") or artifact_location is None else artifact_location
+        )
+        try:
+            return client, client.create_experiment(
+                name, artifact_location=location.resolve().as_uri() if location else None
+            )
+        except MlflowException:  # somebody made it in the meantime
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return client, found.experiment_id
+
+
+def bring_up_to(client: "MlflowClient", experiment_id: str, record: RunRecord) -> str:
+    """Find or make the run of `record` and add what it lacks; return its id."""
+    run = find_run(client, experiment_id, record.fingerprint)
+    if run is None:
+        tags = {FINGERPRINT_TAG: record.fingerprint}
+        run = client.create_run(experiment_id, tags=tags, run_name=record.name)
+    run_id = str(run.info.run_id)
+    _add_values(client, run, record)
+    if record.datasets and not run.inputs.dataset_inputs:
+        _add_datasets(client, run_id, record.datasets)
+    for place, path in record.files.items():
+        folder, _, _ = place.rpartition("/")
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), place)
+        elif path.exists():
+            client.log_artifact(run_id, str(path), folder or None)
+    for place, text in record.texts.items():
+        client.log_text(run_id, text, place)
+    if record.status != "RUNNING":
+        client.set_terminated(run_id, record.status)
+    return run_id
+
+
+def find_run(client: "MlflowClient", experiment_id: str, fingerprint: str) -> "Run | None":
+    """The run that carries this fingerprint, if there is one."""
+    found = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'", max_results=1
+    )
+    return found[0] if found else None
+
+
+def _add_values(client: "MlflowClient", run: "Run", record: RunRecord) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    run_id, now = run.info.run_id, int(time.time() * 1000)
+    params = [
+        Param(_name(key), _cut(str(value), PARAM_CHARACTERS))
+        for key, value in record.params.items()
+        if _name(key) not in run.data.params
+    ]
+    curves = {key: points for key, points in record.series.items() if points}
+    curves |= {key: [(0, value)] for key, value in record.metrics.items()}
+    metrics = [
+        Metric(_name(key), float(value), now, step)
+        for key, points in curves.items()
+        if _name(key) not in run.data.metrics
+        for step, value in points
+    ]
+    wanted = {**record.tags, **record.links}
+    if record.sweep:
+        sweeps = set(run.data.tags.get(PREFIX + "sweeps", "").split()) | {record.sweep}
+        wanted[PREFIX + "sweeps"] = " ".join(sorted(sweeps))
+    tags = [RunTag(key, _cut(str(value), TAG_CHARACTERS)) for key, value in wanted.items()]
+    for some_params in batched(params, ITEMS_PER_BATCH):
+        client.log_batch(run_id, params=some_params)
+    for some_tags in batched(tags, ITEMS_PER_BATCH):
+        client.log_batch(run_id, tags=some_tags)
+    for some_metrics in batched(metrics, METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=some_metrics)
+
+
+def _add_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[DatasetUse]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    client.log_inputs(
+        run_id,
+        [
+            DatasetInput(
+                Dataset(
+                    name=use.name,
+                    digest=use.digest[:DIGEST_CHARACTERS],
+                    source_type="local",
+                    source=json.dumps({"uri": use.source}),
+                    profile=json.dumps(dict(use.profile)),
+                ),
+                [InputTag(MLFLOW_DATASET_CONTEXT, use.context)],
+            )
+            for use in datasets
+        ],
+    )
+
+
+def register(client: "MlflowClient", best: _Best, run_id: str) -> None:
+    """Point `alias` of the registered model at the version made from this run, made if it is new."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(best.model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{best.model}' and run_id = '{run_id}'")
+    version = versions[0] if versions else None
+    if version is None:
+        version = client.create_model_version(
+            best.model, f"runs:/{run_id}/model", run_id=run_id, description=best.description
+        )
+    client.set_registered_model_alias(best.model, best.alias, version.version)
+
+
+def _name(key: str) -> str:
+    """`key` with what MLflow does not allow in a name replaced."""
+    return re.sub(r"[^\w\-./ :]", "_", key)[:250]
+
+
+def _cut(value: str, limit: int) -> str:
+    return value if len(value) <= limit else value[: limit - 20] + " ... (cut, see files)"
