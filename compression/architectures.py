@@ -50,7 +50,9 @@ class Architecture:
         return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
 
 
-def _sites(attention: tuple[str, ...], output: str, mlp: tuple[str, ...], down: str) -> tuple[LinearSite, ...]:
+def _sites(
+    attention: tuple[str, ...], output: str, mlp: tuple[str, ...], down: str
+) -> tuple[LinearSite, ...]:
     names = (
         *((name, "attention_input") for name in attention),
         (output, "attention_output"),
@@ -100,7 +102,9 @@ def architecture_of(model_or_config: Any) -> Architecture:
     config = base_config_of(getattr(model_or_config, "config", model_or_config))
     model_type = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"foldstack compresses decoder-only models; {model_type} is an encoder-decoder")
+        raise InputError(
+            f"foldstack compresses decoder-only models; {model_type} is an encoder-decoder"
+        )
     experts = [name for name in _EXPERT_COUNTS if (getattr(config, name, None) or 0) > 1]
     if experts:
         raise InputError(
@@ -114,5 +118,7 @@ def architecture_of(model_or_config: Any) -> Architecture:
             f"model type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise InputError("a GPT-2 with scale_attn_by_inverse_layer_idx cannot lose blocks: its scales depend on depth")
+        raise InputError(
+            "a GPT-2 with scale_attn_by_inverse_layer_idx cannot lose blocks: its scales depend on depth"
+        )
     return ARCHITECTURES[model_type]

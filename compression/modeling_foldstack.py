@@ -36,9 +36,17 @@ class FoldstackConfig(PreTrainedConfig):
         "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
     }
 
-    base_config: dict[str, Any] | PreTrainedConfig | None = None
-    plan: dict[str, Any] | None = None
-    blocks_path: str = "model.layers"
+    def __init__(
+        self,
+        base_config: dict[str, Any] | PreTrainedConfig | None = None,
+        plan: dict[str, Any] | None = None,
+        blocks_path: str = "model.layers",
+        **kwargs: Any,
+    ) -> None:
+        self.base_config = base_config
+        self.plan = plan
+        self.blocks_path = blocks_path
+        super().__init__(**kwargs)
 
     @property
     def block_plans(self) -> list[dict[str, Any]]:
@@ -53,7 +61,9 @@ class FoldstackConfig(PreTrainedConfig):
         layer_types = getattr(self.base_config, "layer_types", None)
         seen_by_cache.num_hidden_layers = sum(attends)
         if layer_types is not None:
-            seen_by_cache.layer_types = [t for t, has in zip(layer_types, attends, strict=True) if has]
+            seen_by_cache.layer_types = [
+                t for t, has in zip(layer_types, attends, strict=True) if has
+            ]
         return seen_by_cache
 
     # What generic tools (lm-eval, generation, serving) read from a causal model's config.
@@ -151,7 +161,9 @@ class AttentionFreeBlock(nn.Module):
         return self.ffn(hidden_states)
 
 
-def restructure(model: PreTrainedModel, block_plans: list[dict[str, Any]], blocks_path: str) -> None:
+def restructure(
+    model: PreTrainedModel, block_plans: list[dict[str, Any]], blocks_path: str
+) -> None:
     """Change the blocks of a stock model of the executed depth, in place, as the plan says."""
     blocks = model.get_submodule(blocks_path)
     assert isinstance(blocks, nn.ModuleList) and len(blocks) == len(block_plans)
@@ -204,7 +216,8 @@ def _borrow_linears(owner: nn.Module, borrower: nn.Module) -> None:
     linears = [
         name
         for name, module in owner.named_modules()
-        if isinstance(module, LowRankLinear) or (is_linear(module) and not _inside_low_rank(owner, name))
+        if isinstance(module, LowRankLinear)
+        or (is_linear(module) and not _inside_low_rank(owner, name))
     ]
     for name in linears:
         parent_path, attribute = _split(name)

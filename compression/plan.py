@@ -59,7 +59,9 @@ class BlockPlan(_Record):
         if self.weights_of is not None and self.linears:
             raise ValueError("a block that uses another's linears has no forms of its own for them")
         if not self.stands_for or self.stands_for[0] != self.source:
-            raise ValueError(f"stands_for must begin with source {self.source}, got {self.stands_for}")
+            raise ValueError(
+                f"stands_for must begin with source {self.source}, got {self.stands_for}"
+            )
         return self
 
     @property
@@ -105,7 +107,9 @@ class Plan(_Record):
     def _check_owner(self, position: int, owner: int | None) -> None:
         assert owner is not None
         if not 0 <= owner < position:
-            raise ValueError(f"position {position} refers to {owner}, which does not come before it")
+            raise ValueError(
+                f"position {position} refers to {owner}, which does not come before it"
+            )
         if self.blocks[owner].weights_of is not None or not self.blocks[owner].has_attention:
             raise ValueError(f"position {position} refers to {owner}, which owns no linears")
 
@@ -211,12 +215,16 @@ class Plan(_Record):
         blocks = list(self.blocks)
         for (position, name), rank in ranks.items():
             if self.owner(position) != position:
-                raise ValueError(f"position {position} stores no linears; factor its owner's instead")
+                raise ValueError(
+                    f"position {position} stores no linears; factor its owner's instead"
+                )
             linears = {**blocks[position].linears, name: LowRank(rank=rank)}
             blocks[position] = blocks[position].model_copy(update={"linears": linears})
         return self._with_blocks(blocks)
 
-    def replace(self, start: int, stop: int, kind: BlockKind, intermediate_size: int | None = None) -> "Plan":
+    def replace(
+        self, start: int, stop: int, kind: BlockKind, intermediate_size: int | None = None
+    ) -> "Plan":
         """The plan in which one block of `kind` stands for positions start ... stop - 1."""
         if not 0 <= start < stop <= len(self.blocks):
             raise ValueError(f"run {start}..{stop} is not inside 0..{len(self.blocks)}")
@@ -232,7 +240,9 @@ class Plan(_Record):
         kept = self.keep([p for p in range(len(self.blocks)) if not start < p < stop])
         blocks = list(kept.blocks)
         if any(block.weights_of == start for block in blocks):
-            raise ValueError(f"position {start} owns weights that later blocks share; replace those too")
+            raise ValueError(
+                f"position {start} owns weights that later blocks share; replace those too"
+            )
         blocks[start] = replacement
         return self._with_blocks(blocks)
 

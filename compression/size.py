@@ -1,0 +1,98 @@
+"""How big a structure is: parameters, bytes, FLOPs and KV cache, without any memory for its weights."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from foldstack.compression.architectures import architecture_of, base_config_of
+from foldstack.compression.modeling_foldstack import Borrowed, is_linear, linear_shape
+from foldstack.compression.plan import Plan
+from foldstack.compression.surgery import build_on_meta, config_for, plan_of
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a structure costs, counted on stored tensors: a shared or tied one counts once."""
+
+    parameters: int
+    block_linear_parameters: int
+    """Parameters of the linears inside blocks: the denominator of most papers' ratios."""
+    bytes: int
+    flops_per_token: int
+    """2 x multiply-adds of every executed linear and the head; attention scores are not in it."""
+    kv_bytes_per_token: int
+    num_blocks: int
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Stored parameters: tied and shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sparsity_between(dense: Size, compressed: Size) -> float:
+    """Fraction of the dense model's stored parameters that is gone."""
+    return 1 - compressed.parameters / dense.parameters
+
+
+def size_of_plan(config: PreTrainedConfig, plan: Plan, dtype: torch.dtype | None = None) -> Size:
+    """The size of what `plan` makes of the model with this config."""
+    return size_of(build_on_meta(config_for(config, plan)), dtype)
+
+
+def size_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Size:
+    """The size of a model, real or on the meta device; bytes in `dtype` (default: the model's own)."""
+    architecture = architecture_of(model)
+    element_bytes = (dtype or model.config.dtype or model.dtype).itemsize
+    blocks = architecture.blocks(model)
+    stored = [m for m in blocks.modules() if is_linear(m)]
+    executed = [linear for block in blocks for linear in _executed_linears(block)]
+    head = model.get_output_embeddings()
+    parameters = count_parameters(model)
+    return Size(
+        parameters=parameters,
+        block_linear_parameters=sum(module.weight.numel() for module in stored),
+        bytes=parameters * element_bytes,
+        flops_per_token=2 * sum(m.weight.numel() for m in executed) + 2 * head.weight.numel(),
+        kv_bytes_per_token=_kv_elements_per_token(model.config) * element_bytes,
+        num_blocks=len(blocks),
+    )
+
+
+def _executed_linears(block: nn.Module) -> list[nn.Module]:
+    """The linears that one token passes in this block, borrowed ones included."""
+    linears: list[nn.Module] = []
+    for module in block.modules():
+        if isinstance(module, Borrowed):
+            linears += _executed_linears(module.target)
+        elif is_linear(module):
+            linears.append(module)
+    return linears
+
+
+def _kv_elements_per_token(config: Any) -> int:
+    base = base_config_of(config)
+    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+    head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    attending = sum(block.has_attention for block in plan_of(config).blocks)
+    return 2 * attending * heads * head_dim
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[tuple[int, str], tuple[int, int]]:
+    """(out, in) of every stored linear that a method may factor: (position, name) to shape."""
+    architecture = architecture_of(model)
+    shapes = {}
+    for position, block in enumerate(architecture.blocks(model)):
+        for site in architecture.linears:
+            try:
+                module = block.get_submodule(site.name)
+            except AttributeError:  # an attention-free replacement has none of the family's linears
+                continue
+            if is_linear(module):
+                shapes[position, site.name] = linear_shape(module)
+    return shapes

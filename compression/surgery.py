@@ -1,0 +1,207 @@
+"""cut(model, change): the one place that makes a model smaller."""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from foldstack.compression.architectures import (
+    Architecture,
+    architecture_of,
+    base_config_of,
+    stock_of,
+)
+from foldstack.compression.errors import InputError
+from foldstack.compression.modeling_foldstack import FoldstackConfig, FoldstackForCausalLM
+from foldstack.compression.plan import Plan
+
+# Config entries that hold one value per block; a survivor keeps its own.
+_PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a method decided: the new structure, and the tensors that it changed.
+
+    Args:
+        plan: the structure of the model to build.
+        inherits: per position of `plan`, the position of the input model whose tensors it starts from;
+            None when all of the block's tensors are new.
+        tensors: the new and changed ones, as "blocks.<position>.<name inside the block>", for example
+            "blocks.3.self_attn.q_proj.first.weight".
+    """
+
+    plan: Plan
+    inherits: tuple[int | None, ...]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.inherits) != len(self.plan.blocks):
+            raise ValueError(
+                f"inherits has {len(self.inherits)} entries for {len(self.plan.blocks)} blocks"
+            )
+
+
+def plan_of(model_or_config: Any) -> Plan:
+    """The plan that a model was built from; the identity plan for a stock model."""
+    config = getattr(model_or_config, "config", model_or_config)
+    if config.model_type == "foldstack":
+        return Plan.model_validate(config.plan)
+    return Plan.identity(architecture_of(config).model_type, config.num_hidden_layers)
+
+
+def config_for(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """The config of a model with structure `plan`, made from the one whose plan is `plan_of(config)`.
+
+    Every per-block entry is selected, never truncated: a surviving block keeps its own attention type.
+    Returns a stock config when `plan` is native, else a FoldstackConfig.
+    """
+    base = _executed_base(base_config_of(config), plan_of(config), plan)
+    if plan.is_native:
+        base.architectures = [_stock_class(base).__name__]
+        return base
+    portable = FoldstackConfig(
+        base_config=base,
+        plan=plan.model_dump(mode="json"),
+        blocks_path=architecture_of(base).blocks_path,
+        dtype=config.dtype,
+    )
+    portable.architectures = [FoldstackForCausalLM.__name__]
+    return portable
+
+
+def _executed_base(base: PreTrainedConfig, old: Plan, new: Plan) -> PreTrainedConfig:
+    if getattr(base, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"{base.model_type} shares KV caches between blocks, which foldstack cannot cut yet"
+        )
+    executed = copy.deepcopy(base)
+    position_of = {
+        block.source: position for position, block in reversed(list(enumerate(old.blocks)))
+    }
+    positions = [position_of[block.source] for block in new.blocks]
+    selected = {
+        name: [entries[position] for position in positions]
+        for name in _PER_BLOCK_ENTRIES
+        if (entries := getattr(base, name, None)) is not None
+    }
+    executed.num_hidden_layers = len(new.blocks)
+    for name, entries in selected.items():
+        setattr(executed, name, entries)
+    if getattr(base, "max_window_layers", None) is not None:
+        executed.max_window_layers = min(base.max_window_layers, len(new.blocks))
+    if getattr(base, "num_nextn_predict_layers", 0):
+        executed.num_nextn_predict_layers = 0
+    return executed
+
+
+def _stock_class(base: PreTrainedConfig) -> type[PreTrainedModel]:
+    stock: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
+    return stock
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a stock config or FoldstackConfig without memory for its weights."""
+    with torch.device("meta"):
+        is_foldstack = config.model_type == "foldstack"
+        model = (FoldstackForCausalLM if is_foldstack else _stock_class(config))(config)
+    return model.eval()
+
+
+def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
+    """A new model with structure `change.plan`; `model` stays as it is and shares no memory with it.
+
+    Returns a stock class when the plan is native, else a FoldstackForCausalLM; in eval mode.
+
+    Raises:
+        ValueError: the change lacks a tensor, has one of the wrong shape, or one without a place.
+    """
+    architecture = architecture_of(model)
+    config = config_for(model.config, change.plan)
+    smaller = build_on_meta(config)
+    target = stock_of(smaller)
+    source = _Inherited(model, architecture)
+    state, unused = {}, set(change.tensors)
+    for name, placeholder in target.state_dict().items():
+        place = _place(name, architecture.blocks_path)
+        if place is None:
+            tensor = source.outside_blocks(name)
+        elif place.name in change.tensors:
+            unused.discard(place.name)
+            tensor = change.tensors[place.name]
+        else:
+            tensor = source.in_block(change.inherits[place.position], place)
+        if tensor.shape != placeholder.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, its place {tuple(placeholder.shape)}"
+            )
+        state[name] = tensor.detach().to(source.dtype).clone(memory_format=torch.contiguous_format)
+    if unused:
+        raise ValueError(f"the plan has no place for {', '.join(sorted(unused))}")
+    target.load_state_dict(state, assign=True)
+    _fill_buffers(target, stock_of(model))
+    smaller.tie_weights()
+    if model.generation_config is not None:
+        smaller.generation_config = copy.deepcopy(model.generation_config)
+    return smaller.requires_grad_(True).eval()
+
+
+@dataclass(frozen=True)
+class _Place:
+    position: int
+    inside: str
+
+    @property
+    def name(self) -> str:
+        return f"blocks.{self.position}.{self.inside}"
+
+
+def _place(name: str, blocks_path: str) -> _Place | None:
+    found = re.match(re.escape(blocks_path) + r"\.(\d+)\.(.+)", name)
+    return None if found is None else _Place(int(found[1]), found[2])
+
+
+class _Inherited:
+    """The tensors of the input model, by place; knows whose weights a position uses."""
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self.plan = plan_of(model)
+        self.blocks_path = architecture.blocks_path
+        self.tensors = stock_of(model).state_dict()
+        self.dtype = model.dtype
+
+    def outside_blocks(self, name: str) -> Tensor:
+        tensor: Tensor = self.tensors[name]
+        return tensor
+
+    def in_block(self, position: int | None, place: _Place) -> Tensor:
+        for holder in () if position is None else self._holders(position, place.inside):
+            tensor = self.tensors.get(f"{self.blocks_path}.{holder}.{place.inside}")
+            if tensor is not None:
+                return tensor
+        raise ValueError(
+            f"the change brings no tensor for {place.name}, and there is none to inherit"
+        )
+
+    def _holders(self, position: int, inside: str) -> Iterator[int]:
+        yield position
+        owner = self.plan.owner(position)
+        yield owner
+        form = self.plan.blocks[owner].linears.get(inside.removesuffix(".first.weight"))
+        if form is not None and form.basis_of is not None:
+            yield form.basis_of
+
+
+def _fill_buffers(target: nn.Module, source: nn.Module) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) were built on meta: take the source's."""
+    of_source = dict(source.named_buffers())
+    for name, buffer in list(target.named_buffers()):
+        if buffer.is_meta:
+            path, _, attribute = name.rpartition(".")
+            holder = target.get_submodule(path)
+            holder.register_buffer(attribute, of_source[name].clone(), persistent=False)

@@ -1,0 +1,235 @@
+"""Cutting: what is left computes what it did before, in every family."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from foldstack.compression.architectures import architecture_of
+from foldstack.compression.modeling_foldstack import AttentionFreeBlock, FoldstackForCausalLM
+from foldstack.compression.plan import Plan
+from foldstack.compression.size import linear_shapes, size_of, size_of_plan, sparsity_between
+from foldstack.compression.surgery import Cut, cut, plan_of
+
+
+class PassThrough(nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_cached_decoding_equals_full_forward(model, ids):
+    full = logits(model, ids)
+    cache, steps = None, []
+    with torch.inference_mode():
+        for start, stop in ((0, 25), (25, 26), (26, 27), (27, ids.shape[1])):
+            out = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    assert_same(torch.cat(steps, dim=1), full)
+
+
+def keep(model, positions):
+    return cut(model, Cut(plan_of(model).keep(positions), tuple(positions)))
+
+
+def full_rank_factors(model, positions):
+    """Exact factors W = W I of every linear at these positions."""
+    architecture = architecture_of(model)
+    ranks, tensors = {}, {}
+    for (position, name), (out_features, in_features) in linear_shapes(model).items():
+        if position not in positions:
+            continue
+        module = architecture.blocks(model)[position].get_submodule(name)
+        place = f"blocks.{position}.{name}"
+        ranks[position, name] = in_features
+        tensors[f"{place}.first.weight"] = torch.eye(in_features)
+        tensors[f"{place}.second.weight"] = architecture.weight(module)
+        if module.bias is not None:
+            tensors[f"{place}.second.bias"] = module.bias
+    return ranks, tensors
+
+
+def factored(model, positions):
+    ranks, tensors = full_rank_factors(model, positions)
+    plan = plan_of(model).factor(ranks)
+    return cut(model, Cut(plan, tuple(range(len(plan.blocks))), tensors))
+
+
+def share(model, owner, members):
+    """The group uses the linears of `owner`, stored at its first position."""
+    plan = plan_of(model).share(owner, members)
+    first = min(owner, *members)
+    block = architecture_of(model).blocks(model)[owner]
+    tensors = {}
+    for site in architecture_of(model).linears:
+        for name, tensor in block.get_submodule(site.name).state_dict().items():
+            tensors[f"blocks.{first}.{site.name}.{name}"] = tensor
+    return cut(model, Cut(plan, tuple(range(len(plan.blocks))), tensors))
+
+
+def test_identity_cut_changes_no_logit(architecture, tiny_model, ids):
+    model = tiny_model(architecture)
+    same = cut(model, Cut(plan_of(model), (0, 1, 2, 3)))
+    assert type(same) is type(model)
+    assert_same(logits(same, ids), logits(model, ids), tolerance=0)
+
+
+def test_a_cut_model_shares_no_memory_with_its_source(tiny_model):
+    model = tiny_model("llama_tied")
+    before = copy.deepcopy(model.state_dict())
+    smaller = keep(model, [0, 2])
+    with torch.no_grad():
+        for parameter in smaller.parameters():
+            parameter.zero_()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("kept", [[2, 3], [0, 1, 3], [1, 2]])
+def test_removed_blocks_act_as_identity(architecture, tiny_model, ids, kept):
+    model = tiny_model(architecture)
+    smaller = keep(model, kept)
+    blocks = architecture_of(model).blocks(model)
+    for position in set(range(4)) - set(kept):
+        blocks[position] = PassThrough()
+    assert_same(logits(smaller, ids), logits(model, ids))
+    assert not isinstance(smaller, FoldstackForCausalLM)
+    assert_cached_decoding_equals_full_forward(smaller, ids)
+
+
+def test_survivors_keep_their_attention_type(tiny_model):
+    model = tiny_model("gemma3_text")
+    types = model.config.layer_types
+    assert keep(model, [1, 2, 3]).config.layer_types == types[1:]
+    assert keep(model, [0, 1, 2]).config.layer_types != keep(model, [1, 2, 3]).config.layer_types
+
+
+def test_full_rank_factors_change_nothing(architecture, tiny_model, ids):
+    model = tiny_model(architecture)
+    portable = factored(model, [0, 2])
+    assert isinstance(portable, FoldstackForCausalLM)
+    assert_same(logits(portable, ids), logits(model, ids))
+    assert_cached_decoding_equals_full_forward(portable, ids)
+
+
+def test_shared_blocks_use_one_set_of_linears_and_their_own_norms(architecture, tiny_model, ids):
+    model = tiny_model(architecture)
+    shared = share(model, 2, [1])
+    by_hand = copy.deepcopy(model)
+    blocks = architecture_of(model).blocks(by_hand)
+    for site in architecture_of(model).linears:
+        source = blocks[2].get_submodule(site.name)
+        blocks[1].get_submodule(site.name).load_state_dict(source.state_dict())
+    assert_same(logits(shared, ids), logits(by_hand, ids))
+    assert_cached_decoding_equals_full_forward(shared, ids)
+    block_linears = size_of(model).block_linear_parameters
+    assert size_of(shared).block_linear_parameters == block_linears * 3 // 4
+    assert size_of(shared).flops_per_token == size_of(model).flops_per_token
+
+
+def test_an_attention_free_block_has_no_cache_entry(architecture, tiny_model, ids):
+    model = tiny_model(architecture)
+    hidden = model.config.hidden_size
+    for start in (0, 2):  # the first block too: its cache entry is the one that generation looks at
+        plan = plan_of(model).replace(start, start + 2, "ffn", 16)
+        tensors = {
+            f"blocks.{start}.ffn.up.weight": torch.randn(16, hidden),
+            f"blocks.{start}.ffn.up.bias": torch.randn(16),
+            f"blocks.{start}.ffn.down.weight": torch.randn(hidden, 16),
+            f"blocks.{start}.ffn.down.bias": torch.randn(hidden),
+        }
+        inherits = (None, 2, 3) if start == 0 else (0, 1, None)
+        smaller = cut(model, Cut(plan, inherits, tensors))
+        network = AttentionFreeBlock("ffn", hidden, 16)
+        network.load_state_dict({k.split(".", 2)[2]: v for k, v in tensors.items()})
+        by_hand = copy.deepcopy(model)
+        blocks = architecture_of(model).blocks(by_hand)
+        blocks[start], blocks[start + 1] = network, PassThrough()
+        assert_same(logits(smaller, ids), logits(by_hand, ids))
+        assert_cached_decoding_equals_full_forward(smaller, ids)
+        with torch.inference_mode():
+            assert len(smaller(ids, use_cache=True).past_key_values) == 2
+        dense = size_of(model)
+        assert size_of(smaller).kv_bytes_per_token == dense.kv_bytes_per_token // 2
+
+
+def test_stacked_cuts_load_and_compute_like_their_parts(architecture, tiny_model, ids):
+    """Share, then factor the shared weights, then remove their owner: the heir takes over."""
+    model = tiny_model(architecture)
+    shared = share(model, 1, [2])
+    both = factored(shared, [1, 3])
+    assert_same(logits(both, ids), logits(shared, ids))
+    left = keep(both, [0, 2, 3])
+    assert plan_of(left).blocks[1].linears and plan_of(left).blocks[1].weights_of is None
+    by_hand = copy.deepcopy(shared)
+    # Only its forward goes: block 2 still borrows the linears that it holds.
+    architecture_of(model).blocks(by_hand)[1].forward = lambda hidden_states, *_, **__: (
+        hidden_states
+    )
+    assert_same(logits(left, ids), logits(by_hand, ids))
+    assert_cached_decoding_equals_full_forward(left, ids)
+
+
+def test_size_of_a_plan_is_known_before_the_model_is_built(architecture, tiny_model):
+    model = tiny_model(architecture)
+    for smaller in (keep(model, [0, 3]), factored(model, [1]), share(model, 0, [1, 2])):
+        assert size_of_plan(model.config, plan_of(smaller)) == size_of(smaller)
+
+
+def test_tied_embeddings_count_once(tiny_model):
+    tied, untied = tiny_model("llama_tied"), tiny_model("llama")
+    table = tied.config.vocab_size * tied.config.hidden_size
+    assert size_of(untied).parameters - size_of(tied).parameters == table
+    half = keep(tied, [0, 1])
+    assert half.get_output_embeddings().weight is half.get_input_embeddings().weight
+    block_share = (size_of(tied).parameters - table - 32) / size_of(tied).parameters
+    assert sparsity_between(size_of(tied), size_of(half)) == pytest.approx(block_share / 2)
+
+
+def test_llama_2_7b_counts():
+    """Nine of its 32 blocks are 27.03 % of all parameters (ShortGPT); see also FoldGPT-style pairs."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    dense_plan = Plan.identity("llama", 32)
+    dense = size_of_plan(config, dense_plan)
+    assert dense.parameters == 6_738_415_616
+    pruned = size_of_plan(config, dense_plan.keep([*range(21), 30, 31]))
+    assert sparsity_between(dense, pruned) == pytest.approx(0.2703, abs=5e-5)
+    plan = dense_plan.keep(range(28))
+    for first in (4, 8, 12, 16):
+        plan = plan.share(first, [first + 1])
+    assert sparsity_between(dense, size_of_plan(config, plan)) == pytest.approx(0.240, abs=5e-4)
+
+
+def test_a_missing_misplaced_or_misshapen_tensor_is_refused(tiny_model):
+    model = tiny_model("llama")
+    plan = plan_of(model).factor({(0, "self_attn.q_proj"): 3})
+    first = torch.zeros(3, 32)
+    second = torch.zeros(32, 3)
+    place = "blocks.0.self_attn.q_proj"
+    everything = {f"{place}.first.weight": first, f"{place}.second.weight": second}
+    with pytest.raises(ValueError, match="no tensor for blocks.0.self_attn.q_proj.second.weight"):
+        cut(model, Cut(plan, (0, 1, 2, 3), {f"{place}.first.weight": first}))
+    with pytest.raises(ValueError, match="no place for blocks.9.x"):
+        cut(model, Cut(plan, (0, 1, 2, 3), {**everything, "blocks.9.x": first}))
+    with pytest.raises(ValueError, match=r"shape \(3, 32\), its place \(32, 3\)"):
+        cut(model, Cut(plan, (0, 1, 2, 3), {**everything, f"{place}.second.weight": first}))
