@@ -74,14 +74,13 @@ def code_sources(modules: Iterable[str], *, alone: Iterable[str] = ()) -> dict[s
     return dict(sorted(found.items()))
 
 
-def _source(file: Path) -> tuple[str, tuple[str, ...]]:
-    status = file.stat()
-    return _parsed_source(file, status.st_mtime_ns, status.st_size)
-
-
 @lru_cache(maxsize=512)
-def _parsed_source(file: Path, mtime_ns: int, size: int) -> tuple[str, tuple[str, ...]]:
-    """Digest of a source file and the library modules it imports; kept until the file changes."""
+def _source(file: Path) -> tuple[str, tuple[str, ...]]:
+    """Digest of a source file and the library modules it imports.
+
+    Kept for the life of the process: the process goes on running the code that it has loaded,
+    whatever becomes of the file.
+    """
     text = file.read_text(encoding="utf-8")  # with every newline as \n, whatever git made of it
     imported = sorted(set(_library_imports(ast.parse(text, filename=str(file)))))
     return hashlib.sha256(text.encode()).hexdigest(), tuple(imported)
