@@ -1,34 +1,36 @@
 """What MLflow is told, and when: the only file that imports MLflow.
 
-A run is brought up to its `RunRecord`: what is missing is added, what is there stays. So logging the
-same record twice changes nothing, a run that was cut off is completed by the next sweep, and a record
-that is known to be complete costs no MLflow call at all (its receipt lies in the results folder).
-Logging happens on one background thread; a tracking server that is away costs a warning.
+A run is brought up to its `RunRecord`: what is missing is added, what is there stays. So logging
+the same record twice changes nothing, a run that was cut off is completed by the next sweep, and a
+record that is known to be complete costs no MLflow call at all (its receipt lies in the results
+folder). Logging happens on one background thread; a server that is away costs a warning.
 """
 
-import hashlib
 import json
 import logging
 import os
 import queue
 import re
-import sqlite3
+import socket
 import threading
 import time
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import batched
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, TypeVar
+
+from foldstack.tasks.receipts import Receipts
+from foldstack.tasks.run_record import DatasetUse, RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PREFIX = "foldstack."
 FINGERPRINT_TAG = PREFIX + "fingerprint"
@@ -39,130 +41,6 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 REACHABLE_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class DatasetUse:
-    """Text that a run read: where from, the digest of its content, and for what."""
-
-    name: str
-    digest: str
-    source: str
-    context: str
-    profile: Mapping[str, int | float | str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """All that MLflow is to know of one variant, the dense model, or a sweep."""
-
-    name: str
-    fingerprint: str
-    params: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    """Curves, as (step, value) points."""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    datasets: Sequence[DatasetUse] = ()
-    files: Mapping[str, Path] = field(default_factory=dict)
-    """Local file or folder by its path inside the run."""
-    texts: Mapping[str, str] = field(default_factory=dict)
-    status: Literal["RUNNING", "FINISHED", "FAILED"] = "FINISHED"
-    sweep: str = ""
-    links: Mapping[str, str] = field(default_factory=dict)
-    """Tags that change from run to run (addresses): written, but no reason to write again."""
-
-    @property
-    def digest(self) -> str:
-        """Changes when there is something new to log."""
-        content = asdict(self) | {"links": {}, "sweep": "", "files": sorted(self.files)}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-class Receipts:
-    """Which records a tracking server already holds in full, remembered in a small JSON file."""
-
-    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
-        key = hashlib.sha256(f"{uri}\n{experiment}".encode()).hexdigest()[:16]
-        self.uri = uri
-        self.path = folder / f"{key}.json"
-        try:
-            self._entries: dict[str, dict[str, Any]] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self._entries = {}
-        self._checked = not self._entries
-
-    def run_id(self, record: RunRecord) -> str | None:
-        """Run that holds `record` in full, or None when something is to be logged."""
-        entry = self._entries.get(record.fingerprint)
-        if entry is None or entry["digest"] != record.digest:
-            return None
-        if record.sweep and record.sweep not in entry["sweeps"]:
-            return None
-        self._forget_lost_runs()
-        return str(entry["run_id"]) if record.fingerprint in self._entries else None
-
-    @property
-    def experiment_id(self) -> str | None:
-        return next((str(e["experiment_id"]) for e in self._entries.values()), None)
-
-    def add(self, record: RunRecord, run_id: str, experiment_id: str) -> None:
-        known = self._entries.get(record.fingerprint, {}).get("sweeps", [])
-        self._entries[record.fingerprint] = {
-            "run_id": run_id,
-            "experiment_id": experiment_id,
-            "digest": record.digest,
-            "sweeps": sorted({*known, record.sweep} - {""}),
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(self._entries, indent=1, sort_keys=True))
-        partial.replace(self.path)
-
-    def _forget_lost_runs(self) -> None:
-        """Drop receipts for runs that the server no longer has; asked once per process."""
-        if self._checked:
-            return
-        self._checked = True
-        ids = {entry["run_id"] for entry in self._entries.values()}
-        there = runs_still_there(self.uri, ids)
-        self._entries = {k: v for k, v in self._entries.items() if v["run_id"] in there}
-
-
-def runs_still_there(uri: str, run_ids: set[str]) -> set[str]:
-    """The given runs that still exist and are not deleted, found out without importing MLflow.
-
-    MLflow's import takes longer than a whole cached sweep. A kind of store that is not known here
-    is believed to have kept everything.
-    """
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme == "sqlite":
-        path = Path(uri.removeprefix("sqlite:///"))
-        if not path.exists():
-            return set()
-        try:
-            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
-                rows = database.execute(
-                    "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'"
-                ).fetchall()
-        except sqlite3.Error:
-            return set()
-        return run_ids & {row[0] for row in rows}
-    if parts.scheme in ("http", "https"):
-        return {run_id for run_id in run_ids if _is_active_over_http(uri, run_id)}
-    return run_ids
-
-
-def _is_active_over_http(uri: str, run_id: str) -> bool:
-    url = f"{uri.rstrip('/')}/api/2.0/mlflow/runs/get?run_id={run_id}"
-    try:
-        with urllib.request.urlopen(url, timeout=REACHABLE_SECONDS) as answer:
-            info = json.load(answer)["run"]["info"]
-    except urllib.error.HTTPError as error:
-        return error.code != 404  # refused for want of credentials is not the same as gone
-    except (OSError, ValueError, KeyError):
-        return True  # away: nothing can be repaired now
-    return str(info.get("lifecycle_stage")) == "active"
 
 
 class Tracker:
@@ -234,7 +112,7 @@ class Tracker:
             try:
                 with _impatient_mlflow():
                     self._write(item)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 self._warn(f"MLflow at {self.uri} could not be written: {reason[0][:300]}")
 
@@ -270,8 +148,6 @@ class _Best:
 
 def check_reachable(uri: str) -> None:
     """Raise OSError within seconds when nothing listens at an http address."""
-    import socket
-
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme not in ("http", "https"):
         return
@@ -295,10 +171,8 @@ def open_experiment(
     """A client of the server at `uri`, and the id of the experiment, made if it is new."""
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    import logging as standard_logging
-
     # Its first use of a database reports every migration as INFO.
-    standard_logging.getLogger("alembic").setLevel(standard_logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -374,11 +248,11 @@ def _add_values(client: "MlflowClient", run: "Run", record: RunRecord) -> None:
         sweeps = set(run.data.tags.get(PREFIX + "sweeps", "").split()) | {record.sweep}
         wanted[PREFIX + "sweeps"] = " ".join(sorted(sweeps))
     tags = [RunTag(key, _cut(str(value), TAG_CHARACTERS)) for key, value in wanted.items()]
-    for some_params in batched(params, ITEMS_PER_BATCH):
+    for some_params in _batches(params, ITEMS_PER_BATCH):
         client.log_batch(run_id, params=some_params)
-    for some_tags in batched(tags, ITEMS_PER_BATCH):
+    for some_tags in _batches(tags, ITEMS_PER_BATCH):
         client.log_batch(run_id, tags=some_tags)
-    for some_metrics in batched(metrics, METRICS_PER_BATCH):
+    for some_metrics in _batches(metrics, METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=some_metrics)
 
 
@@ -405,7 +279,7 @@ def _add_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[Datase
 
 
 def register(client: "MlflowClient", best: _Best, run_id: str) -> None:
-    """Point `alias` of the registered model at the version made from this run, made if it is new."""
+    """Point `alias` of the registered model at the version made from this run."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -420,6 +294,10 @@ def register(client: "MlflowClient", best: _Best, run_id: str) -> None:
             best.model, f"runs:/{run_id}/model", run_id=run_id, description=best.description
         )
     client.set_registered_model_alias(best.model, best.alias, version.version)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _name(key: str) -> str:

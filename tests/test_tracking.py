@@ -1,0 +1,204 @@
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from foldstack.tasks.run_record import DatasetUse, RunRecord
+from foldstack.tasks.tracking import Tracker
+
+pytestmark = [
+    # MLflow's own doing on Python 3.11 with our versions.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:mlflow"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow"),
+]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tables exist: making them takes MLflow seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def uri(database: Path, tmp_path: Path) -> str:
+    copy = tmp_path / "mlflow.db"
+    copy.write_bytes(database.read_bytes())
+    return f"sqlite:///{copy}"
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> RunRecord:
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    return RunRecord(
+        name="shortgpt 0.25",
+        fingerprint="ab" * 32,
+        params={"method.name": "shortgpt", "sparsity": 0.25},
+        metrics={"quality/bits_per_byte": 1.5},
+        series={"recovery/loss": [(0, 3.0), (10, 2.0)]},
+        tags={"foldstack.method": "shortgpt"},
+        datasets=[DatasetUse("stories", "f" * 64, "stories.txt", "calibration")],
+        files={"compress/plan.json": plan},
+        texts={"environment.txt": "torch"},
+        sweep="s1",
+    )
+
+
+def log(tracker: Tracker, *records: RunRecord) -> None:
+    for record in records:
+        tracker.log(record)
+    tracker.finish()
+
+
+def runs(uri: str, experiment: str = "foldstack/tiny") -> list[Run]:
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def tracker_at(uri: str, folder: Path) -> Tracker:
+    return Tracker(uri, "foldstack/tiny", folder / "receipts", folder / "mlartifacts")
+
+
+def test_a_record_arrives_whole(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    tracker = tracker_at(uri, tmp_path)
+    log(tracker, record)
+
+    (run,) = runs(uri)
+    client = MlflowClient(tracking_uri=uri)
+    assert tracker.warnings == []
+    assert run.info.run_id == tracker.run_ids[record.fingerprint]
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"method.name": "shortgpt", "sparsity": "0.25"}
+    assert run.data.metrics == {"quality/bits_per_byte": 1.5, "recovery/loss": 2.0}
+    assert len(client.get_metric_history(run.info.run_id, "recovery/loss")) == 2
+    assert run.data.tags["foldstack.sweeps"] == "s1"
+    (use,) = run.inputs.dataset_inputs
+    assert (use.dataset.name, use.dataset.digest) == ("stories", "f" * 36)
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {
+        "compress",
+        "environment.txt",
+    }
+
+
+def test_logging_twice_changes_nothing(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    log(tracker_at(uri, tmp_path), record)
+    before = Path(uri.removeprefix("sqlite:///")).read_bytes()
+    again = tracker_at(uri, tmp_path)
+    log(again, record)
+
+    assert again.run_ids
+    assert Path(uri.removeprefix("sqlite:///")).read_bytes() == before
+
+
+def test_a_lost_receipt_does_not_log_a_second_run(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    log(tracker_at(uri, tmp_path), record)
+    for receipt in (tmp_path / "receipts").iterdir():
+        receipt.unlink()
+    log(tracker_at(uri, tmp_path), record)
+
+    (run,) = runs(uri)
+    client = MlflowClient(tracking_uri=uri)
+    assert len(client.get_metric_history(run.info.run_id, "recovery/loss")) == 2
+
+
+def test_a_deleted_run_is_logged_again(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    tracker = tracker_at(uri, tmp_path)
+    log(tracker, record)
+    MlflowClient(tracking_uri=uri).delete_run(tracker.run_ids[record.fingerprint])
+    log(tracker_at(uri, tmp_path), record)
+
+    (run,) = runs(uri)
+    assert run.info.run_id != tracker.run_ids[record.fingerprint]
+
+
+def test_a_run_that_was_cut_off_is_completed(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    partial = replace(record, metrics={}, series={}, status="RUNNING")
+    log(tracker_at(uri, tmp_path), partial)
+    assert runs(uri)[0].info.status == "RUNNING"
+    log(tracker_at(uri, tmp_path), record)
+
+    (run,) = runs(uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["quality/bits_per_byte"] == 1.5
+
+
+def test_a_second_sweep_adds_its_tag_to_the_same_run(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    log(tracker_at(uri, tmp_path), record)
+    log(tracker_at(uri, tmp_path), replace(record, sweep="s2"))
+
+    (run,) = runs(uri)
+    assert run.data.tags["foldstack.sweeps"] == "s1 s2"
+
+
+def test_more_values_than_a_batch_and_overlong_ones_arrive(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    many = {f"setting {index}": "x" * 7000 if index == 3 else index for index in range(230)}
+    log(tracker_at(uri, tmp_path), replace(record, params=many))
+
+    (run,) = runs(uri)
+    assert len(run.data.params) == 230
+    assert len(run.data.params["setting 3"]) <= 6000
+    assert "cut" in run.data.params["setting 3"]
+
+
+def test_a_dead_server_costs_seconds_and_one_warning(tmp_path: Path, record: RunRecord) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    tracker = tracker_at(f"http://127.0.0.1:{port}", tmp_path)
+    started = time.perf_counter()
+    log(tracker, *(replace(record, fingerprint=f"{index:064d}") for index in range(5)))
+
+    assert time.perf_counter() - started < 5
+    (warning,) = tracker.warnings
+    assert "next run logs what is missing" in warning
+
+
+def test_what_a_dead_server_missed_is_logged_by_the_next_run(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    dead = Tracker("http://127.0.0.1:9", "foldstack/tiny", tmp_path / "receipts")
+    log(dead, record)
+    assert dead.warnings
+    log(tracker_at(uri, tmp_path), record)
+
+    assert len(runs(uri)) == 1
+
+
+def test_the_best_run_gets_the_alias(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    other = replace(record, fingerprint="cd" * 32, name="other")
+    first = tracker_at(uri, tmp_path)
+    first.log(record)
+    first.register_best("foldstack-tiny", record, "best-at-25", "lowest bits per byte")
+    first.finish()
+    second = tracker_at(uri, tmp_path)
+    second.log(other)
+    second.register_best("foldstack-tiny", other, "best-at-25", "lowest bits per byte")
+    second.finish()
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    version = client.get_model_version_by_alias("foldstack-tiny", "best-at-25")
+    assert second.warnings == []
+    assert version.run_id == second.run_ids[other.fingerprint]
+
+
+def test_the_compare_page_lists_every_run(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    tracker = tracker_at(uri, tmp_path)
+    log(tracker, record)
+
+    assert tracker.run_ids[record.fingerprint] in tracker.compare_link
+    assert tracker.server_link is None
