@@ -1,0 +1,108 @@
+"""Find the folder of a model, and say in one sentence what is wrong with it; no torch needed."""
+
+import json
+import re
+from pathlib import Path
+
+from foldstack.compression.errors import InputError
+
+REFERENCE = "reference"
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SAFETENSORS_LENGTH_BYTES = 8
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model: "reference", a directory, or a hub id (downloaded, never its code).
+
+    Raises:
+        InputError: there is no such model, the hub cannot be reached, or the folder is incomplete.
+    """
+    if model == REFERENCE:
+        from foldstack.compression.reference import MODEL_FOLDER
+
+        folder = MODEL_FOLDER
+    elif Path(model).is_dir():
+        folder = Path(model).resolve()
+    elif HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
+        folder = _download(model, revision)
+    else:
+        raise InputError(
+            f"no model {model!r}: give a directory that exists, a hub id such as Qwen/Qwen3-0.6B, "
+            f"or {REFERENCE!r}"
+        )
+    check_folder(folder)
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{model} is not a local directory, and the hub cannot be reached or is switched off: "
+            "connect, or download the model first and give its directory"
+        ) from error
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{model} cannot be fetched from the hub: {what}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that lacks a config or weights, holds pickles only, or was cut short.
+
+    Raises:
+        InputError: says what is wrong and what would be right.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(f"{folder} is not a model directory: it holds no config.json")
+    try:
+        json.loads(config.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{config} is not valid JSON: {error}") from error
+    for shard in _weight_files(folder):
+        _check_safetensors(shard)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} does not list the weights of a sharded model") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"{folder} lacks {missing[0]}, which {index.name} names")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise InputError(
+            f"{folder} holds its weights as a pickle (.bin), which foldstack never loads: convert it "
+            "with transformers' save_pretrained, which writes safetensors"
+        )
+    raise InputError(f"{folder} holds no model.safetensors")
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header is whole and the file is as long as it says: catches truncated copies and downloads."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(SAFETENSORS_LENGTH_BYTES), "little")
+        start = SAFETENSORS_LENGTH_BYTES + header_bytes
+        try:
+            if start > size:
+                raise ValueError("the header is cut short")
+            header = json.loads(stream.read(header_bytes))
+            ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} is not a whole safetensors file: {error}") from error
+    if size != start + max(ends, default=0):
+        raise InputError(
+            f"{file} is damaged: it has {size} bytes, its header says {start + max(ends, default=0)}"
+        )

@@ -1,0 +1,67 @@
+"""Load a model folder in this process and compare it with what the maker saw.
+
+Run as a script in a fresh process, without foldstack: `python -I reload_check.py FOLDER PROBE`. It
+imports nothing of ours on purpose, so that it sees what any user of transformers sees. `PROBE` is a
+safetensors file with `input_ids` [1, tokens] and the maker's `logits` [1, tokens, vocab]. Prints one
+JSON object.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+GREEDY_TOKENS = 8
+
+
+def check(folder: Path, probe: dict[str, torch.Tensor], trust_remote_code: bool) -> dict[str, Any]:
+    """The reloaded model against the probe, against its own cached decoding, and its size."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True
+    ).eval()
+    input_ids = probe["input_ids"].long()
+    with torch.inference_mode():
+        logits = model(input_ids, use_cache=False).logits.float()
+        cached = cached_logits(model, input_ids)
+        generated = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=GREEDY_TOKENS,
+            do_sample=False,
+        )
+    return {
+        "logits_scale": probe["logits"].abs().max().item(),
+        "logits_difference": (logits - probe["logits"]).abs().max().item(),
+        "cached_difference": (cached - logits).abs().max().item(),
+        "is_finite": bool(logits.isfinite().all()),
+        "generated_tokens": generated[0, input_ids.shape[1] :].tolist(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "class_name": type(model).__name__,
+    }
+
+
+def cached_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a prefill of half the tokens, then of the others one by one from the KV cache."""
+    tokens = input_ids.shape[1]
+    starts = [0, *range(tokens // 2, tokens)]
+    cache, steps = None, []
+    for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
+        output = model(input_ids[:, start:stop], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits.float())
+    return torch.cat(steps, dim=1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("probe", type=Path)
+    parser.add_argument("--trust_remote_code", action="store_true")
+    arguments = parser.parse_args()
+    report = check(arguments.folder, load_file(arguments.probe), arguments.trust_remote_code)
+    json.dump(report, sys.stdout)
