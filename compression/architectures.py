@@ -115,10 +115,12 @@ def architecture_of(model_or_config: Any) -> Architecture:
         near = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(
-            f"model type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(ARCHITECTURES))}"
+            f"model type {model_type!r} is not supported{hint}; "
+            f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise InputError(
-            "a GPT-2 with scale_attn_by_inverse_layer_idx cannot lose blocks: its scales depend on depth"
+            "a GPT-2 with scale_attn_by_inverse_layer_idx cannot lose blocks: its "
+            "attention scales depend on depth"
         )
     return ARCHITECTURES[model_type]

@@ -84,7 +84,7 @@ def load_model(
     """The model in a folder, stock or ours, in eval mode; in its saved dtype unless told otherwise.
 
     Raises:
-        InputError: weights are missing, damaged or of the wrong shape, or the family is unsupported.
+        InputError: weights are missing, damaged or misshapen, or the family is unsupported.
     """
     config = load_config(folder)
     is_ours = config.model_type == "foldstack"
@@ -124,7 +124,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _without_code(folder: Path) -> PreTrainedConfig:
-    # A portable folder names remote code in its config; the tokenizer must not make transformers ask.
+    # A portable folder names remote code in its config; loading its tokenizer must not ask for it.
     config = load_config(folder)
     return config.base_config if config.model_type == "foldstack" else config
 
@@ -150,7 +150,7 @@ def _quiet() -> Iterator[None]:
 def save_model(
     model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, plan: Plan | None = None
 ) -> Grade:
-    """Write a Hugging Face model folder: weights, config, tokenizer, plan, and code if it needs any.
+    """Write a Hugging Face model folder: weights, config, tokenizer, plan, code if it needs any.
 
     Args:
         model: a stock model (saved as the native grade) or a FoldstackForCausalLM (portable).
@@ -197,7 +197,7 @@ class ReloadReport:
 
 
 def check_reload(model: PreTrainedModel, folder: Path) -> ReloadReport:
-    """Load `folder` in a fresh process, where foldstack is not imported, and compare it with `model`.
+    """Load `folder` in a fresh process, without foldstack, and compare it with `model`.
 
     Compared: the logits of a random probe, decoding from the KV cache against the full forward, a
     greedy generation, and the number of stored parameters.

@@ -13,7 +13,7 @@ SAFETENSORS_LENGTH_BYTES = 8
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model: "reference", a directory, or a hub id (downloaded, never its code).
+    """The local folder of a model: "reference", a directory, or a hub id (its code never comes).
 
     Raises:
         InputError: there is no such model, the hub cannot be reached, or the folder is incomplete.
@@ -83,14 +83,14 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise InputError(
-            f"{folder} holds its weights as a pickle (.bin), which foldstack never loads: convert it "
-            "with transformers' save_pretrained, which writes safetensors"
+            f"{folder} holds its weights as a pickle (.bin), which foldstack never loads: "
+            "convert it with transformers' save_pretrained, which writes safetensors"
         )
     raise InputError(f"{folder} holds no model.safetensors")
 
 
 def _check_safetensors(file: Path) -> None:
-    """The header is whole and the file is as long as it says: catches truncated copies and downloads."""
+    """The header is whole and the file as long as it says: catches truncated downloads."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(SAFETENSORS_LENGTH_BYTES), "little")
@@ -102,7 +102,6 @@ def _check_safetensors(file: Path) -> None:
             ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is not a whole safetensors file: {error}") from error
-    if size != start + max(ends, default=0):
-        raise InputError(
-            f"{file} is damaged: it has {size} bytes, its header says {start + max(ends, default=0)}"
-        )
+    promised = start + max(ends, default=0)
+    if size != promised:
+        raise InputError(f"{file} is damaged: it has {size} bytes, its header says {promised}")

@@ -1,12 +1,13 @@
 """A compressed decoder: a stock Hugging Face model whose blocks were restructured after a plan.
 
-This file is copied beside the weights of every portable checkpoint, so it needs nothing but torch and
-transformers: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads the folder
-where foldstack is not installed. It is the only interpreter of a plan there is; `surgery.py` uses it too.
+This file is copied beside the weights of every portable checkpoint, so it needs nothing but torch
+and transformers: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads the
+folder where foldstack is not installed. It is the only interpreter of a plan there is; `surgery.py`
+uses it too.
 
-Each stored tensor exists once. A position that uses another's weights holds a `Borrowed` module, which
-has no parameters and looks the owner's module up when it is called; so nothing has to be tied, and an
-adapter put on the owner (peft) is at once the adapter of every borrower.
+Each stored tensor exists once. A position that uses another's weights holds a `Borrowed` module,
+which has no parameters and looks the owner's module up when it is called; so nothing has to be
+tied, and an adapter put on the owner (peft) is at once the adapter of every borrower.
 """
 
 import copy
@@ -89,7 +90,7 @@ class Borrowed(nn.Module):
 
     def __init__(self, holder: nn.Module, name: str) -> None:
         super().__init__()
-        # A tuple hides the holder from nn.Module, which would register its parameters a second time.
+        # In a tuple, nn.Module does not see the holder and register its parameters again.
         self._holder = (holder,)
         self._name = name
 
@@ -166,7 +167,8 @@ def restructure(
 ) -> None:
     """Change the blocks of a stock model of the executed depth, in place, as the plan says."""
     blocks = model.get_submodule(blocks_path)
-    assert isinstance(blocks, nn.ModuleList) and len(blocks) == len(block_plans)
+    assert isinstance(blocks, nn.ModuleList)
+    assert len(blocks) == len(block_plans)
     attention_position = 0
     for position, block_plan in enumerate(block_plans):
         if block_plan["kind"] in ATTENTION_FREE:
@@ -190,7 +192,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear and for transformers' Conv1D (GPT-2), which stores its weight transposed."""
+    """True for nn.Linear and for transformers' Conv1D (GPT-2), whose weight is transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -239,7 +241,7 @@ class FoldstackForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, config: FoldstackConfig) -> None:
         super().__init__(config)

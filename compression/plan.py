@@ -1,9 +1,9 @@
 """The compressed structure as data: which blocks run, with whose weights, in which form.
 
-A plan is relative to a base model (a stock Hugging Face decoder). It holds no tensors, survives JSON,
-and is all that `modeling_foldstack.restructure` needs to build the model again. Methods derive a new
-plan from the plan of the model that they are given (`keep`, `share`, `factor`, `replace`), which is
-what makes methods stack.
+A plan is relative to a base model (a stock Hugging Face decoder). It holds no tensors, survives
+JSON, and is all that `modeling_foldstack.restructure` needs to build the model again. Methods
+derive a new plan from the plan of the model that they are given (`keep`, `share`, `factor`,
+`replace`), which is what makes methods stack.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ class BlockPlan(_Record):
     """One executed block."""
 
     kind: BlockKind = "original"
-    """original: a block of the base model; layer: a trained block of the same shape standing for a run;
-    ffn, swiglu: an attention-free network standing for a run (LLM-Streamline, arXiv 2403.19135)."""
+    """original: a block of the base model; layer: a trained block of the same shape standing for a
+    run; ffn, swiglu: an attention-free network standing for a run (LLM-Streamline, 2403.19135)."""
     source: int = Field(ge=0)
     """Base block it comes from; for a replacement, the first of its run."""
     stands_for: tuple[int, ...]
@@ -171,7 +171,7 @@ class Plan(_Record):
     def _moved_forms(
         self, forms: Mapping[str, LowRank], position: int, kept: Sequence[int]
     ) -> dict[str, LowRank]:
-        """The forms with their basis references renumbered; a lost basis passes to its first user."""
+        """The forms with basis references renumbered; a lost basis passes to its first user."""
         moved = {}
         for name, form in forms.items():
             root = self.owner(position) if form.basis_of is None else form.basis_of

@@ -2,8 +2,8 @@
 
 Run as a script in a fresh process, without foldstack: `python -I reload_check.py FOLDER PROBE`. It
 imports nothing of ours on purpose, so that it sees what any user of transformers sees. `PROBE` is a
-safetensors file with `input_ids` [1, tokens] and the maker's `logits` [1, tokens, vocab]. Prints one
-JSON object.
+safetensors file with `input_ids` [1, tokens] and the maker's `logits` [1, tokens, vocab]. Prints
+one JSON object.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How big a structure is: parameters, bytes, FLOPs and KV cache, without any memory for its weights."""
+"""How big a structure is: parameters, bytes, FLOPs, KV cache; no memory for weights needed."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,7 +46,7 @@ def size_of_plan(config: PreTrainedConfig, plan: Plan, dtype: torch.dtype | None
 
 
 def size_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Size:
-    """The size of a model, real or on the meta device; bytes in `dtype` (default: the model's own)."""
+    """The size of a model, real or on the meta device; bytes in `dtype` or the model's own."""
     architecture = architecture_of(model)
     element_bytes = (dtype or model.config.dtype or model.dtype).itemsize
     blocks = architecture.blocks(model)

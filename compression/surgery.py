@@ -30,10 +30,10 @@ class Cut:
 
     Args:
         plan: the structure of the model to build.
-        inherits: per position of `plan`, the position of the input model whose tensors it starts from;
-            None when all of the block's tensors are new.
-        tensors: the new and changed ones, as "blocks.<position>.<name inside the block>", for example
-            "blocks.3.self_attn.q_proj.first.weight".
+        inherits: per position of `plan`, the position of the input model whose tensors it starts
+            from; None when all of the block's tensors are new.
+        tensors: the new and changed ones, as "blocks.<position>.<name inside the block>", for
+            example "blocks.3.self_attn.q_proj.first.weight".
     """
 
     plan: Plan
@@ -56,9 +56,9 @@ def plan_of(model_or_config: Any) -> Plan:
 
 
 def config_for(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
-    """The config of a model with structure `plan`, made from the one whose plan is `plan_of(config)`.
+    """The config of a model with structure `plan`, made from one that has `plan_of(config)`.
 
-    Every per-block entry is selected, never truncated: a surviving block keeps its own attention type.
+    Per-block entries are selected, never truncated: a survivor keeps its own attention type.
     Returns a stock config when `plan` is native, else a FoldstackConfig.
     """
     base = _executed_base(base_config_of(config), plan_of(config), plan)
@@ -114,7 +114,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
-    """A new model with structure `change.plan`; `model` stays as it is and shares no memory with it.
+    """A new model with structure `change.plan`; `model` stays untouched and shares no memory.
 
     Returns a stock class when the plan is native, else a FoldstackForCausalLM; in eval mode.
 
@@ -198,7 +198,7 @@ class _Inherited:
 
 
 def _fill_buffers(target: nn.Module, source: nn.Module) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) were built on meta: take the source's."""
+    """Buffers in no checkpoint (rotary frequencies) were built on meta: take the source's."""
     of_source = dict(source.named_buffers())
     for name, buffer in list(target.named_buffers()):
         if buffer.is_meta:

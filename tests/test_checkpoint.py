@@ -118,7 +118,7 @@ class TestRefusals:
     """Each broken folder gets a sentence that says what is wrong."""
 
     def test_no_such_model(self):
-        with pytest.raises(InputError, match="no model './nowhere'"):
+        with pytest.raises(InputError, match=r"no model '\./nowhere'"):
             resolve("./nowhere")
 
     def test_hub_switched_off(self):
@@ -155,7 +155,7 @@ class TestRefusals:
         tensors = load_file(file)
         del tensors["model.layers.2.mlp.up_proj.weight"]
         save_file(tensors, file, metadata={"format": "pt"})
-        with pytest.raises(InputError, match="1 missing weights, the first is model.layers.2"):
+        with pytest.raises(InputError, match=r"1 missing weights, the first is model\.layers\.2"):
             load_model(file.parent)
 
     @pytest.mark.parametrize(
