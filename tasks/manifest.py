@@ -16,8 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from foldstack.compression.digest import digest_file
 
 MANIFEST = "manifest.json"
-RECORDED_PACKAGES = ("accelerate", "datasets", "foldstack", "lm-eval", "peft", "torch")
-RECORDED_PACKAGES += ("safetensors", "tokenizers", "transformers")
+RECORDED_PACKAGES = (
+    "accelerate",
+    "datasets",
+    "foldstack",
+    "lm-eval",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 # Above this, a file that nobody touched since publication is trusted until it is read.
 CHECKED_AT_ONCE_BYTES = 64 << 20
 
@@ -41,7 +50,10 @@ class FileEntry(BaseModel):
     @classmethod
     def _stays_inside(cls, name: str) -> str:
         path = PurePosixPath(name)
-        if name != str(path) or path.is_absolute() or ".." in path.parts or set(name) & set("\\:"):
+        leaves = (
+            path.is_absolute() or ".." in path.parts or not path.parts or set(name) & set("\\:")
+        )
+        if leaves or name != str(path):
             raise ValueError(f"a file of an artifact must be inside its folder, got {name!r}")
         return name
 

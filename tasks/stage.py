@@ -42,7 +42,8 @@ class ModelRef(BaseModel):
         Raises:
             InputError: there is no such model, or its files are incomplete.
         """
-        from foldstack.compression.checkpoint import model_fingerprint, resolve
+        from foldstack.compression.checkpoint import model_fingerprint
+        from foldstack.compression.model_folder import resolve
 
         folder = resolve(model, revision)
         return cls(name=model, folder=folder, fingerprint=model_fingerprint(folder))

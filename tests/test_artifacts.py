@@ -1,0 +1,375 @@
+"""The artifact store: whole or not at all, verified, one maker at a time, through crashes."""
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from foldstack.compression.errors import InputError
+from foldstack.tasks import manifest
+from foldstack.tasks.artifacts import Artifact, ArtifactStore, foldstack_home
+from foldstack.tasks.garbage import collect_garbage, list_artifacts
+from foldstack.tasks.manifest import MANIFEST, Facts, FileEntry
+
+STAGE, FINGERPRINT = "compress", "ab" * 32
+CONTENT = "weights, more or less"
+
+
+def write_weights(folder: Path) -> Facts:
+    (folder / "model").mkdir()
+    (folder / "model" / "weights.txt").write_text(CONTENT)
+    return {"parameters": 7, "perplexity": float("inf")}
+
+
+def must_not_run(folder: Path) -> Facts:
+    raise AssertionError("made twice")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "store")
+
+
+@pytest.fixture
+def artifact(store: ArtifactStore) -> Artifact:
+    return store.publish(STAGE, FINGERPRINT, write_weights, label="compress a quarter")
+
+
+@pytest.fixture
+def start_python(store: ArtifactStore) -> Callable[[str], "subprocess.Popen[str]"]:
+    """Starts a process that runs the code with `store` set; it says when to go on."""
+
+    def start(code: str) -> "subprocess.Popen[str]":
+        head = f"""
+            import os, sys, time
+            from pathlib import Path
+            from foldstack.tasks.artifacts import ArtifactStore
+            store = ArtifactStore(Path({str(store.root)!r}))
+        """
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(code)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def test_published_artifact_is_found_with_its_manifest(
+    store: ArtifactStore, artifact: Artifact
+) -> None:
+    assert store.find(STAGE, FINGERPRINT) == artifact
+    assert store.find(STAGE, "cd" * 32) is None
+    assert store.find("recover", FINGERPRINT) is None
+    assert (artifact.open() / "model" / "weights.txt").read_text() == CONTENT
+    known = artifact.manifest()
+    assert known.facts == {"parameters": 7, "perplexity": float("inf")}
+    assert known.label == "compress a quarter"
+    assert [(file.name, file.size_bytes) for file in known.files] == [
+        ("model/weights.txt", len(CONTENT))
+    ]
+    assert known.versions["torch"].partition("+")[1] == ""
+    assert names(store.root / "tmp") == []
+
+
+def test_publishing_again_does_not_make_it_again(store: ArtifactStore, artifact: Artifact) -> None:
+    assert store.publish(STAGE, FINGERPRINT, must_not_run) == artifact
+
+
+def test_store_can_be_moved_and_its_artifacts_stay_good(
+    store: ArtifactStore, artifact: Artifact
+) -> None:
+    moved = ArtifactStore(store.root.rename(store.root.with_name("moved")))
+    found = moved.find(STAGE, FINGERPRINT)
+    assert found is not None
+    assert found.open().is_relative_to(moved.root)
+    assert artifact != found
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        pytest.param(lambda file: file.write_text("shorter"), id="other size"),
+        pytest.param(lambda file: file.write_text(CONTENT.upper()), id="same size, other bytes"),
+        pytest.param(lambda file: file.unlink(), id="file gone"),
+        pytest.param(
+            lambda file: (file.rename(file.with_name("x")), file.symlink_to("x")), id="link"
+        ),
+        pytest.param(
+            lambda file: (file.parent.parent / MANIFEST).write_text("{"), id="torn manifest"
+        ),
+        pytest.param(lambda file: (file.parent.parent / MANIFEST).unlink(), id="no manifest"),
+        pytest.param(
+            lambda file: (file.parent.parent / MANIFEST).write_text(
+                (file.parent.parent / MANIFEST).read_text().replace("model/weights", "../weights")
+            ),
+            id="manifest that points outside",
+        ),
+    ],
+)
+def test_damaged_artifact_is_set_aside_and_made_anew(
+    store: ArtifactStore,
+    artifact: Artifact,
+    break_it: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    artifact.open()
+    break_it(artifact.folder / "model" / "weights.txt")
+    with caplog.at_level(logging.WARNING):
+        assert store.find(STAGE, FINGERPRINT) is None
+    assert str(artifact) in caplog.text
+    assert len(names(store.root / "damaged")) == 1
+    again = store.publish(STAGE, FINGERPRINT, write_weights)
+    assert (again.open() / "model" / "weights.txt").read_text() == CONTENT
+
+
+def test_publishing_over_a_damaged_artifact_replaces_it(
+    store: ArtifactStore, artifact: Artifact
+) -> None:
+    (artifact.folder / "model" / "weights.txt").write_text("shorter")
+    store.publish(STAGE, FINGERPRINT, write_weights)
+    assert (artifact.open() / "model" / "weights.txt").read_text() == CONTENT
+
+
+def test_opening_a_damaged_artifact_says_what_to_do_and_sets_it_aside(
+    store: ArtifactStore, artifact: Artifact
+) -> None:
+    (artifact.folder / "model" / "weights.txt").write_text(CONTENT.upper())
+    with pytest.raises(
+        InputError, match=r"weights\.txt has other contents .* run the same command"
+    ):
+        artifact.open()
+    assert not artifact.folder.exists()
+    with pytest.raises(InputError, match="not in the store"):
+        artifact.open()
+
+
+def test_big_untouched_files_are_hashed_only_when_read(
+    store: ArtifactStore, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "CHECKED_AT_ONCE_BYTES", 4)
+    monkeypatch.setattr(manifest, "_intact", set())
+    file = artifact.folder / "model" / "weights.txt"
+    written = file.stat().st_mtime
+    file.write_text(CONTENT.upper())
+    os.utime(file, (written, written))
+    assert store.find(STAGE, FINGERPRINT) == artifact
+    with pytest.raises(InputError, match="other contents"):
+        artifact.open()
+
+
+def test_each_file_is_hashed_once_per_process(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact.open()
+
+    def refuse(file: Path) -> str:
+        raise AssertionError(f"{file} is hashed again")
+
+    monkeypatch.setattr(manifest, "digest_file", refuse)
+    artifact.open()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "a\\b", "C:x", ".", "", "a//b"]
+)
+def test_file_names_that_leave_the_artifact_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        FileEntry(name=name, size_bytes=0, sha256="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("stage", "fingerprint"), [("..", "ab" * 32), ("a/b", "ab" * 32), ("compress", "../" * 8)]
+)
+def test_artifacts_outside_the_store_cannot_be_named(
+    store: ArtifactStore, stage: str, fingerprint: str
+) -> None:
+    with pytest.raises(ValidationError):
+        store.artifact(stage, fingerprint)
+
+
+def test_failed_production_leaves_nothing_and_passes_its_error_on(store: ArtifactStore) -> None:
+    def fail(folder: Path) -> Facts:
+        (folder / "half").write_text("half")
+        raise FileNotFoundError(errno.ENOENT, "no such text", "input.txt")
+
+    with pytest.raises(FileNotFoundError, match=r"input\.txt"):
+        store.publish(STAGE, FINGERPRINT, fail)
+    assert store.find(STAGE, FINGERPRINT) is None
+    assert names(store.root / "tmp") == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_is_one_sentence_and_leaves_nothing(store: ArtifactStore) -> None:
+    def fill(folder: Path) -> Facts:
+        with open("/dev/full", "w") as stream:
+            stream.write("x")
+        return {}
+
+    with pytest.raises(InputError, match=f"no space is left on the disk of {store.root}"):
+        store.publish(STAGE, FINGERPRINT, fill)
+    assert names(store.root / "tmp") == []
+    assert store.find(STAGE, FINGERPRINT) is None
+
+
+def test_full_disk_in_the_words_of_a_library_is_recognised(store: ArtifactStore) -> None:
+    def fill(folder: Path) -> Facts:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (28)")
+
+    with pytest.raises(InputError, match="no space is left"):
+        store.publish(STAGE, FINGERPRINT, fill)
+
+
+def test_store_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = ArtifactStore(tmp_path / "file" / "store")
+    with pytest.raises(InputError, match=r"written to.*FOLDSTACK_HOME"):
+        store.publish(STAGE, FINGERPRINT, must_not_run)
+    with pytest.raises(InputError, match="written to"):
+        store.work_folder(STAGE, FINGERPRINT)
+    assert store.find(STAGE, FINGERPRINT) is None
+
+
+def test_home_is_the_environments_or_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FOLDSTACK_HOME", str(tmp_path / "home"))
+    assert foldstack_home() == tmp_path / "home"
+    monkeypatch.delenv("FOLDSTACK_HOME")
+    monkeypatch.chdir(tmp_path)
+    assert ArtifactStore.default().root == tmp_path / "runs" / "store"
+
+
+def test_threads_that_want_the_same_make_it_once(store: ArtifactStore) -> None:
+    times_made = []
+
+    def make(folder: Path) -> Facts:
+        times_made.append(folder)
+        time.sleep(0.3)
+        return write_weights(folder)
+
+    threads = [
+        threading.Thread(target=store.publish, args=(STAGE, FINGERPRINT, make)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(times_made) == 1
+    assert store.find(STAGE, FINGERPRINT) is not None
+
+
+MAKER = f"""
+def make(folder):
+    (folder / "half").write_text("half")
+    (store.work_folder({STAGE!r}, {FINGERPRINT!r}) / "step").write_text("41")
+    print("started", flush=True)
+    time.sleep(WAIT)
+    return {{"pid": os.getpid()}}
+store.publish({STAGE!r}, {FINGERPRINT!r}, make)
+"""
+
+
+def test_two_processes_that_want_the_same_make_it_once(
+    store: ArtifactStore, start_python: Callable[[str], "subprocess.Popen[str]"]
+) -> None:
+    other = start_python(f"WAIT = 1.0\n{MAKER}")
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "started\n"
+        assert store.find(STAGE, FINGERPRINT) is None, "seen before it was whole"
+        found = store.publish(STAGE, FINGERPRINT, must_not_run)
+    assert found.manifest().facts == {"pid": other.pid}
+    assert found.open()
+
+
+def test_killed_process_frees_the_lock_and_leaves_its_work_to_resume_from(
+    store: ArtifactStore, start_python: Callable[[str], "subprocess.Popen[str]"]
+) -> None:
+    with start_python(f"WAIT = 600\n{MAKER}") as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert len(names(store.root / "tmp")) == 1
+        other.send_signal(signal.SIGKILL)
+    assert store.find(STAGE, FINGERPRINT) is None
+
+    def resume(folder: Path) -> Facts:
+        work = store.work_folder(STAGE, FINGERPRINT)
+        return write_weights(folder) | {"step": (work / "step").read_text()}
+
+    made = store.publish(STAGE, FINGERPRINT, resume)
+    assert made.manifest().facts["step"] == "41"
+    assert names(made.open()) == [MANIFEST, "model"]
+    assert names(store.root / "tmp") == []
+    assert names(store.root / "work" / STAGE) == []
+
+
+def test_sweeping_leaves_alone_what_a_living_process_builds(
+    store: ArtifactStore, start_python: Callable[[str], "subprocess.Popen[str]"]
+) -> None:
+    dead = store.root / "tmp" / f"recover-{'cd' * 32}-123-456"
+    dead.mkdir(parents=True)
+    with start_python(f"WAIT = 600\n{MAKER}") as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        building = set(names(store.root / "tmp"))
+        store.publish("recover", "ef" * 32, write_weights)
+        collect_garbage(store, keep_days=0)
+        assert set(names(store.root / "tmp")) == building - {dead.name}
+        assert names(store.root / "work" / STAGE) == [FINGERPRINT]
+        other.kill()
+
+
+def age(path: Path, days: float) -> None:
+    then = (datetime.now(UTC) - timedelta(days=days)).timestamp()
+    os.utime(path, (then, then))
+
+
+def test_list_has_the_last_used_first(store: ArtifactStore, artifact: Artifact) -> None:
+    other = store.publish("recover", "cd" * 32, write_weights)
+    age(artifact.folder / MANIFEST, 3)
+    age(other.folder / MANIFEST, 5)
+    assert [row.artifact for row in list_artifacts(store)] == [artifact, other]
+    store.find(other.stage, other.fingerprint)
+    rows = list_artifacts(store)
+    assert [row.artifact for row in rows] == [other, artifact]
+    assert rows[1].manifest == artifact.manifest()
+    assert rows[1].size_bytes > len(CONTENT)
+
+
+def test_garbage_is_what_was_not_used_for_long(store: ArtifactStore, artifact: Artifact) -> None:
+    old = store.publish("recover", "cd" * 32, write_weights)
+    kept = store.publish("recover", "ef" * 32, write_weights)
+    record = store.root / "records" / "recover" / f"{'cd' * 32}.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    young_work = store.work_folder("recover", "01" * 32)
+    old_work = store.work_folder("recover", "02" * 32)
+    for path in (old.folder / MANIFEST, kept.folder / MANIFEST, old_work):
+        age(path, 40)
+    (store.root / "damaged" / "x").mkdir(parents=True)
+
+    would_go = collect_garbage(store, keep_days=30, keep=["efef"], dry_run=True)
+    assert old.folder.exists()
+    assert record.exists()
+    went = collect_garbage(store, keep_days=30, keep=["efef"])
+    assert went == would_go
+    assert [removal.kind for removal in went] == ["artifact", "work", "damaged", "record"]
+    assert went[0].size_bytes > len(CONTENT)
+    assert not any(path.exists() for path in (old.folder, old_work, record))
+    assert young_work.exists()
+    assert {row.artifact for row in list_artifacts(store)} == {artifact, kept}
+    assert names(store.root / "tmp") == names(store.root / "damaged") == []
