@@ -6,7 +6,7 @@ derive a new plan from the plan of the model that they are given (`keep`, `share
 `replace`), which is what makes methods stack.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -141,20 +141,20 @@ class Plan(_Record):
         weights_of = self.blocks[position].weights_of
         return position if weights_of is None else weights_of
 
-    def keep(self, positions: Sequence[int]) -> "Plan":
+    def keep(self, positions: Iterable[int]) -> "Plan":
         """The plan with only these positions left, in ascending order.
 
         When an owner of shared weights goes, its first surviving borrower becomes the owner.
         """
-        positions = sorted(set(positions))
-        if not positions:
+        kept = sorted(set(positions))
+        if not kept:
             raise ValueError("a model keeps at least one block")
-        new_position = {old: new for new, old in enumerate(positions)}
+        new_position = {old: new for new, old in enumerate(kept)}
         heirs: dict[int, int] = {}
-        for old in positions:
+        for old in kept:
             heirs.setdefault(self.owner(old), old)
         blocks = []
-        for old in positions:
+        for old in kept:
             owner = self.owner(old)
             heir = heirs[owner]
             stored = self.blocks[owner].linears
@@ -162,7 +162,7 @@ class Plan(_Record):
                 self.blocks[old].model_copy(
                     update={
                         "weights_of": None if heir == old else new_position[heir],
-                        "linears": self._moved_forms(stored, old, positions) if heir == old else {},
+                        "linears": self._moved_forms(stored, old, kept) if heir == old else {},
                     }
                 )
             )
@@ -188,7 +188,7 @@ class Plan(_Record):
             return None
         return owner if form.basis_of is None else form.basis_of
 
-    def share(self, owner: int, members: Sequence[int]) -> "Plan":
+    def share(self, owner: int, members: Iterable[int]) -> "Plan":
         """The plan in which `members` use the linears of `owner`; their norms stay their own.
 
         The earliest of the group stores the linears, whoever's they were: `owner` only says whose

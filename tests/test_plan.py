@@ -1,0 +1,148 @@
+"""The plan: structure as data, whatever order it was changed in."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from foldstack.compression.plan import BlockPlan, LowRank, Plan
+
+NUM_BLOCKS = 6
+Q, UP = "self_attn.q_proj", "mlp.up_proj"
+
+
+def plan():
+    return Plan.identity("llama", NUM_BLOCKS)
+
+
+def with_shared_basis():
+    """Blocks 1, 2 and 4 have a rank-3 query on the basis of block 1."""
+    factored = plan().factor({(position, Q): 3 for position in (1, 2, 4)})
+    blocks = list(factored.blocks)
+    for position in (2, 4):
+        forms = {Q: LowRank(rank=3, basis_of=1)}
+        blocks[position] = blocks[position].model_copy(update={"linears": forms})
+    return Plan(base_model_type="llama", base_num_blocks=NUM_BLOCKS, blocks=tuple(blocks))
+
+
+def test_identity_is_native_and_removes_nothing():
+    assert plan().is_native
+    assert plan().removed_blocks == ()
+
+
+def test_kept_positions_keep_their_source():
+    kept = plan().keep([5, 0, 3])
+    assert [block.source for block in kept.blocks] == [0, 3, 5]
+    assert kept.removed_blocks == (1, 2, 4)
+    assert kept.is_native
+
+
+def test_positions_are_those_of_the_current_plan():
+    assert [b.source for b in plan().keep([1, 3, 5]).keep([0, 2]).blocks] == [1, 5]
+
+
+def test_first_of_a_group_stores_the_linears():
+    shared = plan().share(3, [2, 4])
+    assert [block.weights_of for block in shared.blocks] == [None, None, None, 2, 2, None]
+    assert not shared.is_native
+    assert shared.owner(4) == 2
+
+
+def test_a_removed_owner_leaves_its_linears_to_the_next_borrower():
+    shared = plan().factor({(1, Q): 4}).share(1, [2, 3]).keep([0, 2, 3, 5])
+    assert shared.blocks[1].weights_of is None
+    assert shared.blocks[1].linears == {Q: LowRank(rank=4)}
+    assert shared.blocks[2].weights_of == 1
+
+
+def test_a_removed_basis_passes_to_its_first_user():
+    left = with_shared_basis().keep([0, 2, 4])
+    assert left.blocks[1].linears[Q].basis_of is None
+    assert left.blocks[2].linears[Q].basis_of == 1
+
+
+def test_a_replacement_stands_for_its_run():
+    replaced = plan().replace(2, 5, "layer")
+    assert [block.stands_for for block in replaced.blocks] == [(0,), (1,), (2, 3, 4), (5,)]
+    assert replaced.removed_blocks == ()
+    assert replaced.is_native
+    assert not plan().replace(2, 5, "ffn", 64).is_native
+
+
+def test_a_run_that_others_borrow_from_is_not_replaced():
+    with pytest.raises(ValueError, match="later blocks share"):
+        plan().share(2, [4]).replace(2, 3, "layer")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda p: p.keep([]), "keeps at least one block"),
+        (lambda p: p.share(1, [2]).share(2, [3]), "position 2 has no linears of its own"),
+        (lambda p: p.share(1, [2]).factor({(2, Q): 3}), "factor its owner's instead"),
+        (lambda p: p.replace(4, 4, "layer"), "run 4..4 is not inside"),
+        (lambda p: p.replace(1, 2, "original"), "a replacement is a layer"),
+        (lambda p: p.replace(1, 2, "ffn"), "intermediate_size belongs to"),
+    ],
+)
+def test_impossible_changes_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        change(plan())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sentence"),
+    [
+        ([{"source": 9, "stands_for": [9]}], "stands for base block 9, the base model has 6"),
+        ([{"source": 1, "stands_for": [0]}], "stands_for must begin with source 1"),
+        ([{"source": 0, "stands_for": [0], "weights_of": 0}], "does not come before it"),
+        ([{"source": 0, "stands_for": [0], "colour": "red"}], "Extra inputs are not permitted"),
+        ([{"source": 0, "stands_for": [0], "linears": {Q: {"rank": 0}}}], "greater than or equal"),
+    ],
+)
+def test_a_plan_from_a_file_is_validated(blocks, sentence):
+    data = {"base_model_type": "llama", "base_num_blocks": NUM_BLOCKS, "blocks": blocks}
+    with pytest.raises(ValidationError, match=sentence):
+        Plan.model_validate(data)
+
+
+def test_a_basis_of_another_rank_is_refused():
+    wrong = BlockPlan(source=2, stands_for=(2,), linears={Q: LowRank(rank=2, basis_of=1)})
+    blocks = list(with_shared_basis().blocks)
+    blocks[2] = wrong
+    with pytest.raises(ValidationError, match="does not own one of rank 2"):
+        Plan(base_model_type="llama", base_num_blocks=NUM_BLOCKS, blocks=tuple(blocks))
+
+
+def changed_plan(draw):
+    """A plan after a few random changes, each legal where it was made."""
+    changed = with_shared_basis() if draw(st.booleans()) else plan()
+    for _ in range(draw(st.integers(0, 4))):
+        positions = st.integers(0, len(changed.blocks) - 1)
+        kind = draw(st.sampled_from(["keep", "share", "factor"]))
+        try:
+            if kind == "keep":
+                changed = changed.keep(draw(st.sets(positions, min_size=1)))
+            elif kind == "share":
+                changed = changed.share(draw(positions), [draw(positions)])
+            else:
+                changed = changed.factor({(draw(positions), UP): draw(st.integers(1, 9))})
+        except ValueError:
+            continue
+    return changed
+
+
+@given(st.data())
+def test_any_removal_leaves_a_valid_plan_that_survives_json(data):
+    changed = changed_plan(data.draw)
+    positions = st.integers(0, len(changed.blocks) - 1)
+    kept = sorted(data.draw(st.sets(positions, min_size=1)))
+    left = changed.keep(kept)
+    assert Plan.model_validate_json(left.model_dump_json()) == left
+    # What a block uses does not change: the same linears, in the same form.
+    for new, old in enumerate(kept):
+        forms = left.blocks[left.owner(new)].linears
+        before = changed.blocks[changed.owner(old)].linears
+        assert {n: f.rank for n, f in forms.items()} == {n: f.rank for n, f in before.items()}
+        same_owner = [o for o in kept if changed.owner(o) == changed.owner(old)]
+        assert {left.owner(kept.index(o)) for o in same_owner} == {left.owner(new)}
