@@ -8,15 +8,41 @@ from pydantic import ValidationError
 
 Location = tuple[str | int, ...]
 
+# pydantic speaks of Python's types, a YAML file has others.
+KINDS = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+    "dict_type": "a mapping of keys to values",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "path_type": "a path",
+}
+
 
 def problems(error: ValidationError, schema: Mapping[str, Any]) -> list[str]:
     """One sentence for each complaint in `error`; `schema` is the JSON schema that was failed."""
-    sentences: list[str] = []
-    for detail in error.errors(include_url=False):
-        sentence = _sentence(dict(detail), schema)
-        if sentence not in sentences:
-            sentences.append(sentence)
-    return sentences
+    details = [dict(detail) for detail in error.errors(include_url=False)]
+    places = [detail["loc"] for detail in details]
+    sentences: dict[str, str] = {}
+    for detail in details:
+        place = detail["loc"]
+        if any(len(other) > len(place) and other[: len(place)] == place for other in places):
+            continue  # a list that lost a wrong item is also too short
+        where, rule, got = _complaint(detail, schema)
+        if where in sentences and got:  # the other forms that a union would have taken
+            rule = (
+                f"{sentences[where].removesuffix(got)} or {rule.removeprefix(f'{where} must be ')}"
+            )
+        sentences[where if got else rule] = rule + got
+    return list(sentences.values())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -25,36 +51,44 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _sentence(detail: dict[str, Any], schema: Mapping[str, Any]) -> str:
+def _complaint(detail: dict[str, Any], schema: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Place, sentence, and its end that says what came (empty when it is inside the sentence)."""
     location: Location = detail["loc"]
-    got, context = detail.get("input"), detail.get("ctx", {})
-    where = readable(location, schema)
+    value, context = detail.get("input"), detail.get("ctx", {})
+    where, got = readable(location, schema), f", got {_short(value)}"
     match detail["type"]:
         case "extra_forbidden":
-            key, parent = str(location[-1]), readable(location[:-1], schema)
-            known = known_keys(location[:-1], schema)
-            place = f"in {parent}" if parent else "at top level"
-            hint = did_you_mean(key, known) or f"; known there: {', '.join(known)}"
-            return f"unknown key {key} {place}{hint}"
+            return where, _unknown_key(location, schema), ""
         case "missing":
-            return f"{where} is missing; give it a value"
+            return where, f"{where} is missing; give it a value", ""
         case "union_tag_invalid":
             tag, tags = str(context["tag"]), _tags(context["expected_tags"])
-            hint = did_you_mean(tag, tags)
-            return f"{where}.name must be one of {', '.join(tags)}, got {tag}{hint}"
+            rule = f"{where}.name must be one of {', '.join(tags)}, got {tag}"
+            return where, rule + did_you_mean(tag, tags), ""
         case "union_tag_not_found":
-            return f"{where}.name is missing; say which method it is"
+            return where, f"{where}.name is missing; say which one it is", ""
         case "literal_error":
             words = _tags(context["expected"].replace(" or ", ", "))
-            return f"{where} must be one of {', '.join(words)}, got {got!r}" + did_you_mean(
-                str(got), words
-            )
+            hint = did_you_mean(str(value), words)
+            return where, f"{where} must be {' or '.join(words)}", got + hint
         case "value_error":
             reason = str(context.get("error", detail["msg"]))
-            return f"{where}: {reason}" if where else reason
+            return where, f"{where}: {reason}" if where else reason, ""
+        case "too_short":
+            return where, f"{where} must have at least {context['min_length']} entry", got
+        case kind if kind in KINDS:
+            return where, f"{where} must be {KINDS[kind]}", got
         case _:
             rule = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"{where}: {rule}, got {_short(got)}"
+            return where, f"{where}: {rule.replace('input should', 'it must')}", got
+
+
+def _unknown_key(location: Location, schema: Mapping[str, Any]) -> str:
+    key, parent = str(location[-1]), readable(location[:-1], schema)
+    known = known_keys(location[:-1], schema)
+    place = f"in {parent}" if parent else "at top level"
+    hint = did_you_mean(key, known) or f"; known there: {', '.join(known)}"
+    return f"unknown key {key} {place}{hint}"
 
 
 def readable(location: Location, schema: Mapping[str, Any]) -> str:

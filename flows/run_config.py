@@ -1,0 +1,223 @@
+"""RunConfig: the YAML of a run, and what becomes of it."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from foldstack.compression.calibration import WindowSpec
+from foldstack.compression.corpus import TextSource
+from foldstack.compression.errors import InputError
+from foldstack.compression.perplexity import PerplexityProtocol
+from foldstack.compression.recovery import Recovery
+from foldstack.compression.statistics import Kind
+from foldstack.flows.config_errors import problems
+from foldstack.flows.config_file import find_config, read_config
+from foldstack.flows.method_entries import AnyEntry, Seed, Sparsity, Variant, expand
+from foldstack.tasks.artifacts import foldstack_home
+from foldstack.tasks.execution import Dtype
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class ModelChoice(_Section):
+    """The model to compress."""
+
+    name: str = "reference"
+    """"reference" (comes with foldstack), a hub id, or a local directory."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the run records the commit that it stands for."""
+    dtype: Dtype = "auto"
+    """Precision to compute in; auto: the one that the weights are stored in."""
+    device: str = "auto"
+    """auto: a GPU where there is one, else the CPU."""
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, for titles and folders."""
+        return Path(self.name).name or self.name
+
+
+class Calibration(WindowSpec):
+    """The text that statistics are gathered on, and how it is cut into windows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: TextSource = TextSource(split="train")
+
+
+class StatisticsChoice(_Section):
+    """What the one pass over the calibration windows gathers."""
+
+    kinds: tuple[Kind, ...] = ("gram", "similarity")
+    """All by default, so that a method that is added later finds what it needs."""
+    batch_size: int = Field(default=8, ge=1)
+    """Windows per forward pass."""
+
+
+class RecoveryChoice(Recovery):
+    """How compressed models are trained back, and on what."""
+
+    source: TextSource = TextSource(split="train")
+    windows: WindowSpec = WindowSpec(seed=1)
+
+
+class PerplexityChoice(_Section):
+    """Text and protocol of perplexity and bits per byte."""
+
+    source: TextSource = TextSource(split="test")
+    protocol: PerplexityProtocol = PerplexityProtocol()
+
+
+class Evaluation(_Section):
+    """What every model of the sweep is measured by."""
+
+    perplexity: PerplexityChoice = PerplexityChoice()
+    benchmarks: tuple[str, ...] = ()
+    """lm-eval tasks: those that come with foldstack, with lm-eval, or under `include_paths`."""
+    include_paths: tuple[Path, ...] = ()
+    """Folders with task YAML files of your own."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items per benchmark; null takes all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in the prompt; null leaves it to the benchmark."""
+    batch_size: int = Field(default=8, ge=1)
+
+
+class Speed(_Section):
+    """How fast the models are, measured one after the other at the end."""
+
+    enabled: bool = True
+
+
+class Tracking(_Section):
+    """Where MLflow runs go."""
+
+    enabled: bool = True
+    uri: str = ""
+    """MLflow tracking URI; when empty MLFLOW_TRACKING_URI, else an SQLite file in the home."""
+    experiment: str = ""
+    """When empty, foldstack/<model>."""
+    register_best: bool = True
+    """Register the best variant at each sparsity as a version of foldstack-<model>."""
+
+
+class Output(_Section):
+    """Where results are kept."""
+
+    home: Path = Field(default_factory=foldstack_home)
+    """Holds the store, reports and the MLflow file; by default FOLDSTACK_HOME, else runs/."""
+
+
+class RunConfig(_Section):
+    """One sweep: a model, methods times sparsities times seeds, recovery, and evaluation."""
+
+    name: str = ""
+    """Title of the sweep; when empty it is made from the model and the methods."""
+    model: ModelChoice = ModelChoice()
+    calibration: Calibration = Calibration()
+    statistics: StatisticsChoice = StatisticsChoice()
+    methods: tuple[AnyEntry, ...] = Field(min_length=1)
+    """Each entry names a method and sets what is not to be its default."""
+    sparsities: tuple[Sparsity, ...] = Field(default=(0.2,), min_length=1)
+    """Fractions of the whole model's stored parameters to remove."""
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
+    recovery: RecoveryChoice = RecoveryChoice(steps=0)
+    """Left out, or with steps 0: no recovery."""
+    evaluation: Evaluation = Evaluation()
+    speed: Speed = Speed()
+    tracking: Tracking = Tracking()
+    output: Output = Field(default_factory=Output)
+    workers: int | Literal["auto"] = "auto"
+    """Stages that run at once; auto: one on a GPU, else as many as there are cores."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _a_name_alone_is_a_model(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _names_alone_are_methods(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+        return value
+
+    @model_validator(mode="after")
+    def _variants_are_valid(self) -> Self:
+        for index, entry in enumerate(self.methods):
+            try:
+                expand([entry], self.sparsities, self.seeds)
+            except ValidationError as error:
+                reasons = problems(error, type(entry).model_json_schema())
+                raise ValueError(f"methods[{index}]: {reasons[0]}") from None
+        expand(self.methods, self.sparsities, self.seeds)
+        return self
+
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every (method, sparsity, seed)."""
+        return expand(self.methods, self.sparsities, self.seeds)
+
+    @property
+    def recovery_settings(self) -> Recovery:
+        """The part of `recovery` that the library takes."""
+        return Recovery(**{name: getattr(self.recovery, name) for name in Recovery.model_fields})
+
+    @property
+    def calibration_windows(self) -> WindowSpec:
+        """The part of `calibration` that says how text is cut."""
+        spec = {name: getattr(self.calibration, name) for name in WindowSpec.model_fields}
+        return WindowSpec(**spec)
+
+    @property
+    def title(self) -> str:
+        """`sweep reference 4 methods x 2`."""
+        if self.name:
+            return self.name
+        names = list(dict.fromkeys(variant.name for variant in self.variants))
+        what = names[0] if len(names) == 1 else f"{len(names)} methods"
+        return f"sweep {self.model.short_name} {what} x {len(self.variants) // len(names)}"
+
+
+@cache
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the YAML files, for editors."""
+    schema = RunConfig.model_json_schema(mode="validation")
+    schema["title"] = "foldstack run"
+    return schema
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in a file or recipe, with `key.sub=value` overrides.
+
+    Raises:
+        InputError: everything that is wrong with it, a sentence each.
+    """
+    path = find_config(name)
+    return parse_config(read_config(path, overrides), where=str(path))
+
+
+def parse_config(data: Mapping[str, Any], where: str = "the config") -> RunConfig:
+    """The config that plain data stands for.
+
+    Raises:
+        InputError: everything that is wrong with it, a sentence each.
+    """
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{where}: " + "; ".join(problems(error, json_schema()))) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The config with every default written out, as YAML that can be run again."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text

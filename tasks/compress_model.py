@@ -1,0 +1,77 @@
+"""The stage in which a method makes the model smaller, and a fresh process proves the result."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+from foldstack.compression.methods import AnyMethod
+from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.execution import Dtype, Execution
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
+from foldstack.tasks.rank_blocks import load_ranking
+from foldstack.tasks.stage import ModelRef, Progress, Stage
+
+RELOAD_FILE = "reload_check.json"
+
+
+class CompressModel(Stage):
+    """A compressed model directory and its plan."""
+
+    stage: ClassVar[str] = "compress_model"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "safetensors")
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"execution", "name"})
+
+    model: ModelRef
+    calibration: Artifact
+    statistics: Artifact
+    ranking: Artifact
+    method: AnyMethod
+    dtype: Dtype = "auto"
+    execution: Execution = Execution()
+    name: str = ""
+    """What the variant is called, e.g. "svd_llm 0.20"."""
+
+    def modules(self) -> tuple[str, ...]:
+        return (
+            type(self.method).__module__,
+            "foldstack.compression.checkpoint",
+            "foldstack.compression.size",
+            "foldstack.compression.surgery",
+        )
+
+    @property
+    def label(self) -> str:
+        return f"compress {self.name or self.method.name}"
+
+    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.calibration import Windows
+        from foldstack.compression.checkpoint import check_reload, save_model
+        from foldstack.compression.method import Evidence
+        from foldstack.compression.size import size_of, sparsity_between
+        from foldstack.compression.statistics import Statistics
+        from foldstack.compression.surgery import cut
+
+        model = open_model(self.model, self.dtype, self.execution)
+        evidence = Evidence(
+            calibration=Windows.load(self.calibration.open()).tokens,
+            statistics=Statistics.load(self.statistics.open()),
+            ranking=load_ranking(self.ranking),
+            work=work,
+            progress=progress,
+        )
+        smaller = cut(model, self.method.compress(model, evidence))
+        out = folder / MODEL_FOLDER
+        grade = save_model(smaller, out, tokenizer_from=model_folder(self.model))
+        progress("check in a fresh process", 0, 1)
+        report = check_reload(smaller, out)
+        (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))
+        size, dense = size_of(smaller), size_of(model)
+        return {
+            "grade": grade,
+            "sparsity": self.method.sparsity,
+            "realised_sparsity": sparsity_between(dense, size),
+            "block_linear_sparsity": 1
+            - size.block_linear_parameters / dense.block_linear_parameters,
+            **size.as_dict(),
+        }

@@ -1,0 +1,49 @@
+"""The stage that runs the model over the calibration windows once, for every method."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from foldstack.compression.statistics import Kind
+from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.execution import Dtype, Execution
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.stage import ModelRef, Progress, Stage
+
+
+class GatherStatistics(Stage):
+    """Additive sums over the calibration windows: similarities of hidden states, Grams."""
+
+    stage: ClassVar[str] = "gather_statistics"
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"execution", "batch_size"})
+
+    model: ModelRef
+    calibration: Artifact
+    kinds: tuple[Kind, ...]
+    dtype: Dtype = "auto"
+    batch_size: int = 8
+    execution: Execution = Execution()
+
+    def modules(self) -> tuple[str, ...]:
+        return ("foldstack.compression.statistics", "foldstack.compression.checkpoint")
+
+    @property
+    def label(self) -> str:
+        return "gather statistics"
+
+    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.calibration import Windows
+        from foldstack.compression.statistics import gather
+        from foldstack.tasks.models import open_model
+
+        model = open_model(self.model, self.dtype, self.execution)
+        windows = Windows.load(self.calibration.open())
+        statistics = gather(
+            model,
+            windows.tokens,
+            self.kinds,
+            batch_size=self.batch_size,
+            progress=progress,
+            folder=folder,
+        )
+        statistics.save(folder)
+        return {"tokens": statistics.num_tokens, "blocks": statistics.num_blocks}

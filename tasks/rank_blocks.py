@@ -1,0 +1,47 @@
+"""The stage that turns statistics into scores of blocks, with a table and a picture of them."""
+
+import csv
+from pathlib import Path
+from typing import ClassVar
+
+from foldstack.compression.ranking import Ranking, plot, rank_blocks
+from foldstack.compression.statistics import Statistics
+from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.stage import Progress, Stage
+
+RANKING_FILE = "ranking.json"
+TABLE_FILE = "ranking.csv"
+PLOT_FILE = "ranking.png"
+
+
+class RankBlocks(Stage):
+    """One score per block and criterion."""
+
+    stage: ClassVar[str] = "rank_blocks"
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+
+    statistics: Artifact
+
+    def modules(self) -> tuple[str, ...]:
+        return ("foldstack.compression.ranking",)
+
+    @property
+    def label(self) -> str:
+        return "rank blocks"
+
+    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        ranking = rank_blocks(Statistics.load(self.statistics.open()))
+        (folder / RANKING_FILE).write_text(ranking.model_dump_json(indent=1))
+        rows = ranking.table()
+        with (folder / TABLE_FILE).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(ranking, folder / PLOT_FILE)
+        return {"blocks": ranking.num_blocks, "most_removable": ranking.order()[0]}
+
+
+def load_ranking(ranked: Artifact) -> Ranking:
+    """The ranking in an artifact of this stage."""
+    return Ranking.model_validate_json((ranked.open() / RANKING_FILE).read_text(encoding="utf-8"))

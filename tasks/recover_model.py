@@ -1,0 +1,80 @@
+"""The stage that trains a compressed model back, after its dense teacher or by itself."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+from foldstack.compression.recovery import Recovery
+from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.execution import Dtype, Execution
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
+from foldstack.tasks.stage import ModelRef, Progress, Stage
+
+HISTORY_FILE = "training.jsonl"
+RELOAD_FILE = "reload_check.json"
+
+
+class RecoverModel(Stage):
+    """A compressed model directory, of the same structure and with other weights."""
+
+    stage: ClassVar[str] = "recover_model"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate")
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"execution", "name"})
+
+    compressed: Artifact
+    windows: Artifact
+    settings: Recovery
+    teacher: ModelRef | None = None
+    """The dense model, where `settings` distils."""
+    dtype: Dtype = "auto"
+    execution: Execution = Execution()
+    name: str = ""
+    """What the variant is called, e.g. "svd_llm 0.20"."""
+
+    def modules(self) -> tuple[str, ...]:
+        return (
+            "foldstack.compression.checkpoint",
+            "foldstack.compression.recovery",
+            "foldstack.compression.size",
+        )
+
+    @property
+    def label(self) -> str:
+        return f"recover {self.name}".strip()
+
+    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.calibration import Windows
+        from foldstack.compression.checkpoint import check_reload, load_plan, save_model
+        from foldstack.compression.recovery import recover
+        from foldstack.compression.size import size_of
+
+        model = open_model(self.compressed, self.dtype, self.execution)
+        teacher = open_model(self.teacher, self.dtype, self.execution) if self.teacher else None
+        windows = Windows.load(self.windows.open()).tokens
+        result = recover(
+            model, windows, self.settings, teacher=teacher, work=work, progress=progress
+        )
+        out, source = folder / MODEL_FOLDER, model_folder(self.compressed)
+        recovered = result.model.cpu().eval()
+        grade = save_model(recovered, out, tokenizer_from=source, plan=load_plan(source))
+        progress("check in a fresh process", 0, 1)
+        report = check_reload(recovered, out)
+        (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))
+        lines = [json.dumps(row) + "\n" for row in result.history]
+        (folder / HISTORY_FILE).write_text("".join(lines))
+        return {
+            "grade": grade,
+            "steps": len(result.history),
+            "tokens": result.tokens,
+            "seconds_training": result.seconds,
+            "first_loss": result.history[0]["loss"] if result.history else None,
+            "last_loss": result.history[-1]["loss"] if result.history else None,
+            **size_of(recovered).as_dict(),
+        }
+
+
+def load_history(recovered: Artifact) -> list[dict[str, float]]:
+    """One row per optimizer step."""
+    text = (recovered.open() / HISTORY_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
