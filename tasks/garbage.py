@@ -74,7 +74,7 @@ def collect_garbage(
         *(_removal("damaged", path) for path in (store.root / "damaged").glob("*")),
     ]
     done = removals if dry_run else [removal for removal in removals if _remove(store, removal)]
-    for record in _records_without_artifact(store, done):
+    for record in _useless_records(store, done, before):
         done.append(record)
         if not dry_run:
             record.path.unlink(missing_ok=True)
@@ -104,7 +104,13 @@ def _leftovers(store: ArtifactStore) -> Iterator[Removal]:
             yield _removal("leftover", folder)
 
 
-def _records_without_artifact(store: ArtifactStore, removed: list[Removal]) -> Iterator[Removal]:
+def _useless_records(
+    store: ArtifactStore, removed: list[Removal], before: datetime
+) -> Iterator[Removal]:
+    """Records of artifacts that are gone, and the errors that Prefect keeps of failed tasks."""
+    for file in (store.root / "records").glob("*"):
+        if file.is_file() and _last_change(file) < before:
+            yield _removal("record", file)
     gone = {removal.path for removal in removed}
     for file in _two_levels(store.root / "records"):
         artifact = store.root / "artifacts" / file.parent.name / file.stem

@@ -356,6 +356,9 @@ def test_garbage_is_what_was_not_used_for_long(store: ArtifactStore, artifact: A
     record = store.root / "records" / "recover" / f"{'cd' * 32}.json"
     record.parent.mkdir(parents=True)
     record.write_text("{}")
+    error_of_a_failed_task = store.root / "records" / "0123"
+    error_of_a_failed_task.touch()
+    age(error_of_a_failed_task, 40)
     young_work = store.work_folder("recover", "01" * 32)
     old_work = store.work_folder("recover", "02" * 32)
     for path in (old.folder / MANIFEST, kept.folder / MANIFEST, old_work):
@@ -367,9 +370,9 @@ def test_garbage_is_what_was_not_used_for_long(store: ArtifactStore, artifact: A
     assert record.exists()
     went = collect_garbage(store, keep_days=30, keep=["efef"])
     assert went == would_go
-    assert [removal.kind for removal in went] == ["artifact", "work", "damaged", "record"]
+    assert [removal.kind for removal in went] == ["artifact", "work", "damaged", "record", "record"]
     assert went[0].size_bytes > len(CONTENT)
-    assert not any(path.exists() for path in (old.folder, old_work, record))
+    assert not any(path.exists() for path in (old.folder, old_work, record, error_of_a_failed_task))
     assert young_work.exists()
     assert {row.artifact for row in list_artifacts(store)} == {artifact, kept}
     assert names(store.root / "tmp") == names(store.root / "damaged") == []

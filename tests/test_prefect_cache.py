@@ -173,7 +173,6 @@ def test_failed_stage_keeps_its_error_and_leaves_nothing(
     with pytest.raises(OSError, match="no voice"):
         state.result()
     assert not list((store.root / "tmp").iterdir())
-    print(list((store.root / "records").rglob("*")))
     assert shouting.shout("hoarse", store.root).name == "Failed"
 
 
@@ -191,9 +190,9 @@ def test_person_sees_names_and_progress(
 
     state = shouting.shout("progress", store.root, report)
     assert reported == [("shout progress", "letters", 1, 2)]
-    client = get_client(sync_client=True)
-    assert client.read_task_run(state.state_details.task_run_id).name == "shout progress"
-    shown = [artifact for artifact in client.read_artifacts() if artifact.type == "progress"]
+    with get_client(sync_client=True) as client:
+        assert client.read_task_run(state.state_details.task_run_id).name == "shout progress"
+        shown = [artifact for artifact in client.read_artifacts() if artifact.type == "progress"]
     assert [(artifact.description, artifact.data) for artifact in shown] == [
         ("shout progress: letters", 50.0)
     ]
