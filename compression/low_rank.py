@@ -130,7 +130,8 @@ def updated_directions(
         scale[:, None] * normal * scale, rtol=RELATIVE_TOLERANCE, hermitian=True
     )
     residual = weight @ crossed - directions @ normal
-    return directions + (residual * scale) @ inverse * scale
+    updated: Tensor = directions + (residual * scale) @ inverse * scale
+    return updated
 
 
 def uniform_ranks(

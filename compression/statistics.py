@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -136,7 +136,7 @@ class Statistics:
     def save(self, folder: Path) -> None:
         """Write `statistics.json`, `similarity.safetensors` and one file of Grams per block."""
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"num_blocks": self.num_blocks, "num_tokens": self.num_tokens}
+        record: dict[str, Any] = {"num_blocks": self.num_blocks, "num_tokens": self.num_tokens}
         if (sums := self.similarity_sums) is not None:
             record["similarity"] = {
                 "num_tokens": sums.num_tokens,
@@ -188,7 +188,8 @@ class _GramFiles(Mapping[GramKey, Tensor]):
             raise KeyError(key)
         position, reads = key
         with safe_open(_gram_file(self.folder, position), framework="pt") as file:
-            return file.get_tensor(reads)
+            gram: Tensor = file.get_tensor(reads)
+            return gram
 
     def __iter__(self) -> Iterator[GramKey]:
         return iter(self._keys)

@@ -62,7 +62,7 @@ class BlockStream:
         self._arguments: dict[int, list[Arguments]] = {}
         self.hidden: list[Tensor] = []
         """The input of block `position`, per batch, on the CPU."""
-        for tokens in windows.split(batch_size):
+        for tokens in torch.split(windows, batch_size):
             if len(tokens) not in self._arguments:
                 arguments, hidden = _recorded_arguments(
                     model, self.blocks, tokens, self._returns_tuple
@@ -82,7 +82,8 @@ class BlockStream:
         device = _device_of(self.model)
         args, kwargs = _match_dtype((args, kwargs), hidden.dtype)
         output = block(hidden.to(device), *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def outputs(self, block: nn.Module | None = None) -> Iterator[Hidden]:
         """The block's output for every batch in turn; the stream stays where it is."""

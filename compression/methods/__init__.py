@@ -1,0 +1,24 @@
+"""Every method there is. To add one: a file in this folder, and one line in `Registered`."""
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from foldstack.compression.methods.block_sharing import BlockSharing
+from foldstack.compression.methods.llm_streamline import LlmStreamline
+from foldstack.compression.methods.shortgpt import ShortGpt
+from foldstack.compression.methods.svd_llm import SvdLlm
+
+Registered = (
+    ShortGpt
+    | SvdLlm
+    | LlmStreamline
+    | BlockSharing
+)  # fmt: skip
+
+AnyMethod = Annotated[Registered, Field(discriminator="name")]
+"""What a config's `method` is read as: the entry `name` chooses the class."""
+
+METHODS: dict[str, type[Registered]] = {
+    cls.model_fields["name"].default: cls for cls in get_args(Registered)
+}

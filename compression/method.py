@@ -1,0 +1,131 @@
+"""What every method is: settings, an outline before any data is seen, and a cut after."""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from jaxtyping import Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.plan import Plan
+from foldstack.compression.ranking import Ranking
+from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.statistics import Statistics
+from foldstack.compression.surgery import Cut, plan_of
+
+# A structure that stays this share of the whole model short of the asked sparsity still counts as
+# reaching it.
+TOLERANCE = 0.005
+
+
+def no_progress(_what: str, _done: int, _total: int) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a method may look at."""
+
+    calibration: Int[Tensor, "windows tokens"]
+    statistics: Statistics
+    ranking: Ranking
+    work: Path | None = None
+    """Folder for training state that a killed run resumes from."""
+    progress: Callable[[str, int, int], None] = no_progress
+    """Called with what is being done, how much of it is done, and how much there is."""
+
+
+class Method(BaseModel, ABC):
+    """One way to make a model smaller: its settings are the fields, its rule is `compress`.
+
+    Every method is usable from `sparsity` alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    needs: ClassVar[frozenset[str]]
+    """Kinds of statistics that `compress` reads: "similarity", "gram"."""
+
+    name: str
+    sparsity: float = Field(gt=0, lt=1)
+    """Fraction of the whole model's stored parameters to remove; tied and shared ones count
+    once."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of whatever is random in the method."""
+
+    @abstractmethod
+    def outline(self, model: PreTrainedModel) -> Plan:
+        """The structure that `compress` will choose, or one of the same size, before any data is
+        seen.
+
+        `model` may be on the meta device.
+
+        Raises:
+            InputError: the sparsity is out of this method's reach for this model.
+        """
+
+    @abstractmethod
+    def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
+        """Decide what becomes of `model`; changes nothing in it."""
+
+
+def smallest_reaching(
+    method: Method,
+    model: PreTrainedModel,
+    plan_for: Callable[[int], Plan],
+    most: int,
+    what: str,
+) -> int:
+    """The smallest count in 0 ... most for which `plan_for(count)` removes what `method` was asked.
+
+    A larger count must not remove less.
+
+    Raises:
+        InputError: not even `most` reaches the sparsity; says how far it gets.
+    """
+    dense = count_parameters(model)
+
+    def removed(count: int) -> float:
+        return 1 - size_of_plan(model.config, plan_for(count)).parameters / dense
+
+    enough = method.sparsity - TOLERANCE
+    if enough <= 0:
+        return 0
+    farthest = removed(most) if most > 0 else 0.0
+    if farthest < enough:
+        raise InputError(unreachable(method, farthest, f"{most} {what}"))
+    return bisect_left(range(most + 1), enough, key=lambda count: removed(count) if count else 0.0)
+
+
+def unreachable(method: Method, farthest: float, by: str) -> str:
+    """The sentence about a sparsity that `method` cannot reach for a model."""
+    if farthest <= 0:
+        return (
+            f"{method.name} cannot make this model smaller ({by}); got sparsity {method.sparsity}"
+        )
+    # Rounded down, so that what the sentence offers is really within reach.
+    offered = int(farthest * 1000) / 1000
+    return (
+        f"{method.name} can remove at most {offered:.1%} of this model's parameters ({by}), "
+        f"got sparsity {method.sparsity}; ask for a value in (0, {offered:g}]"
+    )
+
+
+def check_evidence(model: PreTrainedModel, evidence: Evidence) -> None:
+    """Raises InputError when the ranking or the statistics are of a model of another depth."""
+    num_blocks = len(plan_of(model).blocks)
+    for what, found in (
+        ("ranking", evidence.ranking.num_blocks),
+        ("statistics", evidence.statistics.num_blocks),
+    ):
+        if found != num_blocks:
+            raise InputError(
+                f"the {what} must be of the model to compress, which has {num_blocks} blocks; "
+                f"got one of {found} blocks"
+            )
