@@ -140,8 +140,9 @@ def uniform_ranks(
     """A rank for every (out, in) shape, removing the same fraction of each.
 
     arXiv 2403.07378, section 4.2: k = floor(m n (1 - R) / (m + n)), at least 1. The floors remove
-    more than was asked; `spend_leftover` gives what is left to the linears with the largest
-    remainders, one rank each per round, so that the whole lands within one rank of the asked size.
+    more than was asked; `spend_leftover` gives what they left over to the linears with the largest
+    remainders, one rank each, so that the whole lands within one rank of the asked size. A rank k
+    with k (m + n) >= m n says that the linear is better kept dense.
     """
     kept = 1 - removed_fraction
     exact = {key: m * n * kept / (m + n) for key, (m, n) in shapes.items()}
@@ -151,10 +152,10 @@ def uniform_ranks(
         return ranks
     budget = kept * sum(m * n for m, n in shapes.values())
     left = budget - sum(rank * sum(shapes[key]) for key, rank in ranks.items())
-    by_remainder = sorted(shapes, key=lambda key: ranks[key] - exact[key])
-    for key in by_remainder:
+    for key in sorted(shapes, key=lambda key: ranks[key] - exact[key]):
         m, n = shapes[key]
-        if m + n <= left + 1e-6 and (ranks[key] + 1) * (m + n) < m * n:
+        price = min((ranks[key] + 1) * (m + n), m * n) - ranks[key] * (m + n)
+        if price <= left + 1e-6:
             ranks[key] += 1
-            left -= m + n
+            left -= price
     return ranks

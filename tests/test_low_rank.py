@@ -156,13 +156,18 @@ def test_spending_the_leftover_comes_closer_and_never_overspends(
     named = dict(enumerate(shapes))
     floors = uniform_ranks(named, removed, spend_leftover=False)
     ranks = uniform_ranks(named, removed)
-    size = {key: m + n for key, (m, n) in named.items()}
-    budget = (1 - removed) * sum(m * n for m, n in shapes)
-    spent = sum(ranks[key] * size[key] for key in named)
     assert all(floors[key] <= ranks[key] <= floors[key] + 1 for key in named)
-    minimum = sum(size.values())  # rank 1 everywhere may already be more than was asked
-    assert spent <= max(budget, minimum) + 1e-6 or floors == ranks
-    # Whoever got nothing either does not fit any more or would be larger than the dense matrix.
-    for key, (m, n) in named.items():
+
+    def stored(key: int, rank: int) -> int:
+        m, n = named[key]
+        return min(rank * (m + n), m * n)  # a rank that large means dense
+
+    budget = (1 - removed) * sum(m * n for m, n in shapes)
+    spent = sum(stored(key, rank) for key, rank in ranks.items())
+    at_floors = sum(stored(key, rank) for key, rank in floors.items())
+    # Rank 1 everywhere may already be more than was asked.
+    assert spent <= max(budget, at_floors) + 1e-6
+    for key in named:
         if ranks[key] == floors[key]:
-            assert size[key] > budget - spent - 1e-6 or (ranks[key] + 1) * size[key] >= m * n
+            price = stored(key, ranks[key] + 1) - stored(key, ranks[key])
+            assert price > budget - spent - 1e-6

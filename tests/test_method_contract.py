@@ -1,0 +1,213 @@
+"""What every method promises, for every method and every supported family."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from foldstack.compression import methods
+from foldstack.compression.errors import InputError
+from foldstack.compression.method import TOLERANCE, Evidence, Method
+from foldstack.compression.methods import METHODS, AnyMethod
+from foldstack.compression.plan import Plan
+from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.statistics import KINDS, gather
+from foldstack.compression.surgery import build_on_meta, cut
+
+# Each method as its tests build it: small enough to run in a moment on four blocks.
+QUICK: dict[str, dict[str, Any]] = {
+    "shortgpt": {},
+    "svd_llm": {"update": "closed_form"},
+    "llm_streamline": {"epochs": 1, "replacement": "layer"},
+    "block_sharing": {"keep_head": 1, "keep_tail": 0, "leader_windows": 2},
+}
+# The same method with a structure that only a portable checkpoint holds.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llm_streamline": {"epochs": 1, "replacement": "ffn"},
+}
+SPARSITY = 0.25
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def method(method_name: str) -> Method:
+    return METHODS[method_name](sparsity=SPARSITY, **QUICK[method_name])
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(97, (4, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def evidence(windows: Tensor) -> Callable[[Any], Evidence]:
+    def of(model: Any) -> Evidence:
+        statistics = gather(model, windows, KINDS)
+        return Evidence(windows, statistics, rank_blocks(statistics))
+
+    return of
+
+
+def logits(model: Any, windows: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(windows, use_cache=False).logits
+
+
+def cached_logits(model: Any, windows: Tensor) -> Tensor:
+    """The logits of decoding from a cache: a prompt, then token by token."""
+    cache, parts = None, []
+    prompt = windows.shape[1] - 3
+    with torch.no_grad():
+        for tokens in (windows[:, :prompt], *windows[:, prompt:].split(1, dim=1)):
+            out = model(tokens, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+    return torch.cat(parts, dim=1)
+
+
+def test_it_shrinks_reloads_decodes_and_leaves_its_input_alone(
+    method: Method,
+    architecture: str,
+    tiny_model: Any,
+    windows: Tensor,
+    evidence: Callable[[Any], Evidence],
+    tmp_path: Path,
+) -> None:
+    model = tiny_model(architecture)
+    before = copy.deepcopy(model.state_dict())
+    change = method.compress(model, evidence(model))
+    smaller = cut(model, change)
+
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{method.name} changed {name} of its input"
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+    dense, left = count_parameters(model), count_parameters(smaller)
+    assert 1 - left / dense >= SPARSITY - TOLERANCE
+    planned = size_of_plan(model.config, change.plan).parameters
+    outlined = size_of_plan(model.config, method.outline(build_on_meta(model.config))).parameters
+    assert left == planned == outlined
+
+    got = logits(smaller, windows)
+    assert torch.isfinite(got).all()
+    assert (got - logits(model, windows)).abs().max() > 1e-3  # the tensors really changed
+    torch.testing.assert_close(cached_logits(smaller, windows), got, rtol=1e-4, atol=1e-4)
+
+    smaller.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, windows), got, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_the_other_structures_of_a_method_hold_too(
+    name: str,
+    family: str,
+    tiny_model: Any,
+    windows: Tensor,
+    evidence: Callable[[Any], Evidence],
+) -> None:
+    model = tiny_model(family)
+    change = METHODS[name](sparsity=SPARSITY, **VARIANTS[name]).compress(model, evidence(model))
+    smaller = cut(model, change)
+    assert 1 - count_parameters(smaller) / count_parameters(model) >= SPARSITY - TOLERANCE
+    got = logits(smaller, windows)
+    torch.testing.assert_close(cached_logits(smaller, windows), got, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_cut(
+    method: Method, tiny_model: Any, evidence: Callable[[Any], Evidence]
+) -> None:
+    changes = []
+    for _ in range(2):
+        model = tiny_model("llama")
+        changes.append(method.compress(model, evidence(model)))
+    first, second = changes
+    assert first.plan == second.plan == Plan.model_validate_json(first.plan.model_dump_json())
+    assert first.inherits == second.inherits
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[name]), name
+
+
+def test_a_cut_model_can_be_cut_by_every_method(
+    method: Method, tiny_model: Any, windows: Tensor, evidence: Callable[[Any], Evidence]
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    one_block = METHODS["shortgpt"](sparsity=0.1)
+    pruned = cut(model, one_block.compress(model, evidence(model)))
+    smaller = cut(pruned, method.compress(pruned, evidence(pruned)))
+    removed = 1 - count_parameters(smaller) / count_parameters(pruned)
+    assert removed >= SPARSITY - TOLERANCE
+    assert torch.isfinite(logits(smaller, windows)).all()
+
+
+def test_a_sparsity_that_counts_as_nothing_changes_nothing(
+    method_name: str, tiny_model: Any, windows: Tensor, evidence: Callable[[Any], Evidence]
+) -> None:
+    """Removing whole blocks or sharing them cannot remove a thousandth; factoring can."""
+    model = tiny_model("llama")
+    method = METHODS[method_name](sparsity=0.001, **QUICK[method_name])
+    smaller = cut(model, method.compress(model, evidence(model)))
+    removed = 1 - count_parameters(smaller) / count_parameters(model)
+    assert 0 <= removed <= 0.001 + TOLERANCE
+    if method_name != "svd_llm":
+        assert torch.equal(logits(smaller, windows), logits(model, windows))
+
+
+def test_a_sparsity_out_of_reach_is_refused_before_any_data(
+    method_name: str, tiny_model: Any
+) -> None:
+    method = METHODS[method_name](sparsity=0.99, **QUICK[method_name])
+    model = build_on_meta(tiny_model("llama").config)
+    with pytest.raises(InputError, match=r"can remove at most .* got sparsity 0\.99") as caught:
+        method.outline(model)
+    offered = re.search(r"\(0, (0\.\d+)\]", str(caught.value))
+    assert offered is not None
+    reachable = method.model_copy(update={"sparsity": float(offered[1])})
+    size = size_of_plan(model.config, reachable.outline(model)).parameters
+    assert 1 - size / count_parameters(model) >= reachable.sparsity - TOLERANCE
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_sparsity_outside_0_and_1_is_refused(method_name: str, sparsity: float) -> None:
+    with pytest.raises(ValidationError, match="sparsity"):
+        METHODS[method_name](sparsity=sparsity)
+
+
+def test_an_unknown_setting_or_method_is_refused_by_name(method_name: str) -> None:
+    read = TypeAdapter(AnyMethod).validate_python
+    assert read({"name": method_name, "sparsity": 0.2}) == METHODS[method_name](sparsity=0.2)
+    with pytest.raises(ValidationError, match="spasrity_x"):
+        read({"name": method_name, "sparsity": 0.2, "spasrity_x": 1})
+    with pytest.raises(ValidationError, match=r"expected tags.*shortgpt"):
+        read({"name": "shrotgpt", "sparsity": 0.2})
+
+
+def test_the_docstring_names_its_source(method_name: str) -> None:
+    text = METHODS[method_name].__doc__ or ""
+    assert re.search(r"arXiv \d{4}\.\d{5}", text)
+    assert "Departs from the paper" in text
+
+
+def test_what_it_needs_is_something_that_can_be_gathered(method_name: str) -> None:
+    assert METHODS[method_name].needs <= KINDS
+
+
+def test_every_file_of_the_folder_is_registered() -> None:
+    folder = Path(methods.__path__[0])
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == {cls.__module__.rsplit(".", 1)[1] for cls in METHODS.values()}
+    assert set(QUICK) == set(METHODS)
