@@ -1,8 +1,9 @@
 # Every target makes the environment itself: `make demo` on a fresh clone is one command.
 #
-# Choosing PyTorch (elsewhere than in constraints.txt):
-#   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu    small CPU build
-#   make install TORCH='torch==2.12.*' TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# PyTorch is the version of constraints.txt, from where pip takes its packages. To choose another
+# (-B replaces the one that is there; TORCH may also stand in the environment):
+#   make -B install TORCH_INDEX=https://download.pytorch.org/whl/cpu    a small build without CUDA
+#   make -B install TORCH='torch==2.12.*' TORCH_INDEX=https://download.pytorch.org/whl/cu128
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
@@ -13,15 +14,11 @@ INSTALLED := $(VENV)/.installed
 PINS := $(VENV)/constraints-without-torch.txt
 
 # uv does not read pip's settings: hand over those that say where packages are.
-ifdef PIP_FIND_LINKS
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-endif
-ifdef PIP_INDEX_URL
-export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
-endif
-ifdef PIP_CERT
-export SSL_CERT_FILE ?= $(PIP_CERT)
-endif
+UV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS='$(PIP_FIND_LINKS)') \
+  $(if $(PIP_INDEX_URL),UV_DEFAULT_INDEX='$(PIP_INDEX_URL)') \
+  $(if $(PIP_EXTRA_INDEX_URL),UV_INDEX='$(PIP_EXTRA_INDEX_URL)') \
+  $(if $(PIP_CERT),SSL_CERT_FILE='$(PIP_CERT)') $(BIN)/uv
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Nobody is told about our runs.
@@ -45,8 +42,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	grep -v '^torch==' constraints.txt > $(PINS)
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	{ $(BIN)/python -m pip install --quiet -c $(PINS) uv \
-	    && $(BIN)/uv pip install --quiet --python $(BIN)/python -c $(PINS) -e '.[dev]'; } \
-	  || $(BIN)/python -m pip install --quiet --no-compile -c $(PINS) -e '.[dev]'
+	    && $(UV) pip install --quiet --python $(BIN)/python -c $(PINS) -e '.[dev]'; } \
+	  || { echo 'uv could not install the packages: pip does it, which takes minutes'; \
+	    $(BIN)/python -m pip install --quiet --no-compile -c $(PINS) -e '.[dev]'; }
 	@touch $@
 
 demo: $(INSTALLED) ## Compress the reference model with every method and print the comparison
@@ -68,7 +66,7 @@ ui: $(INSTALLED) ## Start the Prefect and MLflow servers on this machine
 	$(BIN)/foldstack ui
 
 constraints: $(INSTALLED) ## Resolve constraints.txt again, to the newest versions that pyproject.toml allows
-	$(BIN)/uv pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-header pyproject.toml \
+	$(UV) pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-header pyproject.toml \
 	  | grep -vE '^(cuda-|nvidia-|triton)' > constraints.new # these follow the torch that is chosen
 	grep -q '^torch==' constraints.new && mv constraints.new constraints.txt
 

@@ -7,7 +7,7 @@ tokenizer. Nothing is downloaded.
 
 import os
 
-# Before anything imports torch, transformers or Prefect. "0" lets a person measure otherwise.
+# Before anything imports torch, transformers or Prefect; what the environment says comes first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -230,5 +230,5 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
         PREFECT_HOME: tmp_path_factory.mktemp("prefect-home"),
     }
-    with temporary_settings(updates=settings), prefect_test_harness(server_startup_timeout=180):
+    with temporary_settings(updates=settings), prefect_test_harness(server_startup_timeout=400):
         yield PREFECT_API_URL.value()

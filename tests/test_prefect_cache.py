@@ -19,6 +19,7 @@ FLOW = """
 import sys
 from pathlib import Path
 from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
 from foldstack.tasks.artifacts import ArtifactStore
 from foldstack.tasks.prefect_cache import stage_task
 from foldstack.tasks.stage import Stage
@@ -53,6 +54,15 @@ def shout_flow(text, root, report=None):
 def shout(text, root, report=None):
     state = shout_flow(text, root, report, return_state=True)
     return state.result(raise_on_failure=False)
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+def chain_flow(root):
+    store = ArtifactStore(root)
+    task = stage_task("shout", store, tags=["gpu"])
+    first = task.submit(stage=Shout(text="one"), store_root=store.root)
+    second = task.submit(stage=Shout(text="two"), store_root=store.root, wait_for=[first])
+    second.wait()
+    return first.task_run_id, second.task_run_id
 
 if __name__ == "__main__":
     print("task state:", shout(sys.argv[1], Path(sys.argv[2])))
@@ -162,6 +172,21 @@ def test_record_of_a_moved_store_points_to_its_new_place(
     state = shouting.shout("hello", moved.root)
     assert state.name == "Cached"
     assert state.result().open() == stage.artifact(moved).folder
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_stages_in_threads_form_a_graph(shouting: ModuleType, store: ArtifactStore) -> None:
+    from prefect.client.orchestration import get_client
+
+    first, second = shouting.chain_flow(store.root)
+    with get_client(sync_client=True) as client:
+        runs = [client.read_task_run(run) for run in (first, second)]
+    assert [(run.name, run.state_name) for run in runs] == [
+        ("shout one", "Completed"),
+        ("shout two", "Completed"),
+    ]
+    assert runs[0].tags == ["gpu"]
+    assert [str(source.id) for source in runs[1].task_inputs["wait_for"]] == [str(first)]
 
 
 @pytest.mark.usefixtures("prefect_server")
