@@ -1,0 +1,138 @@
+"""Low-rank adapters on every stored linear of a model's blocks, merged at the end."""
+
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from foldstack.compression.architectures import architecture_of
+from foldstack.compression.modeling_foldstack import is_linear
+
+_NAME = "default"
+
+# Up to this many weights, W + s B A is made in each forward pass: two thin products with B and A
+# would cost more time than their arithmetic, above all on a CPU. On a large linear it is the other
+# way round, and the sum would have to be kept for the backward pass.
+FOLD_UP_TO = 2**20
+
+
+class FoldingLora(PeftLinear):
+    """peft's LoRA linear, computed as one product with W + s B A where that is faster."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **settings: Any) -> None:
+        super().__init__(base_layer, adapter_name, **settings)
+        # peft decides this once for the whole model, but a model may hold linears of both kinds.
+        self.fan_in_fan_out = self.is_target_conv_1d_layer = type(base_layer) is Conv1D
+        self.has_dropout = isinstance(self.lora_dropout[adapter_name], nn.Dropout)
+
+    def forward(self, x: Tensor, *args: Any, **settings: Any) -> Tensor:
+        base: Any = self.get_base_layer()
+        if self.merged or self.has_dropout or base.weight.numel() > FOLD_UP_TO:
+            result: Tensor = super().forward(x, *args, **settings)
+            return result
+        with torch.autocast(x.device.type, enabled=False):
+            weight = base.weight + self.get_delta_weight(_NAME)
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, base.bias)
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Full names of the linears stored in the blocks of `model`; one shared by positions is one."""
+    blocks = architecture_of(model).blocks(model)
+    (path,) = [name for name, module in model.named_modules() if module is blocks]
+    return [f"{path}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
+
+
+class Adapters:
+    """A model opened for training: adapters on its linears, its vectors trained in place.
+
+    Args:
+        train_vectors: also train the norms and every other 1-d parameter, except of the embeddings.
+        in_float32: hold the whole model in float32 meanwhile, not just what is trained.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rank: int,
+        alpha: int,
+        dropout: float,
+        train_vectors: bool,
+        in_float32: bool,
+    ) -> None:
+        self.model = model
+        self._was_trainable = {p: p.requires_grad for p in model.parameters()}
+        self._was_training = model.training
+        model.eval()  # the dropout of the adapters is the only one
+        self.vectors = _vectors(model) if train_vectors else {}
+        self._values_before = {name: p.detach().clone() for name, p in self.vectors.items()}
+        self._stored_dtypes = {
+            p: p.dtype
+            for p in (model.parameters() if in_float32 else self.vectors.values())
+            if p.dtype in (torch.float16, torch.bfloat16)
+        }
+        for parameter in self._stored_dtypes:
+            parameter.data = parameter.data.float()
+        self._peft = _attach(model, rank, alpha, dropout)
+        self.matrices = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for parameter in self.vectors.values():
+            parameter.requires_grad_(True)
+        if dropout > 0:
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    module.lora_dropout.train()
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {**self.matrices, **self.vectors}
+
+    def merge(self) -> None:
+        """Add the adapters to the weights: the model is again what it was, with other values."""
+        self._peft.merge_and_unload()
+        self._close()
+
+    def discard(self) -> None:
+        """Undo everything: the model is again what it was."""
+        self._peft.unload()
+        for name, parameter in self.vectors.items():
+            parameter.data.copy_(self._values_before[name])
+        self._close()
+
+    def _close(self) -> None:
+        for parameter, dtype in self._stored_dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+        for parameter, flag in self._was_trainable.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        self.model.train(self._was_training)
+
+
+def _vectors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    excluded = {parameter for module in ends for parameter in module.parameters()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and parameter not in excluded
+    }
+
+
+def _attach(model: PreTrainedModel, rank: int, alpha: int, dropout: float) -> PeftModel:
+    names = linear_names(model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+    config._register_custom_module({nn.Linear: FoldingLora, Conv1D: FoldingLora})
+    with warnings.catch_warnings():
+        # peft asks transformers for a name that transformers has deprecated.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        wrapped = get_peft_model(model, config)
+    # peft matches names by their ends too, and so could take more than was named.
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    assert sorted(adapted) == sorted(names), set(adapted) ^ set(names)
+    return wrapped
