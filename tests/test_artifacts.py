@@ -108,7 +108,12 @@ def test_store_can_be_moved_and_its_artifacts_stay_good(
         pytest.param(lambda file: file.write_text(CONTENT.upper()), id="same size, other bytes"),
         pytest.param(lambda file: file.unlink(), id="file gone"),
         pytest.param(
-            lambda file: (file.rename(file.with_name("x")), file.symlink_to("x")), id="link"
+            # A link is as long as the name it holds.
+            lambda file: (
+                file.rename(file.with_name("x" * len(CONTENT))).parent
+                and file.symlink_to("x" * len(CONTENT))
+            ),
+            id="link",
         ),
         pytest.param(
             lambda file: (file.parent.parent / MANIFEST).write_text("{"), id="torn manifest"
@@ -159,18 +164,38 @@ def test_opening_a_damaged_artifact_says_what_to_do_and_sets_it_aside(
         artifact.open()
 
 
-def test_big_untouched_files_are_hashed_only_when_read(
-    store: ArtifactStore, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def big_file(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the artifact that counts as big, and as not yet seen by this process."""
     monkeypatch.setattr(manifest, "CHECKED_AT_ONCE_BYTES", 4)
     monkeypatch.setattr(manifest, "_intact", set())
-    file = artifact.folder / "model" / "weights.txt"
-    written = file.stat().st_mtime
-    file.write_text(CONTENT.upper())
-    os.utime(file, (written, written))
+    return artifact.folder / "model" / "weights.txt"
+
+
+def overwrite(file: Path, text: str, days_later: float = 0) -> None:
+    moment = file.stat().st_mtime + 86400 * days_later
+    file.write_text(text)
+    os.utime(file, (moment, moment))
+
+
+def test_big_untouched_file_is_hashed_only_when_read(
+    store: ArtifactStore, artifact: Artifact, big_file: Path
+) -> None:
+    overwrite(big_file, CONTENT.upper())
     assert store.find(STAGE, FINGERPRINT) == artifact
     with pytest.raises(InputError, match="other contents"):
         artifact.open()
+
+
+@pytest.mark.usefixtures("artifact")
+def test_big_file_of_another_size_or_date_is_noticed_at_once(
+    store: ArtifactStore, big_file: Path
+) -> None:
+    overwrite(big_file, CONTENT + "!")
+    assert store.find(STAGE, FINGERPRINT) is None
+    store.publish(STAGE, FINGERPRINT, write_weights)
+    overwrite(big_file, CONTENT.upper(), days_later=1)
+    assert store.find(STAGE, FINGERPRINT) is None
 
 
 def test_each_file_is_hashed_once_per_process(
@@ -327,7 +352,9 @@ def test_sweeping_leaves_alone_what_a_living_process_builds(
         other.stdout.readline()
         building = set(names(store.root / "tmp"))
         store.publish("recover", "ef" * 32, write_weights)
-        collect_garbage(store, keep_days=0)
+        would_go = collect_garbage(store, keep_days=-1, dry_run=True)
+        assert [removal.kind for removal in would_go] == ["artifact"]
+        collect_garbage(store, keep_days=-1)
         assert set(names(store.root / "tmp")) == building - {dead.name}
         assert names(store.root / "work" / STAGE) == [FINGERPRINT]
         other.kill()

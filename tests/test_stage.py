@@ -172,6 +172,7 @@ def test_explanation_of_a_hit_and_of_an_empty_store(store: ArtifactStore) -> Non
 def test_explanation_of_a_miss_names_what_differs_from_the_nearest(store: ArtifactStore) -> None:
     run_stage(count(seed=1, sparsity=0.5), store)
     run_stage(count(seed=1), store)
+    run_stage(Count(model=model(), settings=Settings(seed=3, blocks=(9,))), store)
     explanation = explain(count(seed=2), store)
     assert not explanation.is_hit
     assert explanation.nearest is not None
