@@ -33,6 +33,8 @@ class Row(BaseModel):
     state: Literal["done", "failed"] = "done"
     cause: str = ""
     """Why it failed."""
+    is_input_error: bool = False
+    """True when it failed for a mistake of the user's."""
     folder: str = ""
     """The finished model directory."""
     structure: Facts = {}
@@ -41,6 +43,8 @@ class Row(BaseModel):
     """Quality right after compression; of the dense model its only one."""
     after: Facts = {}
     """Quality after recovery; empty where there was none."""
+    recovery: Facts = {}
+    """Steps, tokens and loss of the training."""
     speed: Facts = {}
     seconds: dict[str, float] = {}
     """Wall time of each stage when it was computed."""
@@ -189,7 +193,7 @@ def flat(row: Row) -> dict[str, Any]:
     }  # fmt: skip
     parts: Mapping[str, Mapping[str, Any]] = {
         "size": row.structure, "before_recovery": row.before, "after_recovery": row.after,
-        "speed": row.speed, "seconds": row.seconds,
+        "recovery": row.recovery, "speed": row.speed, "seconds": row.seconds,
     }  # fmt: skip
     return values | {
         f"{part}/{k}": v for part, numbers in parts.items() for k, v in numbers.items()
@@ -211,6 +215,14 @@ def save(comparison: Comparison, folder: Path) -> dict[str, Path]:
     """Write comparison.json, .csv, .md and, where there is something to show, the plot."""
     from foldstack.flows.plots import plot_quality
 
+    files = save_texts(comparison, folder)
+    if plot_quality(comparison, folder / "quality_against_size.png"):
+        files["quality_against_size.png"] = folder / "quality_against_size.png"
+    return files
+
+
+def save_texts(comparison: Comparison, folder: Path) -> dict[str, Path]:
+    """Write comparison.json, .csv and .md."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "comparison.json": comparison.model_dump_json(indent=1),
@@ -219,10 +231,7 @@ def save(comparison: Comparison, folder: Path) -> dict[str, Path]:
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    files = {name: folder / name for name in texts}
-    if plot_quality(comparison, folder / "quality_against_size.png"):
-        files["quality_against_size.png"] = folder / "quality_against_size.png"
-    return files
+    return {name: folder / name for name in texts}
 
 
 def load(folder: Path) -> Comparison:

@@ -6,6 +6,7 @@ libraries are still being imported, and ends with its parent however that ends.
 """
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -19,16 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 from foldstack.compression.errors import InputError
 
-DEFAULTS = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # The library's log lines belong on the page of the task run.
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "foldstack",
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-}
 SERVER_SETTINGS = {
     "PREFECT__SERVER_EPHEMERAL": "1",  # no scheduler: nobody deploys to a server that goes away
     "PREFECT__SERVER_FINAL": "1",
@@ -37,13 +31,12 @@ SERVER_SETTINGS = {
     "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
 }
 DELIVERY_SECONDS = 5.0
+CANCEL_SECONDS = 3.0
+
+# The flow run that is under way in this process, and the API that knows of it.
+_current: dict[str, str] = {}
+
 MIGRATED = "foldstack-migrated-by"
-
-
-def set_defaults() -> None:
-    """Settings that Prefect reads when it is first imported; what the user set stays."""
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
 
 
 def prefect_home() -> Path:
@@ -58,7 +51,6 @@ class TemporaryServer:
     """
 
     def __init__(self) -> None:
-        set_defaults()
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (the server writes to it for long)
@@ -88,7 +80,8 @@ class TemporaryServer:
         settings = get_current_settings()
         if settings.api.url:
             self.stop()
-            return str(settings.api.url)
+            _current["api"] = str(settings.api.url)
+            return _current["api"]
         if not settings.server.ephemeral.enabled:
             self.stop()
             raise InputError(
@@ -98,6 +91,7 @@ class TemporaryServer:
         self._wait(settings.server.ephemeral.startup_timeout_seconds)
         os.environ["PREFECT_API_URL"] = self._url
         refresh_global_settings_context()
+        _current["api"] = self._url
         _note_migration()
         return self._url
 
@@ -144,6 +138,28 @@ class TemporaryServer:
             f"({lines[-1] if lines else 'it said nothing'}); start one with `prefect server start` "
             "and set PREFECT_API_URL"
         )
+
+
+def note_flow_run(run_id: str) -> None:
+    """Remember the flow run that is under way in this process."""
+    _current["run"] = run_id
+
+
+def cancel_flow_run() -> None:
+    """Tell Prefect, as far as it answers, that the flow run ends here.
+
+    Without that, it would be shown as running for ever.
+    """
+    if "run" not in _current or "api" not in _current:
+        return
+    state = {"type": "CANCELLED", "name": "Cancelled", "message": "stopped in the terminal"}
+    request = urllib.request.Request(
+        f"{_current['api']}/flow_runs/{_current['run']}/set_state",
+        data=json.dumps({"state": state, "force": True}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with suppress(OSError):
+        urllib.request.urlopen(request, timeout=CANCEL_SECONDS).close()
 
 
 def _deliver_what_waits() -> None:

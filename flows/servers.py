@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foldstack.compression.errors import InputError
-from foldstack.flows.prefect_server import DEFAULTS as PREFECT_DEFAULTS
+from foldstack.flows.prefect_defaults import DEFAULTS as PREFECT_DEFAULTS
 
 START_SECONDS = 180.0
 STOP_SECONDS = 10.0

@@ -1,11 +1,10 @@
 """What a person sees in the terminal while a sweep runs, and the table at its end."""
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +22,7 @@ from rich.table import Table
 from foldstack.flows.comparison import Comparison, cells, columns
 
 SECONDS_BETWEEN_LINES = 30.0
+WIDE = 220
 
 
 class Display(Protocol):
@@ -140,9 +140,9 @@ def display_on(console: Console) -> Iterator[Display]:
         yield Lines(console)
 
 
-def error_console() -> Console:
-    """For everything that is not the result: standard error."""
-    return Console(file=sys.stderr)
+def console_on(stream: TextIO) -> Console:
+    """A console that squeezes no table where there is no screen to fit it to."""
+    return Console(file=stream, width=None if stream.isatty() else WIDE)
 
 
 def result_table(comparison: Comparison) -> Table:
@@ -155,3 +155,16 @@ def result_table(comparison: Comparison) -> Table:
         style = "red" if row.state == "failed" else "green" if row.label in best else None
         table.add_row(*texts, style=style)
     return table
+
+
+def print_result(comparison: Comparison, console: Console) -> None:
+    """The table, what failed, and where more is to be seen."""
+    console.print(result_table(comparison))
+    for row in comparison.failed:
+        console.print(f"failed: {row.cause}", style="red", markup=False, highlight=False)
+    counts = f"{comparison.num_cached} of {comparison.num_stages} stages from the store"
+    lines = [f"{counts}, {comparison.seconds:.1f} s"]
+    lines += [f"{name}: {place}" for name, place in comparison.links.items()]
+    lines += [f"warning: {sentence}" for sentence in comparison.warnings]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

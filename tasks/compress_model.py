@@ -10,12 +10,13 @@ from foldstack.tasks.execution import Dtype, Execution
 from foldstack.tasks.manifest import Facts
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
 from foldstack.tasks.rank_blocks import load_ranking
-from foldstack.tasks.stage import ModelRef, Progress, Stage
+from foldstack.tasks.stage import ModelRef, Progress
+from foldstack.tasks.worker_pool import ComputedStage
 
 RELOAD_FILE = "reload_check.json"
 
 
-class CompressModel(Stage):
+class CompressModel(ComputedStage):
     """A compressed model directory and its plan."""
 
     stage: ClassVar[str] = "compress_model"
@@ -44,7 +45,7 @@ class CompressModel(Stage):
     def label(self) -> str:
         return f"compress {self.name or self.method.name}"
 
-    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.calibration import Windows
         from foldstack.compression.checkpoint import check_reload, save_model
         from foldstack.compression.method import Evidence
@@ -61,12 +62,12 @@ class CompressModel(Stage):
             progress=progress,
         )
         smaller = cut(model, self.method.compress(model, evidence))
+        size, dense = size_of(smaller), size_of(model)
         out = folder / MODEL_FOLDER
         grade = save_model(smaller, out, tokenizer_from=model_folder(self.model))
         progress("check in a fresh process", 0, 1)
         report = check_reload(smaller, out)
         (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))
-        size, dense = size_of(smaller), size_of(model)
         return {
             "grade": grade,
             "sparsity": self.method.sparsity,

@@ -7,10 +7,11 @@ from foldstack.compression.statistics import Kind
 from foldstack.tasks.artifacts import Artifact
 from foldstack.tasks.execution import Dtype, Execution
 from foldstack.tasks.manifest import Facts
-from foldstack.tasks.stage import ModelRef, Progress, Stage
+from foldstack.tasks.stage import ModelRef, Progress
+from foldstack.tasks.worker_pool import ComputedStage
 
 
-class GatherStatistics(Stage):
+class GatherStatistics(ComputedStage):
     """Additive sums over the calibration windows: similarities of hidden states, Grams."""
 
     stage: ClassVar[str] = "gather_statistics"
@@ -30,7 +31,7 @@ class GatherStatistics(Stage):
     def label(self) -> str:
         return "gather statistics"
 
-    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.calibration import Windows
         from foldstack.compression.statistics import gather
         from foldstack.tasks.models import open_model

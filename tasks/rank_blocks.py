@@ -8,14 +8,15 @@ from foldstack.compression.ranking import Ranking, plot, rank_blocks
 from foldstack.compression.statistics import Statistics
 from foldstack.tasks.artifacts import Artifact
 from foldstack.tasks.manifest import Facts
-from foldstack.tasks.stage import Progress, Stage
+from foldstack.tasks.stage import Progress
+from foldstack.tasks.worker_pool import ComputedStage
 
 RANKING_FILE = "ranking.json"
 TABLE_FILE = "ranking.csv"
 PLOT_FILE = "ranking.png"
 
 
-class RankBlocks(Stage):
+class RankBlocks(ComputedStage):
     """One score per block and criterion."""
 
     stage: ClassVar[str] = "rank_blocks"
@@ -30,7 +31,7 @@ class RankBlocks(Stage):
     def label(self) -> str:
         return "rank blocks"
 
-    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         ranking = rank_blocks(Statistics.load(self.statistics.open()))
         (folder / RANKING_FILE).write_text(ranking.model_dump_json(indent=1))
         rows = ranking.table()

@@ -9,13 +9,14 @@ from foldstack.tasks.artifacts import Artifact
 from foldstack.tasks.execution import Dtype, Execution
 from foldstack.tasks.manifest import Facts
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
-from foldstack.tasks.stage import ModelRef, Progress, Stage
+from foldstack.tasks.stage import ModelRef, Progress
+from foldstack.tasks.worker_pool import ComputedStage
 
 HISTORY_FILE = "training.jsonl"
 RELOAD_FILE = "reload_check.json"
 
 
-class RecoverModel(Stage):
+class RecoverModel(ComputedStage):
     """A compressed model directory, of the same structure and with other weights."""
 
     stage: ClassVar[str] = "recover_model"
@@ -43,7 +44,7 @@ class RecoverModel(Stage):
     def label(self) -> str:
         return f"recover {self.name}".strip()
 
-    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.calibration import Windows
         from foldstack.compression.checkpoint import check_reload, load_plan, save_model
         from foldstack.compression.recovery import recover
@@ -57,6 +58,7 @@ class RecoverModel(Stage):
         )
         out, source = folder / MODEL_FOLDER, model_folder(self.compressed)
         recovered = result.model.cpu().eval()
+        size = size_of(recovered)
         grade = save_model(recovered, out, tokenizer_from=source, plan=load_plan(source))
         progress("check in a fresh process", 0, 1)
         report = check_reload(recovered, out)
@@ -70,7 +72,7 @@ class RecoverModel(Stage):
             "seconds_training": result.seconds,
             "first_loss": result.history[0]["loss"] if result.history else None,
             "last_loss": result.history[-1]["loss"] if result.history else None,
-            **size_of(recovered).as_dict(),
+            **size.as_dict(),
         }
 
 

@@ -73,6 +73,11 @@ class Tracker:
         """Have the run of `record` named the best version of the registered `model`."""
         self._enqueue(_Best(model, record.fingerprint, alias, description))
 
+    @property
+    def is_busy(self) -> bool:
+        """True when there was something to write since the last `finish`."""
+        return self._thread is not None
+
     def finish(self, wait_seconds: float = 60.0) -> None:
         """Wait until everything is written, or until that has taken too long."""
         if self._thread is None:

@@ -1,0 +1,256 @@
+"""The stages of a run, laid out before any has run: each one's artifact is known by then."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from foldstack.compression.corpus import TextSource, source_digest
+from foldstack.compression.digest import digest_json
+from foldstack.flows.method_entries import Variant
+from foldstack.flows.run_config import RunConfig
+from foldstack.tasks.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.benchmark_speed import BenchmarkSpeed
+from foldstack.tasks.collect_calibration import CollectCalibration
+from foldstack.tasks.compress_model import CompressModel
+from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
+from foldstack.tasks.execution import Execution, cores
+from foldstack.tasks.gather_statistics import GatherStatistics
+from foldstack.tasks.rank_blocks import RankBlocks
+from foldstack.tasks.recover_model import RecoverModel
+from foldstack.tasks.stage import ModelRef, Stage
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is done for one variant, or for the dense model."""
+
+    label: str
+    variant: Variant | None
+    compress: CompressModel | None
+    before: EvaluateModel
+    recover: RecoverModel | None = None
+    after: EvaluateModel | None = None
+    speed: BenchmarkSpeed | None = None
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages that are there, in their order, by the part they play."""
+        parts: dict[str, Stage | None] = {
+            "compress": self.compress,
+            "evaluate_before": self.before,
+            "recover": self.recover,
+            "evaluate_after": self.after,
+            "speed": self.speed,
+        }
+        return {part: stage for part, stage in parts.items() if stage is not None}
+
+    @property
+    def final_maker(self) -> CompressModel | RecoverModel | None:
+        """The stage that makes the branch's last model; None for the dense one."""
+        return self.recover or self.compress
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that is done."""
+        return digest_json({part: stage.fingerprint for part, stage in self.stages.items()})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All stages of one run."""
+
+    config: RunConfig
+    store: ArtifactStore
+    model: ModelRef
+    calibration: CollectCalibration
+    recovery_windows: CollectCalibration | None
+    statistics: GatherStatistics
+    ranking: RankBlocks
+    branches: tuple[Branch, ...]
+    """The dense model's first."""
+    workers: int
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Every stage once, inputs before what is made from them, the speeds last."""
+        return list({stage.fingerprint: stage for stage in self._in_order()}.values())
+
+    @property
+    def before_speeds(self) -> list[Stage]:
+        """The stages that may run side by side."""
+        return [stage for stage in self.stages if not isinstance(stage, BenchmarkSpeed)]
+
+    @property
+    def report_folder(self) -> Path:
+        """Where the comparison is written to."""
+        return self.config.output.home / "sweeps" / f"{self.config.model.short_name}-{self.sweep}"
+
+    @cached_property
+    def sweep(self) -> str:
+        """Digest of everything that is done: short, for tags and folders."""
+        return digest_json([branch.fingerprint for branch in self.branches])[:12]
+
+    def _in_order(self) -> Iterator[Stage]:
+        """In the order of submission. Recoveries wait for one another within a process, so between
+        two of them stands an evaluation that may run meanwhile.
+        """
+        yield self.calibration
+        if self.recovery_windows is not None:
+            yield self.recovery_windows
+        yield self.statistics
+        yield self.ranking
+        for part in ("compress", ("recover", "evaluate_before"), "evaluate_after", "speed"):
+            for branch in self.branches:
+                names = (part,) if isinstance(part, str) else part
+                yield from (branch.stages[name] for name in names if name in branch.stages)
+
+
+def lay_out(config: RunConfig) -> Layout:
+    """The stages of `config`; reads the model's and the texts' bytes, computes nothing.
+
+    Raises:
+        InputError: the model or a text cannot be found or read.
+    """
+    store = ArtifactStore(config.output.home / "store")
+    model = ModelRef.of(config.model.name, config.model.revision)
+    workers = num_workers(config)
+    shared = Execution(device=config.model.device, threads=max(1, cores() // workers))
+    digests: dict[TextSource, str] = {}
+
+    def digest(source: TextSource) -> str:
+        if source not in digests:
+            digests[source] = source_digest(source)
+        return digests[source]
+
+    calibration = CollectCalibration(
+        model=model,
+        source=config.calibration.source,
+        source_digest=digest(config.calibration.source),
+        windows=config.calibration_windows,
+    )
+    recovery_windows = None
+    if config.recovery.steps:
+        recovery_windows = CollectCalibration(
+            model=model,
+            source=config.recovery.source,
+            source_digest=digest(config.recovery.source),
+            windows=config.recovery.windows,
+            purpose="recovery",
+        )
+    statistics = GatherStatistics(
+        model=model,
+        calibration=calibration.artifact(store),
+        kinds=tuple(sorted(config.statistics.kinds)),
+        dtype=config.model.dtype,
+        batch_size=config.statistics.batch_size,
+        execution=shared,
+    )
+    ranking = RankBlocks(statistics=statistics.artifact(store))
+    builder = _BranchBuilder(
+        config, store, model, calibration, recovery_windows, statistics, ranking, shared,
+        digest(config.evaluation.perplexity.source),
+        benchmarks_digest(config.evaluation.benchmarks, config.evaluation.include_paths),
+    )  # fmt: skip
+    return Layout(
+        config, store, model, calibration, recovery_windows, statistics, ranking,
+        (builder.dense(), *(builder.of(variant) for variant in config.variants)), workers,
+    )  # fmt: skip
+
+
+def num_workers(config: RunConfig) -> int:
+    """Stages that run at once."""
+    if isinstance(config.workers, int):
+        return max(1, config.workers)
+    if config.model.device == "cpu":
+        return cores()
+    import torch
+
+    return cores() if config.model.device == "auto" and not torch.cuda.is_available() else 1
+
+
+@dataclass(frozen=True)
+class _BranchBuilder:
+    config: RunConfig
+    store: ArtifactStore
+    model: ModelRef
+    calibration: CollectCalibration
+    recovery_windows: CollectCalibration | None
+    statistics: GatherStatistics
+    ranking: RankBlocks
+    execution: Execution
+    evaluation_digest: str
+    benchmarks_digest: str
+
+    def dense(self) -> Branch:
+        return Branch(
+            DENSE,
+            None,
+            None,
+            self._evaluate(self.model, DENSE),
+            speed=self._speed(self.model, DENSE),
+        )
+
+    def of(self, variant: Variant) -> Branch:
+        compress = CompressModel(
+            model=self.model,
+            calibration=self.calibration.artifact(self.store),
+            statistics=self.statistics.artifact(self.store),
+            ranking=self.ranking.artifact(self.store),
+            method=variant.method,
+            dtype=self.config.model.dtype,
+            execution=self.execution,
+            name=variant.label,
+        )
+        compressed = compress.artifact(self.store)
+        before = self._evaluate(compressed, f"{variant.label} before recovery")
+        recover = self._recover(compressed, variant)
+        if recover is None:
+            before = self._evaluate(compressed, variant.label)
+            speed = self._speed(compressed, variant.label)
+            return Branch(variant.label, variant, compress, before, speed=speed)
+        recovered = recover.artifact(self.store)
+        after = self._evaluate(recovered, f"{variant.label} after recovery")
+        speed = self._speed(recovered, variant.label)
+        return Branch(variant.label, variant, compress, before, recover, after, speed)
+
+    def _recover(self, compressed: Artifact, variant: Variant) -> RecoverModel | None:
+        if self.recovery_windows is None:
+            return None
+        settings = self.config.recovery_settings
+        settings = settings.model_copy(update={"seed": settings.seed + variant.seed})
+        return RecoverModel(
+            compressed=compressed,
+            windows=self.recovery_windows.artifact(self.store),
+            settings=settings,
+            teacher=self.model if settings.distillation else None,
+            dtype=self.config.model.dtype,
+            execution=self.execution,
+            name=variant.label,
+        )
+
+    def _evaluate(self, model: ModelRef | Artifact, name: str) -> EvaluateModel:
+        evaluation = self.config.evaluation
+        return EvaluateModel(
+            model=model,
+            source=evaluation.perplexity.source,
+            source_digest=self.evaluation_digest,
+            protocol=evaluation.perplexity.protocol,
+            benchmarks=evaluation.benchmarks,
+            benchmarks_digest=self.benchmarks_digest,
+            include_paths=evaluation.include_paths,
+            limit=evaluation.limit,
+            num_fewshot=evaluation.num_fewshot,
+            batch_size=evaluation.batch_size,
+            dtype=self.config.model.dtype,
+            execution=self.execution,
+            name=name,
+        )
+
+    def _speed(self, model: ModelRef | Artifact, name: str) -> BenchmarkSpeed | None:
+        if not self.config.speed.enabled:
+            return None
+        execution = Execution(device=self.config.model.device, threads=cores())
+        return BenchmarkSpeed(dense=self.model, model=model, execution=execution, name=name)

@@ -1,0 +1,237 @@
+"""The dry run: sizes of every variant, what is in the store already, time and memory to come."""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from statistics import median
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from foldstack.flows.branches import Branch, Layout, lay_out
+from foldstack.flows.preflight import check, is_stored
+from foldstack.flows.run_config import RunConfig
+from foldstack.tasks.garbage import list_artifacts
+from foldstack.tasks.manifest import Manifest
+from foldstack.tasks.stage import Stage
+
+MATMUL_SIZE = 768
+MATMUL_SECONDS = 0.3
+# A forward and a backward pass cost three forward passes.
+TRAINING_FACTOR = 3
+START_SECONDS = 15.0
+"""Loading and the check in a fresh process, where nothing is known of a stage."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ExpectedModel(_Record):
+    """A variant, or the dense model, as it will be."""
+
+    label: str
+    sparsity: float | None
+    realised_sparsity: float | None
+    parameters: int
+    bytes: int
+    flops_per_token: int
+    kv_bytes_per_token: int
+    num_blocks: int
+
+
+class ExpectedStage(_Record):
+    """One stage of the run."""
+
+    label: str
+    stage: str
+    is_stored: bool
+    seconds: float
+    """Expected; 0 when it is stored."""
+    basis: Literal["stored", "earlier runs", "arithmetic"]
+
+
+class DryRun(_Record):
+    """What a run would do."""
+
+    title: str
+    models: tuple[ExpectedModel, ...]
+    stages: tuple[ExpectedStage, ...]
+    workers: int
+    seconds: float
+    """Expected wall time of what is not stored."""
+    memory_bytes: int
+    """Expected peak: weights of the models that are open at once, and the sums of one block."""
+
+
+def dry_run(config: RunConfig) -> DryRun:
+    """What `run` would do with `config`; computes nothing but a short matmul.
+
+    Raises:
+        InputError: what `run` would refuse.
+    """
+    layout = lay_out(config)
+    check(layout)
+    models = expected_models(layout)
+    stages = expected_stages(layout, models)
+    alone = sum(stage.seconds for stage in stages if stage.stage == "benchmark_speed")
+    shared = sum(stage.seconds for stage in stages) - alone
+    longest = max((stage.seconds for stage in stages), default=0.0)
+    return DryRun(
+        title=config.title,
+        models=tuple(models.values()),
+        stages=tuple(stages),
+        workers=layout.workers,
+        seconds=max(shared / layout.workers, longest) + alone,
+        memory_bytes=expected_memory(layout, models),
+    )
+
+
+def expected_models(layout: Layout) -> dict[str, ExpectedModel]:
+    """The size of every model of the run, by label, from its outline on the meta device."""
+    from foldstack.compression.checkpoint import load_config
+    from foldstack.compression.size import size_of, size_of_plan, sparsity_between
+    from foldstack.compression.surgery import build_on_meta
+
+    config = load_config(layout.model.folder)
+    meta = build_on_meta(config)
+    dense = size_of(meta)
+    found: dict[str, ExpectedModel] = {}
+    for branch in layout.branches:
+        size, asked, realised = dense, None, None
+        if branch.variant is not None:
+            size = size_of_plan(config, branch.variant.method.outline(meta))
+            asked, realised = branch.variant.sparsity, sparsity_between(dense, size)
+        found[branch.label] = ExpectedModel(
+            label=branch.label,
+            sparsity=asked,
+            realised_sparsity=realised,
+            **{name: value for name, value in size.as_dict().items() if name in _SIZES},
+        )
+    return found
+
+
+_SIZES = ("parameters", "bytes", "flops_per_token", "kv_bytes_per_token", "num_blocks")
+
+
+def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list[ExpectedStage]:
+    """Every stage with the time it will take: as in earlier runs, else from its arithmetic."""
+    history = _seconds_of_earlier_runs(layout)
+    owner = {s.fingerprint: branch for branch in layout.branches for s in branch.stages.values()}
+    rate = 0.0
+    expected = []
+    for stage in layout.stages:
+        basis: Literal["stored", "earlier runs", "arithmetic"]
+        earlier = history.get((stage.stage, stage.label)) or history.get((stage.stage, ""))
+        if is_stored(stage, layout):
+            seconds, basis = 0.0, "stored"
+        elif earlier:
+            seconds, basis = median(earlier), "earlier runs"
+        else:
+            rate = rate or matmul_rate()
+            work = _flops(stage, owner.get(stage.fingerprint), layout, models)
+            seconds, basis = START_SECONDS + work / rate, "arithmetic"
+        expected.append(
+            ExpectedStage(
+                label=stage.label, stage=stage.stage, is_stored=basis == "stored",
+                seconds=seconds, basis=basis,
+            )
+        )  # fmt: skip
+    return expected
+
+
+def _seconds_of_earlier_runs(layout: Layout) -> dict[tuple[str, str], list[float]]:
+    """Wall times of stages of the same model, by kind and label; all labels of a kind under ""."""
+    model = f"model/{layout.model.fingerprint}"
+    manifests: dict[str, Manifest] = {
+        f"{row.artifact.stage}/{row.artifact.fingerprint}": row.manifest
+        for row in list_artifacts(layout.store)
+        if row.manifest is not None
+    }
+
+    def is_of_model(manifest: Manifest) -> bool:
+        return model in manifest.inputs or any(
+            name in manifests and is_of_model(manifests[name]) for name in manifest.inputs
+        )
+
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for manifest in manifests.values():
+        if is_of_model(manifest):
+            for label in (manifest.label, ""):
+                seconds[manifest.stage, label].append(manifest.seconds)
+    return seconds
+
+
+def _flops(
+    stage: Stage, branch: Branch | None, layout: Layout, models: Mapping[str, ExpectedModel]
+) -> float:
+    """Multiplications and additions of a stage, from the tokens that pass the model."""
+    dense = models[layout.branches[0].label].flops_per_token
+    mine = models[branch.label].flops_per_token if branch else dense
+    config = layout.config
+    calibration = config.calibration.num_windows * config.calibration.window_tokens
+    match stage.stage:
+        case "gather_statistics":
+            return 2.0 * dense * calibration
+        case "compress_model":
+            return 2.0 * TRAINING_FACTOR * dense * calibration
+        case "recover_model":
+            schedule, windows = config.recovery, config.recovery.windows
+            tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
+            tokens *= windows.window_tokens
+            teacher = dense if schedule.distillation else 0
+            return float(tokens) * (TRAINING_FACTOR * mine + teacher)
+        case "evaluate_model":
+            return float(mine) * calibration
+        case _:
+            return 0.0
+
+
+def matmul_rate() -> float:
+    """Floating-point operations per second of a matrix product, measured for a moment."""
+    import torch
+
+    a, b = torch.randn(MATMUL_SIZE, MATMUL_SIZE), torch.randn(MATMUL_SIZE, MATMUL_SIZE)
+    torch.mm(a, b)
+    started, products = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < MATMUL_SECONDS:
+        torch.mm(a, b)
+        products += 1
+    return products * 2 * MATMUL_SIZE**3 / elapsed
+
+
+def expected_memory(layout: Layout, models: Mapping[str, ExpectedModel]) -> int:
+    """Each worker holds a dense and a compressed model; one pass holds the sums of one block."""
+    weights = sorted((model.bytes for model in models.values()), reverse=True)
+    per_worker = sum(weights[:2])
+    recovering = 4 * weights[0] if layout.config.recovery.steps else 0
+    return layout.workers * per_worker + recovering
+
+
+def print_dry_run(expected: DryRun, console: Console) -> None:
+    """One table of models, one of stages, and the totals."""
+    models = Table(title=expected.title, title_justify="left")
+    heads = ("model", "sparsity", "realised", "blocks", "parameters", "bytes", "FLOPs/token",
+             "KV bytes/token")  # fmt: skip
+    for index, head in enumerate(heads):
+        models.add_column(head, justify="left" if index == 0 else "right")
+    for m in expected.models:
+        asked = "" if m.sparsity is None else f"{m.sparsity:g}"
+        realised = "" if m.realised_sparsity is None else f"{m.realised_sparsity:.3f}"
+        counts = (m.num_blocks, m.parameters, m.bytes, m.flops_per_token, m.kv_bytes_per_token)
+        models.add_row(m.label, asked, realised, *(f"{count:,}" for count in counts))
+    stages = Table()
+    for head in ("stage", "in the store", "expected seconds", "from"):
+        stages.add_column(head, justify="right" if "seconds" in head else "left")
+    for s in expected.stages:
+        stages.add_row(s.label, "yes" if s.is_stored else "no", f"{s.seconds:.1f}", s.basis)
+    console.print(models, stages)
+    stored = sum(stage.is_stored for stage in expected.stages)
+    console.print(
+        f"{stored} of {len(expected.stages)} stages are in the store; about "
+        f"{expected.seconds / 60:.1f} minutes with {expected.workers} at a time, and "
+        f"{expected.memory_bytes / 2**30:.2f} GiB for the models",
+        highlight=False,
+    )

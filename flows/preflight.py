@@ -1,0 +1,109 @@
+"""What can be known to fail is refused before anything is computed."""
+
+import os
+import uuid
+
+from foldstack.compression.errors import InputError
+from foldstack.flows.branches import Layout
+from foldstack.tasks.artifacts import HOME_VARIABLE
+from foldstack.tasks.stage import Stage
+
+
+def check(layout: Layout) -> None:
+    """Refuse what cannot work; what is in the store already has proven that it can.
+
+    Raises:
+        InputError: every objection, a sentence each.
+    """
+    check_writable(layout)
+    missing = {stage.fingerprint for stage in layout.stages if not is_stored(stage, layout)}
+    if not missing:
+        return
+    from foldstack.tasks.execution import device_named
+
+    device_named(layout.config.model.device)
+    check_model(layout)
+    objections = [
+        *unreachable_variants(layout, missing),
+        *unknown_benchmarks(layout, missing),
+    ]
+    if objections:
+        raise InputError("; ".join(objections))
+
+
+def is_stored(stage: Stage, layout: Layout) -> bool:
+    """True when the store holds the stage's artifact."""
+    return stage.artifact(layout.store).damage(thorough=False) is None
+
+
+def check_writable(layout: Layout) -> None:
+    """Raises InputError when results cannot be written."""
+    home = layout.config.output.home.expanduser()
+    probe = home / f".probe-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+    except OSError as error:
+        raise InputError(
+            f"output.home must be a folder that can be written to, and {home} is not "
+            f"({error.strerror or error}); set output.home or {HOME_VARIABLE} to another place"
+        ) from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def check_model(layout: Layout) -> None:
+    """Raises InputError when the tokenizer or the windows do not fit the model."""
+    from foldstack.compression.calibration import check_tokenizer
+    from foldstack.compression.checkpoint import load_config, load_tokenizer
+
+    config, tokenizer = load_config(layout.model.folder), load_tokenizer(layout.model.folder)
+    check_tokenizer(tokenizer, config.get_text_config(decoder=True).vocab_size)
+    context = getattr(config, "max_position_embeddings", None)
+    chosen = layout.config
+    lengths = {
+        "calibration.window_tokens": chosen.calibration.window_tokens,
+        "recovery.windows.window_tokens": chosen.recovery.windows.window_tokens,
+        "evaluation.perplexity.protocol.window_tokens": (
+            chosen.evaluation.perplexity.protocol.window_tokens
+        ),
+    }
+    for key, tokens in lengths.items():
+        if context is not None and tokens > context:
+            raise InputError(
+                f"{key} may be at most the model's context of {context} tokens, got {tokens}"
+            )
+
+
+def unreachable_variants(layout: Layout, missing: set[str]) -> list[str]:
+    """A sentence for each variant whose sparsity its method cannot reach for this model."""
+    waiting = [b for b in layout.branches if b.compress and b.compress.fingerprint in missing]
+    if not waiting:
+        return []
+    from foldstack.compression.checkpoint import load_config
+    from foldstack.compression.surgery import build_on_meta
+
+    model = build_on_meta(load_config(layout.model.folder))
+    sentences = []
+    for branch in waiting:
+        assert branch.variant is not None
+        try:
+            branch.variant.method.outline(model)
+        except InputError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def unknown_benchmarks(layout: Layout, missing: set[str]) -> list[str]:
+    """A sentence about benchmarks that nobody knows."""
+    evaluation = layout.config.evaluation
+    waiting = [b for b in layout.branches if b.before.fingerprint in missing]
+    if not waiting or not evaluation.benchmarks:
+        return []
+    from foldstack.compression.benchmark_index import check_tasks
+
+    try:
+        check_tasks(evaluation.benchmarks, evaluation.include_paths)
+    except InputError as error:
+        return [str(error)]
+    return []

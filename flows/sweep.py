@@ -1,0 +1,166 @@
+"""The Prefect flow: one model, methods times sparsities times seeds, one comparison."""
+
+import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
+
+# isort: split
+
+import base64
+import logging
+import time
+from contextvars import ContextVar
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from foldstack.flows import comparison as tables
+from foldstack.flows.branches import Layout, lay_out
+from foldstack.flows.comparison import Comparison
+from foldstack.flows.prefect_server import note_flow_run
+from foldstack.flows.preflight import check
+from foldstack.flows.rows import row_of
+from foldstack.flows.run_config import RunConfig, to_yaml
+from foldstack.flows.run_records import SweepLog
+from foldstack.flows.stage_runs import StageRuns
+from foldstack.flows.terminal import Display, Silent
+from foldstack.tasks.execution import cores
+from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
+
+logger = logging.getLogger(__name__)
+
+SILENT = Silent()
+display: ContextVar[Display] = ContextVar("display", default=SILENT)
+"""Where progress is shown."""
+prepared: ContextVar[Layout | None] = ContextVar("prepared", default=None)
+"""A layout that was checked already: the command line does so before it waits for a server."""
+
+
+class SweepFailed(RuntimeError):
+    """Some models failed; `comparison` has the others."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        first = comparison.failed[0]
+        super().__init__(
+            f"{len(comparison.failed)} of {len(comparison.rows)} models failed, the first is "
+            f"{first.label}: {first.cause}"
+        )
+        self.comparison = comparison
+
+
+def _title() -> str:
+    config = runtime.flow_run.parameters["config"]
+    return config.title if isinstance(config, RunConfig) else "sweep"
+
+
+@flow(
+    name="sweep",
+    flow_run_name=_title,
+    task_runner=ThreadPoolTaskRunner(max_workers=cores()),
+    persist_result=False,
+)
+def sweep(config: RunConfig) -> Comparison:
+    """Compress, recover, evaluate and compare, as `config` says.
+
+    Raises:
+        InputError: something in `config` cannot work; nothing has been computed then.
+        SweepFailed: some variants failed; the others are in its comparison.
+    """
+    started = time.monotonic()
+    note_flow_run(str(runtime.flow_run.id))
+    layout = prepared.get()
+    if layout is None or layout.config != config:
+        layout = lay_out(config)
+        check(layout)
+    runs = StageRuns(layout, display.get())
+    log = SweepLog(layout, _flow_run_tags())
+    for stage in layout.before_speeds:
+        runs.submit(stage)
+    for branch in runs.collect_branches():
+        log.branch_evaluated(branch, runs)
+    _show_ranking(layout, runs)
+    runs.run_speeds()  # alone and one by one: whatever else runs would slow them down
+    rows = tuple(row_of(layout, branch, runs.outcomes) for branch in layout.branches)
+    comparison = Comparison(
+        title=config.title,
+        sweep=layout.sweep,
+        model=config.model.name,
+        rows=rows,
+        num_stages=len(layout.stages),
+        num_cached=runs.num_cached,
+    )
+    return _publish(layout, comparison, runs, log, started)
+
+
+def run_sweep(layout: Layout, shown_on: Display) -> Comparison:
+    """Run the flow with as many threads as the layout was made for."""
+    tokens = prepared.set(layout), display.set(shown_on)
+    runner = ThreadPoolTaskRunner(max_workers=layout.workers)
+    try:
+        result: Comparison = sweep.with_options(task_runner=runner)(layout.config)
+        return result
+    finally:
+        prepared.reset(tokens[0])
+        display.reset(tokens[1])
+
+
+def _publish(
+    layout: Layout, comparison: Comparison, runs: StageRuns, log: SweepLog, started: float
+) -> Comparison:
+    """Write, show and log the comparison; fail the flow when a variant failed."""
+    folder = layout.report_folder
+    files = tables.save(comparison, folder)
+    (folder / "config.yaml").write_text(to_yaml(layout.config), encoding="utf-8")
+    links, warnings = log.finish(comparison, runs, {**files, "config.yaml": folder / "config.yaml"})
+    comparison = comparison.model_copy(
+        update={
+            "links": {"report": str(folder), **links},
+            "warnings": tuple(warnings),
+            "seconds": time.monotonic() - started,
+        }
+    )
+    tables.save_texts(comparison, folder)
+    _show_comparison(comparison, files)
+    if comparison.failed:
+        raise SweepFailed(comparison)
+    return comparison
+
+
+def _show_ranking(layout: Layout, runs: StageRuns) -> None:
+    """The ranking as a table and a picture on the page of the flow run."""
+    ranked = runs.artifact(layout.ranking)
+    if ranked is None:
+        return
+    rows: list[dict[str, Any]] = load_ranking(ranked).table()
+    key = f"ranking-{layout.sweep}"
+    _create(create_table_artifact, table=rows, key=key, description="Scores of the blocks")
+    _show_picture(ranked.folder / PLOT_FILE, f"{key}-plot", "Scores of the blocks")
+
+
+def _show_comparison(comparison: Comparison, files: dict[str, Any]) -> None:
+    key = f"comparison-{comparison.sweep}"
+    table = tables.records(comparison)
+    _create(create_table_artifact, table=table, key=key, description=comparison.title)
+    if "quality_against_size.png" in files:
+        _show_picture(files["quality_against_size.png"], f"{key}-plot", "Quality against size")
+
+
+def _show_picture(file: Any, key: str, description: str) -> None:
+    data = base64.b64encode(file.read_bytes()).decode()
+    url = f"data:image/png;base64,{data}"
+    _create(create_image_artifact, image_url=url, key=key, description=description)
+
+
+def _create(create: Any, **what: Any) -> None:
+    try:
+        create(**what)
+    except Exception as error:  # a server that is away must not cost a finished computation
+        logger.warning("Prefect shows no %s: %s", what["key"], error)
+
+
+def _flow_run_tags() -> dict[str, str]:
+    run_id = runtime.flow_run.id
+    if run_id is None:
+        return {}
+    url = runtime.flow_run.ui_url
+    return {"prefect.flow_run_id": str(run_id), **({"prefect.flow_run_url": url} if url else {})}

@@ -1,0 +1,42 @@
+"""The stage that cuts text into token windows: for statistics, or for recovery."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from foldstack.compression.calibration import WindowSpec
+from foldstack.compression.corpus import TextSource
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.stage import ModelRef, Progress
+from foldstack.tasks.worker_pool import ComputedStage
+
+
+class CollectCalibration(ComputedStage):
+    """Token windows of equal length, and where documents begin in them."""
+
+    stage: ClassVar[str] = "collect_calibration"
+    packages: ClassVar[tuple[str, ...]] = ("transformers", "tokenizers")
+    # The digest says which text it is; where it lies changes nothing.
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"source", "purpose"})
+
+    model: ModelRef
+    source: TextSource
+    source_digest: str
+    windows: WindowSpec
+    purpose: Literal["calibration", "recovery"] = "calibration"
+
+    def modules(self) -> tuple[str, ...]:
+        return ("foldstack.compression.calibration", "foldstack.compression.corpus")
+
+    @property
+    def label(self) -> str:
+        return f"collect {self.purpose} windows"
+
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.calibration import token_windows
+        from foldstack.compression.checkpoint import load_tokenizer
+        from foldstack.compression.corpus import documents
+
+        tokenizer = load_tokenizer(self.model.open())
+        windows = token_windows(tokenizer, documents(self.source), self.windows)
+        windows.save(folder)
+        return {"corpus": self.source.corpus, **windows.facts}

@@ -1,0 +1,115 @@
+"""The stage that measures a model's quality: perplexity, bits per byte, benchmarks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from foldstack.compression.corpus import TextSource, source_digest
+from foldstack.compression.digest import digest_folder, digest_json
+from foldstack.compression.perplexity import PerplexityProtocol
+from foldstack.compression.reference import BENCHMARKS_FOLDER
+from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.execution import Dtype, Execution
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.models import model_folder, open_model
+from foldstack.tasks.stage import ModelRef, Progress
+from foldstack.tasks.worker_pool import ComputedStage
+
+PERPLEXITY_FILE = "perplexity.json"
+BENCHMARKS_FILE = "benchmarks.json"
+ITEMS_FILE = "items.jsonl"
+TASK_FILES = ("**/*.yaml", "**/*.yml", "**/*.py", "**/*.json", "**/*.jsonl", "**/*.txt")
+
+
+class EvaluateModel(ComputedStage):
+    """Quality of one model, with what each number was computed from."""
+
+    stage: ClassVar[str] = "evaluate_model"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "lm-eval", "datasets")
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset(
+        {"source", "include_paths", "batch_size", "execution", "name"}
+    )
+
+    model: ModelRef | Artifact
+    source: TextSource
+    source_digest: str
+    protocol: PerplexityProtocol
+    benchmarks: tuple[str, ...] = ()
+    benchmarks_digest: str = ""
+    """Of the files that say what the benchmarks are; see `benchmarks_digest`."""
+    include_paths: tuple[Path, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+    dtype: Dtype = "auto"
+    execution: Execution = Execution()
+    name: str = ""
+    """What the model is called, e.g. "svd_llm 0.20 after recovery"."""
+
+    def modules(self) -> tuple[str, ...]:
+        names = ("checkpoint", "corpus", "harness", "perplexity", "size")
+        return tuple(f"foldstack.compression.{name}" for name in names)
+
+    @property
+    def label(self) -> str:
+        return f"evaluate {self.name}".strip()
+
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.checkpoint import load_tokenizer
+        from foldstack.compression.corpus import documents
+        from foldstack.compression.perplexity import measure_perplexity
+        from foldstack.compression.size import size_of
+
+        progress("load the model", 0, 1)
+        model = open_model(self.model, self.dtype, self.execution)
+        tokenizer = load_tokenizer(model_folder(self.model))
+        texts = documents(self.source)
+        result = measure_perplexity(model, tokenizer, texts, self.protocol, progress)
+        (folder / PERPLEXITY_FILE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
+        facts: Facts = {
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "nll": result.nll,
+        }
+        if self.benchmarks:
+            facts |= self._benchmarks(folder, progress, model, tokenizer)
+        return facts | {f"size/{name}": value for name, value in size_of(model).as_dict().items()}
+
+    def _benchmarks(self, folder: Path, progress: Progress, model: Any, tokenizer: Any) -> Facts:
+        from foldstack.compression.harness import evaluate
+
+        result = evaluate(
+            model,
+            tokenizer,
+            self.benchmarks,
+            include_paths=self.include_paths,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+        (folder / BENCHMARKS_FILE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
+        result.write_items(folder / ITEMS_FILE)
+        facts: Facts = {}
+        for name, benchmark in result.benchmarks.items():
+            for metric, score in benchmark.scores.items():
+                facts[f"{name}/{metric}"] = score.value
+                facts[f"{name}/{metric}_stderr"] = score.stderr
+        return facts
+
+
+def benchmarks_digest(benchmarks: Sequence[str], include_paths: Sequence[Path]) -> str:
+    """Digest of the task files that come with foldstack or with the user, and of the text that the
+    former are made of; lm-eval's own tasks change with its version, which counts by itself.
+    """
+    if not benchmarks:
+        return ""
+    files = [Path(name) for name in benchmarks if name.endswith((".yaml", ".yml"))]
+    return digest_json(
+        {
+            "folders": [digest_folder(folder, TASK_FILES) for folder in include_paths],
+            "files": [digest_folder(file.parent, [file.name]) for file in files],
+            "packaged": digest_folder(BENCHMARKS_FOLDER, TASK_FILES),
+            "text": source_digest(TextSource(split="test")),
+        }
+    )

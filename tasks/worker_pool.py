@@ -1,0 +1,215 @@
+"""Stages compute in processes of their own: several at once, and none disturbs another.
+
+Threads of one process would share torch's random numbers, Accelerate's and lm-eval's state, and
+Python's lock. A worker process keeps its imports from stage to stage; it is started when the first
+stage has to run, so that a run which finds everything in the store starts none. It ends with the
+process that started it, however that ends.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.stage import Progress, Stage
+
+SECONDS_BETWEEN_REPORTS = 0.2
+PACKAGE_LOGGER = logging.getLogger("foldstack")
+
+
+class ComputedStage(Stage):
+    """A stage whose work is done by a worker process where there is a pool, else right here."""
+
+    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        if _pool is None:
+            return self.compute(folder, work, progress)
+        return _pool.run(self, folder, work, progress)
+
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        """What `produce` promises."""
+        raise NotImplementedError
+
+
+class WorkerPool:
+    """Worker processes, as many as there are stages running at once."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+        self._all: list[_Worker] = []
+        self._lock = threading.Lock()
+
+    def run(self, stage: ComputedStage, folder: Path, work: Path, progress: Progress) -> Facts:
+        """The facts that `stage` computes in a worker process.
+
+        Raises:
+            RuntimeError: the process was killed, for example for want of memory.
+            Exception: whatever the stage raises.
+        """
+        with self._lock:
+            worker = self._idle.pop() if self._idle else _Worker()
+            if worker not in self._all:
+                self._all.append(worker)
+        try:
+            facts = worker.run(stage, folder, work, progress)
+        except _WorkerDied as death:
+            with self._lock:
+                self._all.remove(worker)
+            raise RuntimeError(f"{stage.label}: {death}") from None
+        except BaseException:
+            self._rest(worker)
+            raise
+        self._rest(worker)
+        return facts
+
+    def close(self) -> None:
+        """End every process at once."""
+        with self._lock:
+            workers, self._all, self._idle = self._all, [], []
+        for worker in workers:
+            worker.end()
+
+    def _rest(self, worker: "_Worker") -> None:
+        with self._lock:
+            if worker in self._all:
+                self._idle.append(worker)
+
+
+_pool: WorkerPool | None = None
+
+
+@contextmanager
+def worker_processes() -> Iterator[WorkerPool]:
+    """Inside, stages compute in processes of their own."""
+    global _pool
+    before, pool = _pool, WorkerPool()
+    _pool = pool
+    try:
+        yield pool
+    finally:
+        _pool = before
+        pool.close()
+
+
+def end_workers() -> None:
+    """End the processes of the pool in use, if there is one."""
+    if _pool is not None:
+        _pool.close()
+
+
+class _WorkerDied(Exception):
+    pass
+
+
+class _Worker:
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, os.getpid(), PACKAGE_LOGGER.getEffectiveLevel())
+        self._process: BaseProcess = context.Process(
+            target=_serve, args=arguments, name="foldstack-worker", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def run(self, stage: ComputedStage, folder: Path, work: Path, progress: Progress) -> Facts:
+        try:
+            self._connection.send((stage, folder, work))
+            while True:
+                kind, content = self._connection.recv()
+                match kind:
+                    case "progress":
+                        progress(*content)
+                    case "log":
+                        name, level, message = content
+                        logging.getLogger(name).log(level, "%s", message)
+                    case "facts":
+                        facts: Facts = content
+                        return facts
+                    case "error":
+                        raise content
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join(5)
+            code = self._process.exitcode
+            reason = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+            raise _WorkerDied(f"its process ended with {reason}{hint}") from None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(5)
+        self._connection.close()
+
+
+def _serve(connection: Connection, parent: int, level: int) -> None:
+    """The life of a worker process: compute what comes, until nobody is there any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    sender = _Sender(connection)
+    PACKAGE_LOGGER.setLevel(level)
+    PACKAGE_LOGGER.addHandler(_LogSender(sender))
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            stage, folder, work = connection.recv()
+            try:
+                facts = stage.compute(folder, work, sender.progress)
+            except Exception as error:
+                sender.send("error", _portable(error))
+            else:
+                sender.send("facts", facts)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent, with the place where it happened in a note."""
+    import pickle
+
+    trace = "".join(traceback.format_exception(error))
+    try:
+        copy: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.add_note(f"In the worker process:\n{trace}")
+    return copy
+
+
+class _Sender:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._last_report = 0.0
+
+    def send(self, kind: str, content: Any) -> None:
+        with self._lock:
+            self._connection.send((kind, content))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last_report < SECONDS_BETWEEN_REPORTS:
+            return
+        self._last_report = now
+        self.send("progress", (what, done, total))
+
+
+class _LogSender(logging.Handler):
+    def __init__(self, sender: _Sender) -> None:
+        super().__init__()
+        self._sender = sender
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            self._sender.send("log", (record.name, record.levelno, record.getMessage()))
