@@ -42,8 +42,8 @@ def continuation(**_: object) -> dict[str, Dataset]:
     items = []
     for place in places:
         others = _distractors(place, near[place.path, place.indentation])
-        others += _distractors(place, far[place.indentation])
-        others = list(dict.fromkeys(others))[:3]
+        if len(others) < 3:
+            others = list(dict.fromkeys(others + _distractors(place, far[place.indentation])))[:3]
         if len(others) == 3:
             items.append(_item(place, others))
         if len(items) == NUM_ITEMS:
@@ -99,11 +99,10 @@ def _continuation_from(lines: list[str]) -> str:
 
 
 def _distractors(place: _Place, alike: list[_Place]) -> list[str]:
-    def difference(other: _Place) -> tuple[int, str]:
-        return abs(len(other.continuation) - len(place.continuation)), other.rank
-
+    length = len(place.continuation)
     found: dict[str, None] = {}
-    for other in sorted(alike, key=difference):
+    # The sort is stable and `alike` in order of rank: so are places of the same length.
+    for other in sorted(alike, key=lambda other: abs(len(other.continuation) - length)):
         text = other.continuation
         if text != place.continuation and text.strip() not in place.context:
             found[text] = None
