@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -696,3 +697,54 @@ def test_precision_follows_the_settings() -> None:
     assert autocast_dtype("bfloat16", cpu) is torch.bfloat16
     expected = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
     assert autocast_dtype("auto", cpu) is expected
+
+
+# --- several processes -------------------------------------------------------------------------
+
+ONE_OF_TWO = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from foldstack.compression.recovery import Recovery, recover
+
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(folder / "model")
+windows = torch.load(folder / "windows.pt", weights_only=True)
+settings = Recovery.model_validate_json((folder / "settings.json").read_text())
+recover(model, windows, settings, work=folder / "work")
+rank = torch.distributed.get_rank()
+assert torch.distributed.get_world_size() == 2
+torch.save(model.state_dict(), folder / f"recovered-{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(
+    tiny_model: ModelFactory, windows: Tensor, tmp_path: Path
+) -> None:
+    settings = QUICK.model_copy(update={"gradient_accumulation": 2, "batch_size": 4})
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    torch.save(windows, tmp_path / "windows.pt")
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", ONE_OF_TWO, str(tmp_path)],
+            env=os.environ
+            | launched
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    model = tiny_model("llama")
+    recover(model, windows, settings)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"recovered-{rank}.pt", weights_only=True)
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
