@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 CODE_FOLDERS = ("compression", "flows", "tasks")
 # Loading one of these when the library is imported costs seconds. (transformers loads accelerate.)
 HEAVY = ("datasets", "lm_eval", "matplotlib", "peft")
+# Not for the top of a module: extends a class of peft; is loaded by lm-eval; is run as a script.
+LATE = ("adapters", "stdlib_items", "train")
 
 
 def files_below(folder: str, pattern: str) -> Iterator[Path]:
@@ -31,9 +33,9 @@ def setuptools_settings() -> dict[str, dict[str, list[str]]]:
 
 
 def library_modules() -> list[str]:
-    """Modules of foldstack.compression that are made to be imported, not to be run as scripts."""
+    """Modules of foldstack.compression that others may import at their top."""
     files = sorted((ROOT / "compression").rglob("*.py"))
-    modules = (file.relative_to(ROOT).with_suffix("") for file in files if file.stem != "train")
+    modules = (file.relative_to(ROOT).with_suffix("") for file in files if file.stem not in LATE)
     parts = (module.parts[:-1] if module.name == "__init__" else module.parts for module in modules)
     return [".".join(("foldstack", *names)) for names in parts]
 
