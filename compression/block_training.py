@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -215,6 +215,32 @@ def _key(student: nn.Module, schedule: Schedule, num_windows: int) -> str:
     """Tells runs apart: the settings, and where the student starts."""
     start = {name: float(p.detach().double().sum()) for name, p in student.named_parameters()}
     return json.dumps([schedule.model_dump(), num_windows, start])
+
+
+def least_squares_map(
+    inputs: Float[Tensor, "windows tokens hidden"],
+    targets: Float[Tensor, "windows tokens hidden"],
+    *,
+    ridge: float = 1e-6,
+) -> tuple[Float64[Tensor, "hidden hidden"], Float64[Tensor, " hidden"]]:
+    """The matrix and bias that map inputs to targets with the least squared error, in float64.
+
+    (X^T X + lambda I)^-1 X^T Y on centred X and Y, with lambda the share `ridge` of the mean of the
+    diagonal: the closed-form baseline of a replacement, and a start for one.
+    """
+    size = inputs.shape[-1]
+    x_mean = inputs.double().mean(dim=(0, 1))
+    y_mean = targets.double().mean(dim=(0, 1))
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    crossed = torch.zeros(size, size, dtype=torch.float64)
+    for x_window, y_window in zip(inputs, targets, strict=True):
+        x, y = x_window.double() - x_mean, y_window.double() - y_mean
+        gram += x.T @ x
+        crossed += x.T @ y
+    floor = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    gram.diagonal().add_(floor)
+    matrix = torch.linalg.solve(gram, crossed).T
+    return matrix, y_mean - matrix @ x_mean
 
 
 def regression_loss(

@@ -15,7 +15,6 @@ from foldstack.compression.method import Evidence
 from foldstack.compression.methods.block_sharing import (
     BlockSharing,
     best_windows,
-    cross_entropy,
     window_score,
 )
 from foldstack.compression.ranking import Ranking, rank_blocks
@@ -32,6 +31,11 @@ def windows() -> Tensor:
 def evidence_of(model: Any, windows: Tensor) -> Evidence:
     statistics = gather(model, windows, {"similarity"})
     return Evidence(windows, statistics, rank_blocks(statistics))
+
+
+def cross_entropy(model: Any, windows: Tensor) -> float:
+    with torch.no_grad():
+        return float(model(windows, labels=windows).loss)
 
 
 def linears_share(model: Any) -> float:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from foldstack.compression.architectures import architecture_of
-from foldstack.compression.block_training import Schedule, fit, split_windows, train_only
+from foldstack.compression.block_training import (
+    Schedule,
+    fit,
+    least_squares_map,
+    split_windows,
+    train_only,
+)
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import Evidence
 from foldstack.compression.methods.llm_streamline import LlmStreamline
@@ -185,6 +191,46 @@ def test_out_of_reach_says_what_is_in_reach(tiny_model: Any) -> None:
     shared = cut(model, Cut(plan_of(model).share(0, [3]), (0, 1, 2, 3)))
     with pytest.raises(InputError, match="owns weights that later blocks share"):
         LlmStreamline(sparsity=0.4).outline(shared)
+
+
+def test_the_closed_form_map_is_least_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 8, generator=generator).double()
+    exact = torch.randn(8, 8, generator=generator).double()
+    shift = torch.randn(8, generator=generator).double()
+    matrix, bias = least_squares_map(x, x @ exact.T + shift, ridge=0.0)
+    torch.testing.assert_close(matrix, exact, rtol=0, atol=1e-9)
+    torch.testing.assert_close(bias, shift, rtol=0, atol=1e-9)
+    y = torch.tanh(x @ exact.T)
+    matrix, bias = least_squares_map(x, y, ridge=0.0)
+    residual = (y - x @ matrix.T - bias).flatten(0, 1)
+    assert (x.flatten(0, 1).T @ residual).abs().max() < 1e-9  # zero gradient
+    assert residual.abs().mean(0).max() > 1e-2
+    assert residual.square().sum() <= (y - x).square().sum()
+
+
+def test_an_ffn_can_start_as_the_closed_form_map(tiny_model: Any, windows: Tensor) -> None:
+    model = tiny_model("llama")
+    method = LlmStreamline(
+        sparsity=block_share(model), replacement="ffn", initial="linear_map", epochs=0
+    )
+    change = method.compress(model, evidence_of(model, windows))
+    position = next(p for p, b in enumerate(change.plan.blocks) if b.kind == "ffn")
+    stop = change.plan.blocks[position].stands_for[-1] + 1
+    stream = BlockStream(model, windows)
+    while stream.position < position:
+        stream.advance()
+    x = torch.cat(stream.hidden)
+    while stream.position < stop:
+        stream.advance()
+    train = split_windows(len(windows), method._schedule()).train
+    matrix, bias = least_squares_map(x[train], torch.cat(stream.hidden)[train])
+    smaller = cut(model, change)
+    with torch.no_grad():
+        got = architecture_of(smaller).blocks(smaller)[position](x)
+    torch.testing.assert_close(got, (x.double() @ matrix.T + bias).float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"linear_map is for replacement ffn, got .* layer"):
+        LlmStreamline(sparsity=0.2, initial="linear_map")
 
 
 SETTINGS = {

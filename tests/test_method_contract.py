@@ -127,6 +127,16 @@ def test_the_other_structures_of_a_method_hold_too(
     torch.testing.assert_close(cached_logits(smaller, windows), got, rtol=1e-4, atol=1e-4)
 
 
+def test_a_bfloat16_model_stays_one(
+    method: Method, tiny_model: Any, windows: Tensor, evidence: Callable[[Any], Evidence]
+) -> None:
+    """With an attention mask that is a tensor of the model's precision (sliding windows)."""
+    model = tiny_model("mistral").bfloat16()
+    smaller = cut(model, method.compress(model, evidence(model)))
+    assert {parameter.dtype for parameter in smaller.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(logits(smaller, windows)).all()
+
+
 def test_the_same_seed_gives_the_same_cut(
     method: Method, tiny_model: Any, evidence: Callable[[Any], Evidence]
 ) -> None:

@@ -116,7 +116,7 @@ def test_the_model_is_as_before(tiny_model: Any, windows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 2])
-def test_starting_at_a_block_gives_the_same_logits_and_gradients(
+def test_starting_at_a_block_gives_the_same_logits(
     architecture: str, tiny_model: Any, windows: Tensor, position: int
 ) -> None:
     model = tiny_model(architecture)

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import Architecture, architecture_of
+from foldstack.compression.block_training import BatchLoss, next_token_loss
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import (
     TOLERANCE,
@@ -25,6 +25,7 @@ from foldstack.compression.method import (
 from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import Ranking
 from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.stream import BlockStream
 from foldstack.compression.surgery import Cut, plan_of
 
 logger = logging.getLogger(__name__)
@@ -136,17 +137,23 @@ class BlockSharing(Method):
         architecture = architecture_of(model)
         trial = copy.deepcopy(model)
         blocks = architecture.blocks(trial)
+        # Groups are decided front to back: what enters one is computed once for all its candidates.
         windows = evidence.calibration[: self.leader_windows]
+        stream = BlockStream(trial, windows)
         influence = evidence.ranking.scores["block_influence"]
         tensors: dict[str, Tensor] = {}
         for index, group in enumerate(groups):
+            while stream.position < group.start:
+                stream.advance()
             members = {member: _weights(blocks[member], architecture) for member in group}
-            losses = {}
             candidates = dict(_candidates(members, influence))
-            for what, weights in candidates.items():
-                for member in group:
-                    _set_weights(blocks[member], weights)
-                losses[what] = cross_entropy(trial, windows)
+            losses = {}
+            inputs = torch.cat(stream.hidden)
+            with next_token_loss(trial, group.start, windows, inputs) as loss_of:
+                for what, weights in candidates.items():
+                    for member in group:
+                        _set_weights(blocks[member], weights)
+                    losses[what] = _mean_loss(loss_of, len(windows))
             best = min(losses, key=losses.__getitem__)
             logger.info(
                 "blocks %d-%d share the weights of %s: %s", group[0], group[-1], best, losses
@@ -250,16 +257,9 @@ def _mean(weights: Sequence[Weights], importance: Sequence[float]) -> Weights:
     return means
 
 
-def cross_entropy(model: PreTrainedModel, windows: Int[Tensor, "windows tokens"]) -> float:
-    """Mean next-token loss over the windows, in nats per token."""
-    total, count = 0.0, 0
+def _mean_loss(loss_of: BatchLoss, num_windows: int) -> float:
     with torch.no_grad():
-        for batch in torch.split(windows, 8):
-            tokens = batch.to(model.device, torch.long)
-            logits = model(tokens, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-            labels = tokens[:, 1:].flatten()
-            total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-    loss = total / count
+        batches = torch.split(torch.arange(num_windows), 8)
+        loss = math.fsum(float(loss_of(batch)) * len(batch) for batch in batches) / num_windows
     # A candidate may break the model altogether: it only has to lose the comparison.
     return loss if math.isfinite(loss) else math.inf

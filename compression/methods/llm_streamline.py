@@ -1,10 +1,10 @@
 """LLM-Streamline: one run of blocks makes room for one small trained block."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,8 +13,10 @@ from foldstack.compression.block_training import (
     BatchLoss,
     Schedule,
     fit,
+    least_squares_map,
     next_token_loss,
     regression_loss,
+    split_windows,
     train_only,
 )
 from foldstack.compression.errors import InputError
@@ -61,11 +63,14 @@ class LlmStreamline(Method):
     """What stands for the run; with none it is only removed."""
     loss: Literal["mse", "llm"] = "mse"
     """mse: regression of the run's output; llm: next-token loss of the model around the block."""
+    initial: Literal["random", "linear_map"] = "random"
+    """What an ffn starts from: random weights as in the paper, or the least-squares linear map from
+    X to Y, which 2d of its 4d units hold exactly (x = relu(x) - relu(-x))."""
     may_remove_last: bool = False
     """Whether the run may contain the last block."""
-    epochs: int | Literal["by_replacement"] = Field(default="by_replacement")
+    epochs: Annotated[int, Field(ge=0)] | Literal["by_replacement"] = "by_replacement"
     """Passes over the calibration windows; 12 for ffn and swiglu, 6 for a layer."""
-    learning_rate: float | Literal["by_replacement"] = Field(default="by_replacement")
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["by_replacement"] = "by_replacement"
     """Peak learning rate; 1e-3 for ffn and swiglu, 2e-4 for a layer."""
     min_learning_rate: float = Field(default=5e-5, ge=0)
     """Learning rate of the last optimizer step."""
@@ -76,6 +81,14 @@ class LlmStreamline(Method):
     """Windows per optimizer step."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the calibration windows that choose the best state and train nothing."""
+
+    @model_validator(mode="after")
+    def _only_an_ffn_holds_a_linear_map(self) -> "LlmStreamline":
+        if self.initial == "linear_map" and self.replacement != "ffn":
+            raise ValueError(
+                f"initial linear_map is for replacement ffn, got replacement {self.replacement}"
+            )
+        return self
 
     def outline(self, model: PreTrainedModel) -> Plan:
         length = self._run_length(model)
@@ -190,31 +203,47 @@ class LlmStreamline(Method):
     ) -> None:
         start, stop = run
         stream = BlockStream(model, evidence.calibration, batch_size=self.batch_size)
-        while stream.position < start:
-            stream.advance()
-        inputs = torch.cat(stream.hidden)
+        inputs = _hidden_at(stream, start)
+        targets = _hidden_at(stream, stop)
+        schedule = self._schedule()
+        if self.initial == "linear_map":
+            train = split_windows(len(inputs), schedule).train
+            _set_linear(student, *least_squares_map(inputs[train], targets[train]))
         checkpoint = None if evidence.work is None else evidence.work / "replacement.pt"
 
-        def train(loss_of: BatchLoss) -> None:
-            fit(
-                student,
-                loss_of,
-                len(inputs),
-                self._schedule(),
-                checkpoint=checkpoint,
-                progress=evidence.progress,
-            )
+        def train_on(loss_of: BatchLoss) -> None:
+            progress = evidence.progress
+            fit(student, loss_of, len(inputs), schedule, checkpoint=checkpoint, progress=progress)
 
         if self.loss == "llm":
             with next_token_loss(smaller, start, evidence.calibration, inputs) as loss_of:
-                train(loss_of)
+                train_on(loss_of)
             return
-        while stream.position < stop:
-            stream.advance()
-        targets = torch.cat(stream.hidden)
 
         def student_as_at_inference(hidden: Tensor) -> Tensor:
             # The model's own mask, position embeddings and attention backend for this block.
             return stream.call(student, hidden, position=start)
 
-        train(regression_loss(student_as_at_inference, inputs, targets, model.device))
+        train_on(regression_loss(student_as_at_inference, inputs, targets, model.device))
+
+
+def _hidden_at(stream: BlockStream, position: int) -> Tensor:
+    while stream.position < position:
+        stream.advance()
+    return torch.cat(stream.hidden)
+
+
+def _set_linear(student: nn.Module, matrix: Tensor, bias: Tensor) -> None:
+    """Make an ffn student the map x -> matrix x + bias; its other units start silent but
+    trainable."""
+    up, down = student.get_submodule("ffn.up"), student.get_submodule("ffn.down")
+    assert isinstance(up, nn.Linear)
+    assert isinstance(down, nn.Linear)
+    size = len(bias)
+    with torch.no_grad():
+        identity = torch.eye(size)
+        up.weight[: 2 * size] = torch.cat([identity, -identity])
+        up.bias[: 2 * size] = 0
+        down.weight.zero_()
+        down.weight[:, : 2 * size] = torch.cat([matrix, -matrix], dim=1)
+        down.bias.copy_(bias)
