@@ -88,7 +88,7 @@ def load_model(
     """
     config = load_config(folder)
     is_ours = config.model_type == "foldstack"
-    loader = FoldstackForCausalLM if is_ours else AutoModelForCausalLM
+    loader: Any = FoldstackForCausalLM if is_ours else AutoModelForCausalLM
     with _quiet():
         try:
             model, loading = loader.from_pretrained(

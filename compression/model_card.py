@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```""",
-    "portable": """The structure is not one that stock classes know: its modelling file lies beside the
+    "portable": """Stock classes do not know this structure, so its modelling file lies beside the
 weights. Read `modeling_foldstack.py`, then allow it; where `foldstack` is imported no flag is
 needed.
 

@@ -44,7 +44,7 @@ class FoldstackConfig(PreTrainedConfig):
         blocks_path: str = "model.layers",
         **kwargs: Any,
     ) -> None:
-        self.base_config = base_config
+        self.base_config: Any = base_config
         self.plan = plan
         self.blocks_path = blocks_path
         super().__init__(**kwargs)
@@ -100,7 +100,7 @@ class Borrowed(nn.Module):
         return getattr(self._holder[0], self._name)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Any:
         return self.target.weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
-        self.first = nn.Linear(in_features, rank, bias=False)
+        self.first: nn.Module = nn.Linear(in_features, rank, bias=False)
         self.second = nn.Linear(rank, out_features, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ def restructure(
             continue
         for module in blocks[position].modules():
             if getattr(module, "layer_idx", None) is not None:
-                module.layer_idx = attention_position  # its entry in the KV cache
+                module.layer_idx = attention_position  # type: ignore[assignment]  # in the KV cache
         attention_position += 1
         for name, form in block_plan["linears"].items():
             _factor_linear(blocks, position, name, form)
@@ -198,7 +198,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear or a Conv1D."""
-    rows, columns = module.weight.shape
+    weight: Any = module.weight
+    rows, columns = weight.shape
     return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
 
 
@@ -241,13 +242,14 @@ class FoldstackForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     def __init__(self, config: FoldstackConfig) -> None:
         super().__init__(config)
-        self.model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)](config.base_config)
+        stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
+        self.model = stock_class(config.base_config)
         restructure(self.model, config.block_plans, config.blocks_path)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

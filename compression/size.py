@@ -42,13 +42,14 @@ def sparsity_between(dense: Size, compressed: Size) -> float:
 
 def size_of_plan(config: PreTrainedConfig, plan: Plan, dtype: torch.dtype | None = None) -> Size:
     """The size of what `plan` makes of the model with this config."""
-    return size_of(build_on_meta(config_for(config, plan)), dtype)
+    stored_dtype: torch.dtype | None = getattr(config, "dtype", None)
+    return size_of(build_on_meta(config_for(config, plan)), dtype or stored_dtype)
 
 
 def size_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Size:
     """The size of a model, real or on the meta device; bytes in `dtype` or the model's own."""
     architecture = architecture_of(model)
-    element_bytes = (dtype or model.config.dtype or model.dtype).itemsize
+    element_bytes = (dtype or model.dtype).itemsize
     blocks = architecture.blocks(model)
     stored = [m for m in blocks.modules() if is_linear(m)]
     executed = [linear for block in blocks for linear in _executed_linears(block)]
@@ -56,12 +57,17 @@ def size_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Size:
     parameters = count_parameters(model)
     return Size(
         parameters=parameters,
-        block_linear_parameters=sum(module.weight.numel() for module in stored),
+        block_linear_parameters=sum(map(_num_weights, stored)),
         bytes=parameters * element_bytes,
-        flops_per_token=2 * sum(m.weight.numel() for m in executed) + 2 * head.weight.numel(),
+        flops_per_token=2 * sum(map(_num_weights, [*executed, head])),
         kv_bytes_per_token=_kv_elements_per_token(model.config) * element_bytes,
         num_blocks=len(blocks),
     )
+
+
+def _num_weights(linear: nn.Module) -> int:
+    out_features, in_features = linear_shape(linear)
+    return out_features * in_features
 
 
 def _executed_linears(block: nn.Module) -> list[nn.Module]:

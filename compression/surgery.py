@@ -101,8 +101,9 @@ def _executed_base(base: PreTrainedConfig, old: Plan, new: Plan) -> PreTrainedCo
 
 
 def _stock_class(base: PreTrainedConfig) -> type[PreTrainedModel]:
-    stock: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
-    return stock
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
+    found: type[PreTrainedModel] = stock
+    return found
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:

@@ -192,6 +192,13 @@ def test_size_of_a_plan_is_known_before_the_model_is_built(architecture, tiny_mo
         assert size_of_plan(model.config, plan_of(smaller)) == size_of(smaller)
 
 
+def test_bytes_follow_the_stored_precision(tiny_model):
+    half = tiny_model("llama").bfloat16()
+    half.config.dtype = torch.bfloat16
+    assert size_of_plan(half.config, plan_of(half)) == size_of(half)
+    assert size_of(half).bytes == 2 * size_of(half).parameters
+
+
 def test_tied_embeddings_count_once(tiny_model):
     tied, untied = tiny_model("llama_tied"), tiny_model("llama")
     table = tied.config.vocab_size * tied.config.hidden_size
