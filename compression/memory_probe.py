@@ -1,0 +1,146 @@
+"""Peak memory of a model: load it and run it once in a process of its own.
+
+Run as `python -m foldstack.compression.memory_probe` it reads a request as JSON from standard
+input, imports everything once, and forks for each model, so that each starts from the same memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory(
+    folders: Sequence[Path],
+    spec: Mapping[str, Any],
+    vocabulary: int,
+    device: str,
+    dtype: Any = None,
+) -> dict[Path, int]:
+    """Bytes that loading each model and running its largest batch adds, at the worst moment.
+
+    On the CPU that is resident memory of the process (of weights that are mapped from a file, the
+    pages that were read), on an accelerator what torch takes of it.
+
+    Raises:
+        RuntimeError: a model could not be loaded and run in a process of its own.
+    """
+    import torch
+
+    request = {
+        "folders": [str(folder.resolve()) for folder in folders],
+        "prompt_tokens": spec["prompt_tokens"],
+        "new_tokens": spec["new_tokens"],
+        "batch_size": max(spec["batch_sizes"]),
+        "seed": spec["seed"],
+        "vocabulary": vocabulary,
+        "device": device,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "foldstack.compression.memory_probe"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answers = finished.stdout.split()
+    if finished.returncode != 0 or len(answers) != len(folders):
+        said = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        raise RuntimeError(f"memory cannot be measured: {said[-1]}")
+    return dict(zip(folders, map(int, answers), strict=True))
+
+
+def answer(request: Mapping[str, Any]) -> None:
+    """Print the peak of each model of a request, one per line."""
+    from foldstack.compression.checkpoint import load_config
+    from foldstack.compression.surgery import build_on_meta
+
+    for folder in request["folders"]:
+        build_on_meta(load_config(Path(folder)))  # imports the model's code: not its memory
+        child = os.fork()
+        if child == 0:
+            sys.stdout.write(f"{_peak_of(Path(folder), request)}\n")
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            sys.exit(f"{folder} could not be run, exit status {os.waitstatus_to_exitcode(status)}")
+
+
+def _peak_of(folder: Path, request: Mapping[str, Any]) -> int:
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    device, dtype = request["device"], request["dtype"] and getattr(torch, request["dtype"])
+    with tempfile.TemporaryDirectory() as toy:
+        _save_toy(Path(toy))
+        # Code of libraries is paged in when it first runs: that is not the model's memory.
+        _load_and_run(Path(toy), {**request, "vocabulary": 2}, device, dtype)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _load_and_run(folder, request, device, dtype)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    before = resident_bytes()
+    _load_and_run(folder, request, device, dtype)
+    return peak_resident_bytes() - before
+
+
+def _load_and_run(folder: Path, request: Mapping[str, Any], device: str, dtype: Any) -> None:
+    from foldstack.compression.checkpoint import load_model
+    from foldstack.compression.speed import generate_greedily, make_prompt
+
+    model = load_model(folder, dtype=dtype, device=device)
+    prompt = make_prompt(
+        request["prompt_tokens"], request["batch_size"], request["vocabulary"], request["seed"]
+    )
+    generate_greedily(model, prompt.to(device), request["new_tokens"])
+
+
+def _save_toy(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    toy = LlamaConfig(
+        vocab_size=2,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(toy).save_pretrained(folder)
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    return _status("VmRSS") if STATUS.exists() else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process ever had."""
+    if STATUS.exists():
+        # Not ru_maxrss: Linux carries that over from the process that started this one.
+        return _status("VmHWM")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{STATUS} has no {field}")
+
+
+if __name__ == "__main__":
+    answer(json.load(sys.stdin))
