@@ -7,6 +7,7 @@ from pathlib import Path
 
 from foldstack.compression.corpus import TextSource, source_digest
 from foldstack.compression.digest import digest_json
+from foldstack.compression.speed import SpeedSpec
 from foldstack.flows.method_entries import Variant
 from foldstack.flows.run_config import RunConfig
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
@@ -16,6 +17,7 @@ from foldstack.tasks.compress_model import CompressModel
 from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
 from foldstack.tasks.execution import Execution, cores
 from foldstack.tasks.gather_statistics import GatherStatistics
+from foldstack.tasks.manifest import hardware
 from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.recover_model import RecoverModel
 from foldstack.tasks.stage import ModelRef, Stage
@@ -151,8 +153,7 @@ def lay_out(config: RunConfig) -> Layout:
     ranking = RankBlocks(statistics=statistics.artifact(store))
     builder = _BranchBuilder(
         config, store, model, calibration, recovery_windows, statistics, ranking, shared,
-        digest(config.evaluation.perplexity.source),
-        benchmarks_digest(config.evaluation.benchmarks, config.evaluation.include_paths),
+        evaluation_digests(config),
     )  # fmt: skip
     return Layout(
         config, store, model, calibration, recovery_windows, statistics, ranking,
@@ -181,8 +182,7 @@ class _BranchBuilder:
     statistics: GatherStatistics
     ranking: RankBlocks
     execution: Execution
-    evaluation_digest: str
-    benchmarks_digest: str
+    evaluation_digests: "EvaluationDigests"
 
     def dense(self) -> Branch:
         return Branch(
@@ -199,7 +199,7 @@ class _BranchBuilder:
             calibration=self.calibration.artifact(self.store),
             statistics=self.statistics.artifact(self.store),
             ranking=self.ranking.artifact(self.store),
-            method=variant.method,
+            method=variant.method,  # type: ignore[arg-type]  # a member of the union
             dtype=self.config.model.dtype,
             execution=self.execution,
             name=variant.label,
@@ -232,25 +232,71 @@ class _BranchBuilder:
         )
 
     def _evaluate(self, model: ModelRef | Artifact, name: str) -> EvaluateModel:
-        evaluation = self.config.evaluation
-        return EvaluateModel(
-            model=model,
-            source=evaluation.perplexity.source,
-            source_digest=self.evaluation_digest,
-            protocol=evaluation.perplexity.protocol,
-            benchmarks=evaluation.benchmarks,
-            benchmarks_digest=self.benchmarks_digest,
-            include_paths=evaluation.include_paths,
-            limit=evaluation.limit,
-            num_fewshot=evaluation.num_fewshot,
-            batch_size=evaluation.batch_size,
-            dtype=self.config.model.dtype,
-            execution=self.execution,
-            name=name,
-        )
+        return evaluation_of(self.config, model, name, self.execution, self.evaluation_digests)
 
     def _speed(self, model: ModelRef | Artifact, name: str) -> BenchmarkSpeed | None:
         if not self.config.speed.enabled:
             return None
-        execution = Execution(device=self.config.model.device, threads=cores())
-        return BenchmarkSpeed(dense=self.model, model=model, execution=execution, name=name)
+        return speed_of(self.config, self.model, model, name)
+
+
+@dataclass(frozen=True)
+class EvaluationDigests:
+    """Of what evaluations read, beside the model."""
+
+    text: str
+    benchmarks: str
+
+
+def evaluation_digests(config: RunConfig) -> EvaluationDigests:
+    """Digests of the text and the task files that `config` evaluates on.
+
+    Raises:
+        InputError: the text cannot be read.
+    """
+    evaluation = config.evaluation
+    return EvaluationDigests(
+        source_digest(evaluation.perplexity.source),
+        benchmarks_digest(evaluation.benchmarks, evaluation.include_paths),
+    )
+
+
+def evaluation_of(
+    config: RunConfig,
+    model: ModelRef | Artifact,
+    name: str,
+    execution: Execution,
+    digests: EvaluationDigests,
+) -> EvaluateModel:
+    """The stage that evaluates `model` as `config` says."""
+    evaluation = config.evaluation
+    return EvaluateModel(
+        model=model,
+        source=evaluation.perplexity.source,
+        source_digest=digests.text,
+        protocol=evaluation.perplexity.protocol,
+        benchmarks=evaluation.limits,
+        benchmarks_digest=digests.benchmarks,
+        include_paths=evaluation.include_paths,
+        num_fewshot=evaluation.num_fewshot,
+        batch_size=evaluation.batch_size,
+        dtype=config.model.dtype,
+        execution=execution,
+        name=name,
+    )
+
+
+def speed_of(
+    config: RunConfig, dense: ModelRef, model: ModelRef | Artifact, name: str
+) -> BenchmarkSpeed:
+    """The stage that measures the speed of `model` in turns with `dense`."""
+    spec = {field: getattr(config.speed, field) for field in SpeedSpec.model_fields}
+    return BenchmarkSpeed(
+        dense=dense,
+        model=model,
+        spec=SpeedSpec(**spec),
+        execution=Execution(device=config.model.device, threads=config.speed.threads or cores()),
+        machine=hardware(),
+        dtype=config.model.dtype,
+        name=name,
+    )

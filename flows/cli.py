@@ -114,7 +114,7 @@ def cache_list(as_json: AsJson = False) -> None:
     """List the artifacts in the store, the last used first."""
     from foldstack.flows.command_cache import list_command
 
-    list_command(as_json)
+    print(list_command(as_json))
 
 
 @cache.command("explain")
@@ -143,7 +143,7 @@ def cache_gc(
     """Remove what no run has used for a while, and what killed runs left behind."""
     from foldstack.flows.command_cache import gc_command
 
-    gc_command(keep_days, dry_run, as_json)
+    print(gc_command(keep_days, dry_run, as_json))
 
 
 @app.command()
@@ -157,13 +157,11 @@ def evaluate(
 ) -> None:
     """Measure one model: perplexity, bits per byte and benchmarks."""
     with _output_for_result() as output:
-        from foldstack.flows.command_measure import evaluate_command
+        from foldstack.flows.command_measure import config_for, evaluate_command
 
-        overrides = [f"model.name={model}"]
-        overrides += [f"model.revision={revision}"] if revision else []
-        overrides += [f"evaluation.benchmarks=[{tasks}]"] if tasks else []
-        overrides += [f"evaluation.limit={limit}"] if limit else []
-        _print_facts(evaluate_command(_load(config, overrides)), output, as_json)
+        benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
+        chosen = config_for(config, model, revision=revision, benchmarks=benchmarks, limit=limit)
+        _print_facts(evaluate_command(chosen), output, as_json)
 
 
 @app.command()
@@ -175,10 +173,9 @@ def bench(
 ) -> None:
     """Measure how fast a model is, in turn with the dense one."""
     with _output_for_result() as output:
-        from foldstack.flows.command_measure import bench_command
+        from foldstack.flows.command_measure import bench_command, config_for
 
-        chosen = _load(config, [f"model.name={against or model}"])
-        _print_facts(bench_command(chosen, model), output, as_json)
+        _print_facts(bench_command(config_for(config, model), against), output, as_json)
 
 
 @app.command()

@@ -29,7 +29,7 @@ KINDS = {
 
 def problems(error: ValidationError, schema: Mapping[str, Any]) -> list[str]:
     """One sentence for each complaint in `error`; `schema` is the JSON schema that was failed."""
-    details = [dict(detail) for detail in error.errors(include_url=False)]
+    details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
     places = [detail["loc"] for detail in details]
     sentences: dict[str, str] = {}
     for detail in details:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,12 +13,15 @@ from foldstack.compression.corpus import TextSource
 from foldstack.compression.errors import InputError
 from foldstack.compression.perplexity import PerplexityProtocol
 from foldstack.compression.recovery import Recovery
+from foldstack.compression.speed import SpeedSpec
 from foldstack.compression.statistics import Kind
 from foldstack.flows.config_errors import problems
 from foldstack.flows.config_file import find_config, read_config
 from foldstack.flows.method_entries import AnyEntry, Seed, Sparsity, Variant, expand
 from foldstack.tasks.artifacts import foldstack_home
 from foldstack.tasks.execution import Dtype
+
+Limit = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
@@ -84,17 +87,35 @@ class Evaluation(_Section):
     """lm-eval tasks: those that come with foldstack, with lm-eval, or under `include_paths`."""
     include_paths: tuple[Path, ...] = ()
     """Folders with task YAML files of your own."""
-    limit: int | None = Field(default=None, ge=1)
-    """Items per benchmark; null takes all."""
+    limit: Limit | dict[str, Limit] | None = None
+    """Items per benchmark, from its beginning; or a number for each that is not to be whole."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in the prompt; null leaves it to the benchmark."""
     batch_size: int = Field(default=8, ge=1)
 
+    @model_validator(mode="after")
+    def _limits_are_of_benchmarks(self) -> Self:
+        limited = self.limit if isinstance(self.limit, dict) else {}
+        if strangers := [name for name in limited if name not in self.benchmarks]:
+            known = ", ".join(self.benchmarks) or "none"
+            raise ValueError(f"limit names {strangers[0]}, and the benchmarks are {known}")
+        return self
 
-class Speed(_Section):
-    """How fast the models are, measured one after the other at the end."""
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """Items of each benchmark; None for all."""
+        limit = self.limit
+        if isinstance(limit, dict):
+            return {name: limit.get(name) for name in self.benchmarks}
+        return dict.fromkeys(self.benchmarks, limit)
+
+
+class Speed(SpeedSpec):
+    """How fast the models are: each in turns with the dense one, after everything else."""
 
     enabled: bool = True
+    threads: int = Field(default=0, ge=0)
+    """Threads that torch computes with; 0: as many as there are cores. Small models like one."""
 
 
 class Tracking(_Section):

@@ -22,7 +22,7 @@ from foldstack.tasks.manifest import MANIFEST
 from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.rank_blocks import PLOT_FILE, TABLE_FILE
 from foldstack.tasks.recover_model import load_history
-from foldstack.tasks.run_record import DatasetUse, RunRecord
+from foldstack.tasks.run_record import DatasetUse, RunRecord, Status
 from foldstack.tasks.tracking import PREFIX, Tracker
 
 # Parts of a config that change nothing that is computed.
@@ -72,7 +72,7 @@ class SweepLog:
             return {}, []
         records: dict[str, RunRecord] = {}
         for branch, row in zip(self._layout.branches, comparison.rows, strict=True):
-            status = "FINISHED" if row.state == "done" else "FAILED"
+            status: Status = "FINISHED" if row.state == "done" else "FAILED"
             records[row.label] = self._record(branch, row, runs, status)
             tracker.log(records[row.label])
         tracker.log(self._sweep_record(comparison, files))
@@ -87,7 +87,7 @@ class SweepLog:
             links["mlflow compare"] = tracker.server_link or tracker.compare_link
         return links, tracker.warnings
 
-    def _record(self, branch: Branch, row: Row, runs: StageRuns, status: Any) -> RunRecord:
+    def _record(self, branch: Branch, row: Row, runs: StageRuns, status: Status) -> RunRecord:
         layout = self._layout
         config = variant_config(layout.config, row)
         tags = {"kind": "variant", "method": row.method, "base_model": layout.model.name}
@@ -123,7 +123,7 @@ class SweepLog:
 
     def _sweep_record(self, comparison: Comparison, files: Mapping[str, Path]) -> RunRecord:
         table = markdown(comparison)
-        status = "FAILED" if comparison.failed else "FINISHED"
+        status: Status = "FAILED" if comparison.failed else "FINISHED"
         counts = {"variants": len(comparison.rows) - 1, "failed": len(comparison.failed)}
         best = {
             f"best/{sparsity_text(sparsity)}/{QUALITY}": row.number(QUALITY) or 0.0

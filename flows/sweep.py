@@ -56,7 +56,7 @@ def _title() -> str:
 @flow(
     name="sweep",
     flow_run_name=_title,
-    task_runner=ThreadPoolTaskRunner(max_workers=cores()),
+    task_runner=ThreadPoolTaskRunner(max_workers=cores()),  # type: ignore[arg-type]
     persist_result=False,
 )
 def sweep(config: RunConfig) -> Comparison:
@@ -95,9 +95,11 @@ def sweep(config: RunConfig) -> Comparison:
 def run_sweep(layout: Layout, shown_on: Display) -> Comparison:
     """Run the flow with as many threads as the layout was made for."""
     tokens = prepared.set(layout), display.set(shown_on)
-    runner = ThreadPoolTaskRunner(max_workers=layout.workers)
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=layout.workers)
     try:
-        result: Comparison = sweep.with_options(task_runner=runner)(layout.config)
+        result: Comparison = sweep.with_options(task_runner=runner)(  # type: ignore[arg-type]
+            layout.config
+        )
         return result
     finally:
         prepared.reset(tokens[0])

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from foldstack.compression.corpus import TextSource, source_digest
 from foldstack.compression.digest import digest_folder, digest_json
 from foldstack.compression.perplexity import PerplexityProtocol
@@ -16,8 +18,6 @@ from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.worker_pool import ComputedStage
 
 PERPLEXITY_FILE = "perplexity.json"
-BENCHMARKS_FILE = "benchmarks.json"
-ITEMS_FILE = "items.jsonl"
 TASK_FILES = ("**/*.yaml", "**/*.yml", "**/*.py", "**/*.json", "**/*.jsonl", "**/*.txt")
 
 
@@ -34,11 +34,11 @@ class EvaluateModel(ComputedStage):
     source: TextSource
     source_digest: str
     protocol: PerplexityProtocol
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: dict[str, int | None] = Field(default={})
+    """lm-eval's names, and how many items of each; None takes all."""
     benchmarks_digest: str = ""
     """Of the files that say what the benchmarks are; see `benchmarks_digest`."""
     include_paths: tuple[Path, ...] = ()
-    limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 8
     dtype: Dtype = "auto"
@@ -56,7 +56,9 @@ class EvaluateModel(ComputedStage):
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.checkpoint import load_tokenizer
-        from foldstack.compression.corpus import documents
+        from pydantic import Field
+
+from foldstack.compression.corpus import documents
         from foldstack.compression.perplexity import measure_perplexity
         from foldstack.compression.size import size_of
 
@@ -78,23 +80,26 @@ class EvaluateModel(ComputedStage):
     def _benchmarks(self, folder: Path, progress: Progress, model: Any, tokenizer: Any) -> Facts:
         from foldstack.compression.harness import evaluate
 
-        result = evaluate(
-            model,
-            tokenizer,
-            self.benchmarks,
-            include_paths=self.include_paths,
-            num_fewshot=self.num_fewshot,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            progress=progress,
-        )
-        (folder / BENCHMARKS_FILE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
-        result.write_items(folder / ITEMS_FILE)
         facts: Facts = {}
-        for name, benchmark in result.benchmarks.items():
-            for metric, score in benchmark.scores.items():
-                facts[f"{name}/{metric}"] = score.value
-                facts[f"{name}/{metric}_stderr"] = score.stderr
+        for number, limit in enumerate(dict.fromkeys(self.benchmarks.values())):
+            result = evaluate(
+                model,
+                tokenizer,
+                [name for name, its_limit in self.benchmarks.items() if its_limit == limit],
+                include_paths=self.include_paths,
+                num_fewshot=self.num_fewshot,
+                limit=limit,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+            suffix = f".{number}" if number else ""
+            text = result.model_dump_json(indent=1)
+            (folder / f"benchmarks{suffix}.json").write_text(text, encoding="utf-8")
+            result.write_items(folder / f"items{suffix}.jsonl")
+            for name, benchmark in result.benchmarks.items():
+                for metric, score in benchmark.scores.items():
+                    facts[f"{name}/{metric}"] = score.value
+                    facts[f"{name}/{metric}_stderr"] = score.stderr
         return facts
 
 

@@ -1,11 +1,14 @@
 """Where a stage computes and with how many threads: never a part of what it computes."""
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -51,6 +54,13 @@ def device_named(name: str) -> str:
             f"device must be auto, cpu or one that is here, got {name}: {reason}"
         ) from None
     return name
+
+
+def torch_dtype(name: Dtype) -> "torch.dtype | None":
+    """The precision of that name; None for the one that the weights are stored in."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
 
 
 def cores() -> int:

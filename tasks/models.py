@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.execution import Dtype, Execution
+from foldstack.tasks.execution import Dtype, Execution, torch_dtype
 from foldstack.tasks.stage import ModelRef
 
 if TYPE_CHECKING:
@@ -24,10 +24,7 @@ def model_folder(model: ModelRef | Artifact) -> Path:
 
 def open_model(model: ModelRef | Artifact, dtype: Dtype, execution: Execution) -> "PreTrainedModel":
     """The model, on the device and in the precision that were asked for."""
-    import torch
-
     from foldstack.compression.checkpoint import load_model
 
     device = execution.begin()
-    chosen = None if dtype == "auto" else getattr(torch, dtype)
-    return load_model(model_folder(model), dtype=chosen, device=device)
+    return load_model(model_folder(model), dtype=torch_dtype(dtype), device=device)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+Status = Literal["RUNNING", "FINISHED", "FAILED"]
+
 
 @dataclass(frozen=True)
 class DatasetUse:
@@ -34,7 +36,7 @@ class RunRecord:
     files: Mapping[str, Path] = field(default_factory=dict)
     """Local file or folder by its path inside the run."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    status: Literal["RUNNING", "FINISHED", "FAILED"] = "FINISHED"
+    status: Status = "FINISHED"
     sweep: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
     """Tags that change from run to run (addresses): written, but no reason to write again."""

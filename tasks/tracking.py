@@ -208,7 +208,7 @@ def bring_up_to(client: "MlflowClient", experiment_id: str, record: RunRecord) -
         run = client.create_run(experiment_id, tags=tags, run_name=record.name)
     run_id = str(run.info.run_id)
     _add_values(client, run, record)
-    if record.datasets and not run.inputs.dataset_inputs:
+    if record.datasets and not (run.inputs and run.inputs.dataset_inputs):
         _add_datasets(client, run_id, record.datasets)
     for place, path in record.files.items():
         folder, _, _ = place.rpartition("/")

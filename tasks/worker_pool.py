@@ -20,10 +20,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
 from foldstack.tasks.manifest import Facts
 from foldstack.tasks.stage import Progress, Stage
 
 SECONDS_BETWEEN_REPORTS = 0.2
+SECONDS_TO_LEAVE = 5.0
 PACKAGE_LOGGER = logging.getLogger("foldstack")
 
 
@@ -72,11 +75,18 @@ class WorkerPool:
         return facts
 
     def close(self) -> None:
-        """End every process at once."""
+        """Let every process end; one that still computes is killed."""
         with self._lock:
             workers, self._all, self._idle = self._all, [], []
         for worker in workers:
-            worker.end()
+            worker.dismiss()
+        for worker in workers:
+            worker.end(SECONDS_TO_LEAVE)
+
+    def kill(self) -> None:
+        """End every process, whatever it is doing."""
+        for worker in list(self._all):
+            worker.end(0)
 
     def _rest(self, worker: "_Worker") -> None:
         with self._lock:
@@ -101,9 +111,9 @@ def worker_processes() -> Iterator[WorkerPool]:
 
 
 def end_workers() -> None:
-    """End the processes of the pool in use, if there is one."""
+    """Kill the processes of the pool in use, if there is one."""
     if _pool is not None:
-        _pool.close()
+        _pool.kill()
 
 
 class _WorkerDied(Exception):
@@ -144,16 +154,23 @@ class _Worker:
             hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
             raise _WorkerDied(f"its process ended with {reason}{hint}") from None
 
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join(5)
+    def dismiss(self) -> None:
+        """Tell the process that nothing comes any more."""
         self._connection.close()
+
+    def end(self, seconds: float) -> None:
+        """Wait so long for the process to end by itself, then kill it."""
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(SECONDS_TO_LEAVE)
 
 
 def _serve(connection: Connection, parent: int, level: int) -> None:
     """The life of a worker process: compute what comes, until nobody is there any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
     sender = _Sender(connection)
     PACKAGE_LOGGER.setLevel(level)
     PACKAGE_LOGGER.addHandler(_LogSender(sender))

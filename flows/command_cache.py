@@ -1,0 +1,95 @@
+"""`foldstack cache ls | explain | gc`."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from foldstack.flows.run_config import RunConfig
+from foldstack.tasks.artifacts import ArtifactStore
+from foldstack.tasks.explanation import Explanation, explain
+from foldstack.tasks.garbage import collect_garbage, list_artifacts
+
+
+def list_command(as_json: bool) -> str:
+    """What the store holds, the last used first: a table, or JSON."""
+    store = ArtifactStore.default()
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": row.artifact.stage,
+            "fingerprint": row.artifact.fingerprint,
+            "label": row.manifest.label if row.manifest else "unreadable",
+            "size_bytes": row.size_bytes,
+            "seconds": row.manifest.seconds if row.manifest else None,
+            "last_used": row.last_used.isoformat(timespec="seconds"),
+        }
+        for row in list_artifacts(store)
+    ]
+    total = sum(row["size_bytes"] for row in rows)
+    if as_json:
+        return json.dumps({"store": str(store.root), "bytes": total, "artifacts": rows}, indent=1)
+    lines = [
+        f"{row['last_used'][:19]}  {row['size_bytes'] / 2**20:9.1f} MiB  "
+        f"{row['fingerprint'][:12]}  {row['label']}"
+        for row in rows
+    ]
+    return "\n".join([*lines, f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {store.root}"])
+
+
+def gc_command(keep_days: float, dry_run: bool, as_json: bool) -> str:
+    """Clean the store; says what went, or would go."""
+    store = ArtifactStore.default()
+    removals = collect_garbage(store, keep_days=keep_days, dry_run=dry_run)
+    total = sum(removal.size_bytes for removal in removals)
+    if as_json:
+        entries = [
+            {"kind": r.kind, "path": str(r.path), "size_bytes": r.size_bytes, "label": r.label}
+            for r in removals
+        ]
+        return json.dumps({"dry_run": dry_run, "bytes": total, "removed": entries}, indent=1)
+    lines = [f"{r.kind:<9} {r.size_bytes / 2**20:9.1f} MiB  {r.label}" for r in removals]
+    verb = "would go" if dry_run else "removed"
+    return "\n".join([*lines, f"{len(removals)} things {verb}, {total / 2**20:.1f} MiB"])
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One stage of a run, and why it hits or misses."""
+
+    explanation: Explanation
+    is_input_missing: bool
+    """True when a stage before it has to run: then it runs too, for that reason alone."""
+
+    def __str__(self) -> str:
+        if self.is_input_missing and not self.explanation.is_hit:
+            return f"{self.explanation.label}: miss, because a stage that it depends on has to run"
+        return str(self.explanation)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        entry = self.explanation
+        changes = [{"name": c.name, "before": c.before, "now": c.now} for c in entry.changes]
+        return {
+            "label": entry.label,
+            "stage": entry.artifact.stage,
+            "fingerprint": entry.artifact.fingerprint,
+            "is_hit": entry.is_hit,
+            "is_input_missing": self.is_input_missing,
+            "damage": entry.damage,
+            "changes": changes,
+        }
+
+
+def explain_command(config: RunConfig) -> list[Explained]:
+    """Every stage of a run, and why it hits or misses."""
+    from foldstack.flows.branches import lay_out
+
+    layout = lay_out(config)
+    missing: set[str] = set()
+    explained = []
+    for stage in layout.stages:
+        entry = explain(stage, layout.store)
+        names = {reference.rpartition("/")[2] for reference in stage.inputs()}
+        explained.append(Explained(entry, bool(names & missing)))
+        if not entry.is_hit:
+            missing.add(entry.artifact.fingerprint)
+    return explained
