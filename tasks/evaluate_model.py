@@ -56,9 +56,7 @@ class EvaluateModel(ComputedStage):
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.checkpoint import load_tokenizer
-        from pydantic import Field
-
-from foldstack.compression.corpus import documents
+        from foldstack.compression.corpus import documents
         from foldstack.compression.perplexity import measure_perplexity
         from foldstack.compression.size import size_of
 
