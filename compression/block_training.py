@@ -10,10 +10,7 @@ rate), the best state is a copy (the initial one counts too), and what trains is
 """
 
 import copy
-import json
-import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foldstack.compression.digest import digest_json
 from foldstack.compression.errors import InputError
 from foldstack.compression.stream import starting_at
-
-logger = logging.getLogger(__name__)
+from foldstack.compression.training_loop import Checkpoints, History
 
 BatchLoss = Callable[[Int[Tensor, " batch"]], Float[Tensor, ""]]
 """Mean loss of the windows with these indices."""
@@ -105,12 +102,12 @@ def fit(
     num_windows: int,
     schedule: Schedule,
     *,
-    checkpoint: Path | None = None,
+    checkpoints: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Training:
     """Train `student`'s parameters in place and leave the best of its states in it.
 
-    With `checkpoint`, a file written after every epoch, a killed run continues at the last epoch.
+    With `checkpoints`, a folder written to after every epoch, a killed run continues there.
 
     Raises:
         InputError: the loss is not finite, or there are too few windows.
@@ -120,7 +117,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay
     )
-    run = _Run(student, optimizer, checkpoint, key=_key(student, schedule, num_windows))
+    run = _Run(student, optimizer, checkpoints, key=_key(student, schedule, num_windows))
     per_epoch = -(-len(split.train) // schedule.batch_size)
     if not run.resume():
         run.record_validation(_mean_loss(loss_of, split.validation, schedule.batch_size))
@@ -169,11 +166,13 @@ class _Run:
         self,
         student: nn.Module,
         optimizer: torch.optim.Optimizer,
-        checkpoint: Path | None,
-        key: str,
+        checkpoints: Path | None,
+        key: Any,
     ) -> None:
         self.student, self.optimizer = student, optimizer
-        self.checkpoint, self.key = checkpoint, key
+        self.checkpoints = None
+        if checkpoints is not None:
+            self.checkpoints = Checkpoints(checkpoints, digest_json(key), every=1)
         self.training = Training(num_steps=0, train_losses=[], validation_losses=[])
         self.best: dict[str, Any] = {}
 
@@ -183,38 +182,38 @@ class _Run:
         self.training.validation_losses.append(loss)
 
     def save(self) -> None:
-        if self.checkpoint is None:
+        if self.checkpoints is None:
             return
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_suffix(".partial")
-        state = {
-            "key": self.key,
-            "student": self.student.state_dict(),
-            "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "training": vars(self.training),
-        }
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        tensors = {f"student.{name}": tensor for name, tensor in self.student.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
+        history: History = [{"train_loss": loss} for loss in self.training.train_losses]
+        self.checkpoints.write(tensors, history, training=vars(self.training))
 
     def resume(self) -> bool:
         """Take up the state on disk, if it is of this very run."""
-        if self.checkpoint is None or not self.checkpoint.exists():
+        saved = None if self.checkpoints is None else self.checkpoints.newest()
+        if saved is None:
             return False
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if state["key"] != self.key:
-            logger.info("%s is of another run; starting anew", self.checkpoint)
-            return False
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.training = state["best"], Training(**state["training"])
+        parts: dict[str, dict[str, Tensor]] = {"student": {}, "best": {}, "optimizer": {}}
+        for name, tensor in saved.tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            number, _, moment = name.partition(".")
+            moments.setdefault(int(number), {})[moment] = tensor
+        self.student.load_state_dict(parts["student"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.best, self.training = parts["best"], Training(**saved.record["training"])
         return True
 
 
-def _key(student: nn.Module, schedule: Schedule, num_windows: int) -> str:
+def _key(student: nn.Module, schedule: Schedule, num_windows: int) -> list[Any]:
     """Tells runs apart: the settings, and where the student starts."""
     start = {name: float(p.detach().double().sum()) for name, p in student.named_parameters()}
-    return json.dumps([schedule.model_dump(), num_windows, start])
+    return [schedule.model_dump(mode="json"), num_windows, start]
 
 
 def least_squares_map(

@@ -209,11 +209,11 @@ class LlmStreamline(Method):
         if self.initial == "linear_map":
             train = split_windows(len(inputs), schedule).train
             _set_linear(student, *least_squares_map(inputs[train], targets[train]))
-        checkpoint = None if evidence.work is None else evidence.work / "replacement.pt"
+        checkpoints = None if evidence.work is None else evidence.work / "replacement"
 
         def train_on(loss_of: BatchLoss) -> None:
             progress = evidence.progress
-            fit(student, loss_of, len(inputs), schedule, checkpoint=checkpoint, progress=progress)
+            fit(student, loss_of, len(inputs), schedule, checkpoints=checkpoints, progress=progress)
 
         if self.loss == "llm":
             with next_token_loss(smaller, start, evidence.calibration, inputs) as loss_of:
