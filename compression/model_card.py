@@ -1,8 +1,9 @@
 """The model card (README.md) that travels with every compressed folder."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from foldstack.compression.size import Size
 
@@ -37,7 +38,25 @@ class CardFacts:
     """What was done to the base model, one sentence each, in order."""
     dense: Size
     compressed: Size
-    fingerprints: Mapping[str, str]
+    fingerprints: dict[str, str]
+
+    def then(self, step: str, **fingerprints: str) -> "CardFacts":
+        """The facts after one more step that keeps the structure."""
+        merged = self.fingerprints | fingerprints
+        return replace(self, steps=(*self.steps, step), fingerprints=merged)
+
+
+_FACTS = TypeAdapter(CardFacts)
+
+
+def save_facts(file: Path, facts: CardFacts) -> None:
+    """Write the facts, for a later step to add to."""
+    file.write_bytes(_FACTS.dump_json(facts, indent=1))
+
+
+def load_facts(file: Path) -> CardFacts:
+    """What `save_facts` wrote."""
+    return _FACTS.validate_json(file.read_bytes())
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> None:

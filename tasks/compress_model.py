@@ -14,6 +14,7 @@ from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.worker_pool import ComputedStage
 
 RELOAD_FILE = "reload_check.json"
+CARD_FILE = "card.json"
 
 
 class CompressModel(ComputedStage):
@@ -37,6 +38,7 @@ class CompressModel(ComputedStage):
         return (
             type(self.method).__module__,
             "foldstack.compression.checkpoint",
+            "foldstack.compression.model_card",
             "foldstack.compression.size",
             "foldstack.compression.surgery",
         )
@@ -46,9 +48,11 @@ class CompressModel(ComputedStage):
         return f"compress {self.name or self.method.name}"
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.architectures import architecture_of
         from foldstack.compression.calibration import Windows
         from foldstack.compression.checkpoint import check_reload, save_model
         from foldstack.compression.method import Evidence
+        from foldstack.compression.model_card import CardFacts, save_facts, write_model_card
         from foldstack.compression.size import size_of, sparsity_between
         from foldstack.compression.statistics import Statistics
         from foldstack.compression.surgery import cut
@@ -65,6 +69,17 @@ class CompressModel(ComputedStage):
         size, dense = size_of(smaller), size_of(model)
         out = folder / MODEL_FOLDER
         grade = save_model(smaller, out, tokenizer_from=model_folder(self.model))
+        card = CardFacts(
+            base_model=self.model.name,
+            model_type=architecture_of(model).model_type,
+            grade=grade,
+            steps=(f"Compressed: {self.method!r}",),
+            dense=dense,
+            compressed=size,
+            fingerprints={"base model": self.model.fingerprint, self.stage: self.fingerprint},
+        )
+        save_facts(folder / CARD_FILE, card)
+        write_model_card(out, card)
         progress("check in a fresh process", 0, 1)
         report = check_reload(smaller, out)
         (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from foldstack.compression.recovery import Recovery
 from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.compress_model import CARD_FILE
 from foldstack.tasks.execution import Dtype, Execution
 from foldstack.tasks.manifest import Facts
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
@@ -36,6 +37,7 @@ class RecoverModel(ComputedStage):
     def modules(self) -> tuple[str, ...]:
         return (
             "foldstack.compression.checkpoint",
+            "foldstack.compression.model_card",
             "foldstack.compression.recovery",
             "foldstack.compression.size",
         )
@@ -47,6 +49,7 @@ class RecoverModel(ComputedStage):
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.calibration import Windows
         from foldstack.compression.checkpoint import check_reload, load_plan, save_model
+        from foldstack.compression.model_card import load_facts, save_facts, write_model_card
         from foldstack.compression.recovery import recover
         from foldstack.compression.size import size_of
 
@@ -60,6 +63,10 @@ class RecoverModel(ComputedStage):
         recovered = result.model.cpu().eval()
         size = size_of(recovered)
         grade = save_model(recovered, out, tokenizer_from=source, plan=load_plan(source))
+        card = load_facts(self.compressed.folder / CARD_FILE)
+        card = card.then(f"Trained back: {self.settings!r}", **{self.stage: self.fingerprint})
+        save_facts(folder / CARD_FILE, card)
+        write_model_card(out, card)
         progress("check in a fresh process", 0, 1)
         report = check_reload(recovered, out)
         (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))

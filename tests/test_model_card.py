@@ -3,7 +3,12 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from foldstack.compression.model_card import CardFacts, write_model_card
+from foldstack.compression.model_card import (
+    CardFacts,
+    load_facts,
+    save_facts,
+    write_model_card,
+)
 from foldstack.compression.size import size_of_plan
 from foldstack.compression.surgery import plan_of
 
@@ -21,10 +26,13 @@ def test_card_has_valid_metadata_and_the_sizes(tiny_model, tmp_path, grade):
         compressed=size_of_plan(model.config, plan.keep([0, 3])),
         fingerprints={"compress": "ab12"},
     )
+    save_facts(tmp_path / "card.json", facts)
+    facts = load_facts(tmp_path / "card.json").then("Trained back.", recover="cd34")
     write_model_card(tmp_path, facts)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "some-org/some-model"
     assert grade in card.data.tags
     assert "| executed blocks | 4 | 2 | 50.0% |" in card.content
     assert ("trust_remote_code=True" in card.content) == (grade == "portable")
-    assert "1. ShortGPT removed blocks 1 and 2." in card.content
+    assert "1. ShortGPT removed blocks 1 and 2.\n2. Trained back." in card.content
+    assert "- compress: `ab12`\n- recover: `cd34`" in card.content
