@@ -7,9 +7,9 @@ the same items, another Python version similar ones.
 
 import hashlib
 import importlib.util
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +19,8 @@ NUM_ITEMS = 512
 CONTEXT_BYTES = 160
 CONTINUATION_BYTES = 40
 MAX_CONTINUATION_BYTES = 90
+REACH = 100
+"""Places that are looked at in each direction of length for the other continuations."""
 CHUNK_BYTES = 8000
 
 
@@ -29,23 +31,16 @@ def continuation(**_: object) -> dict[str, Dataset]:
     context is the lines before it, back to the first line break at least 160 bytes away; the
     continuation is the lines from it on until they have 40 bytes (places whose continuation has a
     blank line or more than 90 bytes do not qualify, nor places inside an earlier continuation).
-    The three others are continuations of other places that begin with the same indentation,
-    nearest in length, of the same module while it has them; none of them stands in the context.
+    The three others are continuations from places of other modules, as near in length as there
+    are; none of them stands in the context.
     """
     places = [place for path, text in _held_out().items() for place in _places(path, text)]
-    places.sort(key=lambda place: place.rank)
-    near: dict[tuple[str, int], list[_Place]] = defaultdict(list)
-    far: dict[int, list[_Place]] = defaultdict(list)
-    for place in places:
-        near[place.path, place.indentation].append(place)
-        far[place.indentation].append(place)
+    places.sort(key=lambda place: (len(place.continuation), place.rank))
     items = []
-    for place in places:
-        others = _distractors(place, near[place.path, place.indentation])
-        if len(others) < 3:
-            others = list(dict.fromkeys(others + _distractors(place, far[place.indentation])))[:3]
+    for index in sorted(range(len(places)), key=lambda index: places[index].rank):
+        others = _distractors(places, index)
         if len(others) == 3:
-            items.append(_item(place, others))
+            items.append(_item(places[index], others))
         if len(items) == NUM_ITEMS:
             break
     return {"test": Dataset.from_list(items)}
@@ -68,7 +63,6 @@ class _Place:
     context: str
     continuation: str
 
-    indentation: int
     rank: str
     """Orders places as a fair draw would, the same way everywhere."""
 
@@ -81,9 +75,8 @@ def _places(path: str, text: str) -> Iterator[_Place]:
             ahead = _continuation_from(lines[number:])
             if ahead:
                 start = text.rfind("\n", 0, offset - CONTEXT_BYTES) + 1
-                indentation = len(ahead) - len(ahead.lstrip(" \t"))
                 rank = hashlib.sha256(f"{path}:{offset}".encode()).hexdigest()
-                yield _Place(path, offset, text[start:offset], ahead, indentation, rank)
+                yield _Place(path, offset, text[start:offset], ahead, rank)
                 free_from = offset + len(ahead)
         offset += len(line)
 
@@ -98,27 +91,28 @@ def _continuation_from(lines: list[str]) -> str:
     return taken.rstrip("\n") if whole else ""
 
 
-def _distractors(place: _Place, alike: list[_Place]) -> list[str]:
-    length = len(place.continuation)
-    found: dict[str, None] = {}
-    # The sort is stable and `alike` in order of rank: so are places of the same length.
-    for other in sorted(alike, key=lambda other: abs(len(other.continuation) - length)):
-        text = other.continuation
-        if text != place.continuation and text.strip() not in place.context:
-            found[text] = None
-        if len(found) == 3:
-            break
-    return list(found)
+def _distractors(by_length: list[_Place], index: int) -> list[str]:
+    place = by_length[index]
+    # Neighbours on both sides in turn, so that the true one is neither long nor short.
+    above, below = by_length[index + 1 :][:REACH], by_length[:index][-REACH:][::-1]
+    neighbours = [other for pair in zip_longest(above, below) for other in pair if other]
+    others = dict.fromkeys(
+        other.continuation
+        for other in neighbours
+        if other.path != place.path
+        and other.continuation != place.continuation
+        and other.continuation.strip() not in place.context
+    )
+    return list(others)[:3]
 
 
 def _item(place: _Place, others: list[str]) -> dict[str, object]:
     label = int(place.rank[:8], 16) % 4
-    choices = [*others[:label], place.continuation, *others[label:]]
     return {
         "path": place.path,
         "offset": place.offset,
         "context": place.context,
-        "choices": choices,
+        "choices": [*others[:label], place.continuation, *others[label:]],
         "label": label,
     }
 
