@@ -81,6 +81,12 @@ class Layout:
         return list({stage.fingerprint: stage for stage in self._in_order()}.values())
 
     @property
+    def windows(self) -> list[CollectCalibration]:
+        """The stages that everything begins with."""
+        both = (self.calibration, self.recovery_windows)
+        return [stage for stage in both if stage is not None]
+
+    @property
     def before_speeds(self) -> list[Stage]:
         """The stages that may run side by side."""
         return [stage for stage in self.stages if not isinstance(stage, BenchmarkSpeed)]
@@ -96,18 +102,17 @@ class Layout:
         return digest_json([branch.fingerprint for branch in self.branches])[:12]
 
     def _in_order(self) -> Iterator[Stage]:
-        """In the order of submission. Recoveries wait for one another within a process, so between
-        two of them stands an evaluation that may run meanwhile.
-        """
-        yield self.calibration
-        if self.recovery_windows is not None:
-            yield self.recovery_windows
+        yield from self.windows
         yield self.statistics
         yield self.ranking
-        for part in ("compress", ("recover", "evaluate_before"), "evaluate_after", "speed"):
+        for parts in (
+            ("compress",),
+            ("recover", "evaluate_before"),
+            ("evaluate_after",),
+            ("speed",),
+        ):
             for branch in self.branches:
-                names = (part,) if isinstance(part, str) else part
-                yield from (branch.stages[name] for name in names if name in branch.stages)
+                yield from (branch.stages[part] for part in parts if part in branch.stages)
 
 
 def lay_out(config: RunConfig) -> Layout:

@@ -216,14 +216,21 @@ def _datasets(layout: Layout) -> list[DatasetUse]:
     uses = [_dataset(stage, stage.purpose) for stage in collected if stage is not None]
     source = layout.config.evaluation.perplexity.source
     digest = layout.branches[0].before.source_digest
-    return [*uses, DatasetUse(source.corpus, digest, source.corpus, "evaluation")]
+    name = _dataset_name(source.corpus, "evaluation")
+    return [*uses, DatasetUse(name, digest, source.corpus, "evaluation")]
 
 
 def _dataset(stage: CollectCalibration, purpose: str) -> DatasetUse:
     spec = stage.windows.model_dump(mode="json")
     profile = {name: value for name, value in spec.items() if value is not None}
     corpus = stage.source.corpus
-    return DatasetUse(corpus, stage.source_digest, corpus, purpose, profile)
+    name = _dataset_name(corpus, purpose)
+    return DatasetUse(name, stage.source_digest, corpus, purpose, profile)
+
+
+def _dataset_name(corpus: str, purpose: str) -> str:
+    """MLflow keeps one use of a dataset per run, and knows datasets by name and digest."""
+    return f"{Path(corpus).name} for {purpose}"
 
 
 def _files(layout: Layout, runs: StageRuns, artifacts: Mapping[str, Artifact]) -> dict[str, Path]:

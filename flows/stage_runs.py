@@ -1,6 +1,6 @@
 """The task runs of one sweep: submitted with what they wait for, and what became of each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,11 +70,27 @@ class StageRuns:
         )
         return self._futures[fingerprint]
 
+    def require(self, stages: Iterable[Stage]) -> None:
+        """Run these and wait for them: without them there is nothing to do.
+
+        Raises:
+            InputError: one of them failed for a mistake of the user's.
+        """
+        for stage in stages:
+            self.submit(stage)
+        for stage in stages:
+            self._note(stage.fingerprint, self.submit(stage))
+            outcome = self.outcomes[stage.fingerprint]
+            if outcome.is_input_error:
+                raise InputError(outcome.cause)
+
     def collect_branches(self) -> Iterator[Branch]:
         """Wait for everything submitted; gives each branch as soon as all it waits for is over."""
-        fingerprints = {future: name for name, future in self._futures.items()}
+        fingerprints = {
+            future: name for name, future in self._futures.items() if name not in self.outcomes
+        }
         waiting = list(self.layout.branches)
-        for future in as_completed(list(self._futures.values())):
+        for future in as_completed(list(fingerprints)):
             self._note(fingerprints[future], future)
             for branch in [branch for branch in waiting if self._is_over(branch)]:
                 waiting.remove(branch)

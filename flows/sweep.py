@@ -74,6 +74,7 @@ def sweep(config: RunConfig) -> Comparison:
         check(layout)
     runs = StageRuns(layout, display.get())
     log = SweepLog(layout, _flow_run_tags())
+    runs.require(layout.windows)
     for stage in layout.before_speeds:
         runs.submit(stage)
     for branch in runs.collect_branches():
