@@ -9,6 +9,7 @@ process that started it, however that ends.
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -133,7 +134,7 @@ class _Worker:
 
     def run(self, stage: ComputedStage, folder: Path, work: Path, progress: Progress) -> Facts:
         try:
-            self._connection.send((stage, folder, work))
+            self._connection.send_bytes(pickle.dumps((stage, folder, work)))
             while True:
                 kind, content = self._connection.recv()
                 match kind:
@@ -176,8 +177,9 @@ def _serve(connection: Connection, parent: int, level: int) -> None:
     PACKAGE_LOGGER.addHandler(_LogSender(sender))
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            stage, folder, work = connection.recv()
+            message = connection.recv_bytes()
             try:
+                stage, folder, work = pickle.loads(message)
                 facts = stage.compute(folder, work, sender.progress)
             except Exception as error:
                 sender.send("error", _portable(error))
@@ -193,8 +195,6 @@ def _end_with(parent: int) -> None:
 
 def _portable(error: Exception) -> Exception:
     """The error as it can be sent, with the place where it happened in a note."""
-    import pickle
-
     trace = "".join(traceback.format_exception(error))
     try:
         copy: Exception = pickle.loads(pickle.dumps(error))
