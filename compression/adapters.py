@@ -37,7 +37,8 @@ class FoldingLora(PeftLinear):
         if self.merged or self.has_dropout or base.weight.numel() > FOLD_UP_TO:
             result: Tensor = super().forward(x, *args, **settings)
             return result
-        first, second = self.lora_A[_NAME].weight, self.lora_B[_NAME].weight
+        first: Any = self.lora_A[_NAME].weight
+        second: Any = self.lora_B[_NAME].weight
         with torch.autocast(x.device.type, enabled=False):
             weight = base.weight.T if self.fan_in_fan_out else base.weight
             weight = torch.addmm(weight.to(first), second, first, alpha=self.scaling[_NAME])

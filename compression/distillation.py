@@ -1,7 +1,6 @@
 """Next-token loss and distillation from a teacher, in bounded memory whatever the vocabulary."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,68 +206,3 @@ def _slices(num_tokens: int, vocab_size: int, device_type: str) -> Iterator[slic
     length = max(1, at_a_time // vocab_size)
     for start in range(0, num_tokens, length):
         yield slice(start, min(start + length, num_tokens))
-
-
-class Objective(nn.Module):
-    """Token windows to the loss of the student, beside a teacher that is not part of the module."""
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        head: Head,
-        blend: Blend,
-        teacher: PreTrainedModel | None = None,
-        autocast_to: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.student = student
-        self._head = head
-        # In a tuple, so that neither Accelerate nor an optimizer finds the teacher's parameters.
-        self._teacher = None if teacher is None else (teacher, head_of(teacher))
-        self._blend = blend
-        self._autocast_to = autocast_to
-
-    def forward(
-        self, tokens: Int[Tensor, "batch tokens"], use_teacher: bool = True
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "3"]]:
-        """The loss to minimise, and the values of FIGURES."""
-        targets = tokens[:, 1:].reshape(-1)
-        dtype = self._autocast_to
-        with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not None):
-            hidden = _predicting(last_hidden_state(self.student, tokens))
-            if self._teacher is None or not use_teacher:
-                return self._blend(hidden, targets, self._head)
-            teacher, teacher_head = self._teacher
-            with torch.no_grad():
-                reference = _predicting(last_hidden_state(teacher, tokens))
-            return self._blend(hidden, targets, self._head, Reference(reference, teacher_head))
-
-
-def _predicting(
-    hidden: Float[Tensor, "batch tokens hidden"],
-) -> Float[Tensor, "predictions hidden"]:
-    return hidden[:, :-1].reshape(-1, hidden.shape[-1])
-
-
-def mean_loss(
-    objective: Objective, windows: Int[Tensor, "windows tokens"], batch_size: int
-) -> float:
-    """Next-token loss of the student over `windows`, in nats per token, without dropout."""
-    device = next(objective.parameters()).device
-    total = 0.0
-    with torch.no_grad(), _without_dropout(objective):
-        for batch in windows.split(batch_size):
-            _, figures = objective(batch.to(device, torch.long), use_teacher=False)
-            total += float(figures[FIGURES.index("cross_entropy")]) * len(batch)
-    return total / len(windows)
-
-
-@contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    switched_on = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in switched_on:
-            part.training = True

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.digest import digest_json
-from foldstack.compression.distillation import FIGURES, Blend, Objective, head_of, mean_loss
+from foldstack.compression.distillation import FIGURES, Blend, head_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.objective import Objective, mean_loss
 from foldstack.compression.training_loop import (
     Checkpoints,
     History,

@@ -23,13 +23,13 @@ from foldstack.compression.architectures import architecture_of
 from foldstack.compression.distillation import (
     Blend,
     Head,
-    Objective,
     Reference,
     head_of,
     last_hidden_state,
 )
 from foldstack.compression.errors import InputError
 from foldstack.compression.modeling_foldstack import Borrowed
+from foldstack.compression.objective import Objective
 from foldstack.compression.recovery import Recovery, autocast_dtype, recover
 from foldstack.compression.surgery import Cut, cut, plan_of
 from foldstack.compression.training_loop import Schedule
