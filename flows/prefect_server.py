@@ -99,6 +99,7 @@ class TemporaryServer:
         """End the server; its database stays in PREFECT_HOME."""
         process, self._process = self._process, None
         if process is None:
+            self._log.close()
             return
         _deliver_what_waits()
         if os.environ.get("PREFECT_API_URL") == self._url:

@@ -63,7 +63,9 @@ def check_model(layout: Layout) -> None:
     chosen = layout.config
     lengths = {
         "calibration.window_tokens": chosen.calibration.window_tokens,
-        "recovery.windows.window_tokens": chosen.recovery.windows.window_tokens,
+        "recovery.windows.window_tokens": (
+            chosen.recovery.windows.window_tokens if chosen.recovery.steps else 0
+        ),
         "evaluation.perplexity.protocol.window_tokens": (
             chosen.evaluation.perplexity.protocol.window_tokens
         ),

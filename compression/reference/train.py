@@ -5,7 +5,7 @@ drives the learning rate, so that the run ends when it says, on whatever machine
 killed goes on where its last checkpoint stands when the same command is given again.
 
 Weight matrices of the blocks are trained with Muon (Jordan et al. 2024, the RMS-matched form of
-arXiv:2502.16982), embeddings and norms with AdamW.
+arXiv:2502.16982), embeddings and norms with AdamW. Needs torch 2.9 or newer.
 """
 
 import argparse
@@ -54,6 +54,18 @@ def reference_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> LlamaForCausalLM:
+    """Give an untrained model whose blocks begin as the identity."""
+    model = LlamaForCausalLM(reference_config(tokenizer)).to(device).train()
+    for block in model.model.layers:
+        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(block.mlp.down_proj.weight)
+    if device.type == "cpu":
+        AttentionInterface.register("causal_chunks", causal_attention)
+        model.set_attn_implementation("causal_chunks")
+    return model
 
 
 @dataclass
@@ -156,15 +168,22 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def backward(model: Callable[..., Any], batch: Tensor, workers: ThreadPoolExecutor) -> float:
-    """Add up the gradients of the mean loss, a part of the rows per worker; give the loss.
+def step(
+    model: LlamaForCausalLM,
+    run: Callable[..., Any],
+    batch: Tensor,
+    optimizers: list[torch.optim.Optimizer],
+    workers: int,
+) -> float:
+    """Take one step on `batch` and give its mean loss; `run` is the model, compiled or not.
 
-    A model this small keeps two cores busy only when each has rows of its own.
+    On the CPU every worker takes rows of its own: operators of a model this small are too short
+    for several threads to share.
     """
 
     def part(rows: Tensor) -> float:
         with autocast(rows.device):
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+            logits = run(input_ids=rows, use_cache=False).logits[:, :-1]
             nats = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), rows[:, 1:].flatten()
             )
@@ -172,7 +191,16 @@ def backward(model: Callable[..., Any], batch: Tensor, workers: ThreadPoolExecut
         loss.backward()
         return loss.item()
 
-    return sum(workers.map(part, batch.chunk(workers._max_workers)))
+    if batch.device.type == "cpu" and workers > 1:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            loss = sum(pool.map(part, batch.chunk(workers)))
+    else:
+        loss = part(batch)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
 def make_optimizers(
@@ -248,94 +276,82 @@ def train(arguments: argparse.Namespace) -> None:
         texts = stdlib_split("train").values()
         tokenizer = train_tokenizer(texts, vocab_size=VOCAB, max_length=CONTEXT)
         tokenizer.save_pretrained(out)
-    model = LlamaForCausalLM(reference_config(tokenizer)).to(device).train()
-    for block in model.model.layers:
-        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(block.mlp.down_proj.weight)
-    if device.type == "cpu":
-        AttentionInterface.register("causal_chunks", causal_attention)
-        model.set_attn_implementation("causal_chunks")
+    model = new_model(tokenizer, device)
     optimizers = make_optimizers(model, arguments.matrix_lr, arguments.other_lr)
     progress = load_checkpoint(out, model, optimizers)
     text = TrainingText(tokenizer, arguments.batch_size, arguments.seed)
     logger.info(
-        "%d parameters, %d documents, %d tokens in a pass, split %s",
+        "%d parameters, %d documents, %d tokens in a pass, split %s, at step %d",
         model.num_parameters(),
         len(text.modules),
         text.one_pass(0).numel(),
         stdlib_digest("train")[:12],
+        progress.step,
     )
-    run = torch.compile(model) if arguments.compile else model
-    run_budget(arguments, model, run, optimizers, progress, text.batches(progress), tokenizer)
-
-
-def run_budget(arguments, model, run, optimizers, progress, batches, tokenizer) -> None:  # type: ignore[no-untyped-def]
-    budget, before = arguments.minutes * 60, progress.seconds
-    start: float | None = None
-    looked = saved = before
-    recent: list[float] = []
-    workers = ThreadPoolExecutor(
-        arguments.workers, initializer=torch.set_num_threads, initargs=(1,)
-    )
-    while progress.seconds < budget:
-        batch = next(batches).to(model.device)
-        factor = learning_rate_factor(progress.seconds / budget)
+    run = torch.compile(model) if device.type == "cuda" else model
+    clock, looked, saved = Clock(progress), progress.seconds, progress.seconds
+    losses: list[float] = []
+    for batch in text.batches(progress):
+        done = progress.seconds / (arguments.minutes * 60)
+        if done >= 1:
+            break
+        factor = learning_rate_factor(done)
         for optimizer, peak in zip(
             optimizers, (arguments.matrix_lr, arguments.other_lr), strict=True
         ):
             optimizer.param_groups[0]["lr"] = peak * factor
-        loss = backward(run, batch, workers)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        start = start or time.monotonic()
-        progress.step += 1
-        progress.tokens += batch.numel()
-        progress.seconds = before + time.monotonic() - start
-        recent.append(loss)
-        if progress.seconds - looked > arguments.look_seconds or progress.seconds >= budget:
+        losses.append(step(model, run, batch.to(device), optimizers, arguments.workers))
+        progress.step, progress.tokens = progress.step + 1, progress.tokens + batch.numel()
+        clock.tick()
+        if progress.seconds - looked > arguments.look_seconds:
             looked = progress.seconds
-            logger.info(
-                "step %d  %.1f min  %.2f M tokens  %.0f tokens/s  lr x%.3f  loss %.4f  "
-                "validation %.4f bits per byte",
-                progress.step,
-                progress.seconds / 60,
-                progress.tokens / 1e6,
-                progress.tokens / max(progress.seconds, 1e-9),
-                factor,
-                sum(recent) / len(recent),
-                validation_bits_per_byte(model, tokenizer, 5),
-            )
-            recent.clear()
+            report(progress, losses, validation_bits_per_byte(model, tokenizer, 5))
+            losses.clear()
         if progress.seconds - saved > arguments.save_seconds:
             saved = progress.seconds
-            save_checkpoint(arguments.out, model, optimizers, progress)
-    save_checkpoint(arguments.out, model, optimizers, progress)
+            save_checkpoint(out, model, optimizers, progress)
+    save_checkpoint(out, model, optimizers, progress)
+    report(progress, losses, validation_bits_per_byte(model, tokenizer, 1000))
+
+
+class Clock:
+    """Counts the seconds of training, those of earlier runs and of saving and looking included."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.before, self.start = progress, progress.seconds, time.monotonic()
+
+    def tick(self) -> None:
+        """Bring the progress up to date."""
+        self.progress.seconds = self.before + time.monotonic() - self.start
+
+
+def report(progress: Progress, losses: list[float], bits_per_byte: float) -> None:
+    """Log where the run stands."""
     logger.info(
-        "done: %.4f bits per byte on validation", validation_bits_per_byte(model, tokenizer, 1000)
+        "step %d  %.1f min  %.2f M tokens  %.0f tokens/s  loss %.4f  validation %.4f bits per byte",
+        progress.step,
+        progress.seconds / 60,
+        progress.tokens / 1e6,
+        progress.tokens / max(progress.seconds, 1e-9),
+        sum(losses) / max(len(losses), 1),
+        bits_per_byte,
     )
 
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--matrix-lr", type=float, default=8e-3)
-    parser.add_argument("--other-lr", type=float, default=4e-3)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time budget of all runs")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
+    parser.add_argument("--workers", type=int, default=2, help="threads with rows of their own")
+    parser.add_argument("--matrix-lr", type=float, default=8e-3, help="peak learning rate of Muon")
+    parser.add_argument("--other-lr", type=float, default=4e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--look-seconds", type=float, default=120.0)
-    parser.add_argument("--save-seconds", type=float, default=240.0)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    arguments = parser.parse_args()
+    parser.add_argument("--look-seconds", type=float, default=180.0)
+    parser.add_argument("--save-seconds", type=float, default=200.0)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    train(arguments)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":
