@@ -97,10 +97,12 @@ def stopping_on_signal(server: TemporaryServer, console: Console, again: str) ->
     def stop(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one kills
         console.show_cursor()
-        os.write(2, f"\nfoldstack: stopped; what is finished is kept, to go on: {again}\n".encode())
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        text = f"\nfoldstack: stopped{by}; what is finished is kept, to go on: {again}\n"
+        os.write(2, text.encode())
         end_workers()
         cancel_flow_run()
-        server.stop()
+        server.abandon()
         os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)

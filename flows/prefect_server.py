@@ -112,6 +112,11 @@ class TemporaryServer:
             process.wait()
         self._log.close()
 
+    def abandon(self) -> None:
+        """End the server without delivering anything any more: this process is about to end."""
+        if self._process is not None:
+            self._process.terminate()
+
     def _start(self) -> None:
         port = _free_port()
         self._url = f"http://127.0.0.1:{port}/api"
