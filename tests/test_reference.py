@@ -151,8 +151,8 @@ def test_reference_tokenizer_gives_back_any_text() -> None:
 
 
 def test_reference_model_reads_python_better_than_xz_would(reference: LlamaForCausalLM) -> None:
-    """Held-out text on which `xz -9e`, all of it at once, needs 1.72 bits per byte."""
+    """Held-out text on which `xz -9e`, all of it at once, needs 1.85 bits per byte."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     text = stdlib_split("test")["traceback.py"][:6000]
     tokens = torch.tensor([tokenizer.bos_token_id, *tokenizer(text)["input_ids"]])
-    assert model_bits(reference, tokens, 512) / len(text.encode()) < 1.72
+    assert model_bits(reference, tokens, 512) / len(text.encode()) < 1.4

@@ -9,14 +9,12 @@ arXiv:2502.16982), embeddings and norms with AdamW. Needs torch 2.9 or newer.
 """
 
 import argparse
-import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,10 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreT
 
 from foldstack.compression.reference.stdlib_corpus import stdlib_digest, stdlib_split
 from foldstack.compression.reference.tokenizer import train_tokenizer
+from foldstack.compression.reference.training_text import CONTEXT, Progress, TrainingText, encode
 
 logger = logging.getLogger(__name__)
 
-CONTEXT = 512
 VOCAB = 2048
 CHECKPOINT = "training.safetensors"
 
@@ -58,7 +56,8 @@ def reference_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 def new_model(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> LlamaForCausalLM:
     """Give an untrained model whose blocks begin as the identity."""
-    model = LlamaForCausalLM(reference_config(tokenizer)).to(device).train()
+    with device:
+        model = LlamaForCausalLM(reference_config(tokenizer)).train()
     for block in model.model.layers:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
         torch.nn.init.zeros_(block.mlp.down_proj.weight)
@@ -66,45 +65,6 @@ def new_model(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Llama
         AttentionInterface.register("causal_chunks", causal_attention)
         model.set_attn_implementation("causal_chunks")
     return model
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all that a resumed run needs besides tensors."""
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    pass_index: int = 0
-    batch_index: int = 0
-
-
-class TrainingText:
-    """Batches of packed documents, in an order that pass and seed decide."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> None:
-        self.modules = encode(tokenizer, list(stdlib_split("train").values()))
-        self.batch_size, self.seed = batch_size, seed
-
-    def batches(self, progress: Progress) -> Iterator[Tensor]:
-        """Give batches without end from where `progress` stands, and move it along."""
-        while True:
-            batches = self.one_pass(progress.pass_index)
-            while progress.batch_index < len(batches):
-                progress.batch_index += 1
-                yield batches[progress.batch_index - 1]
-            progress.pass_index, progress.batch_index = progress.pass_index + 1, 0
-
-    def one_pass(self, index: int) -> Tensor:
-        """Give one pass over all modules in a new order: batches x rows x tokens."""
-        dice = torch.Generator().manual_seed(self.seed * 1000 + index)
-        order = torch.randperm(len(self.modules), generator=dice).tolist()
-        stream = torch.cat([self.modules[i] for i in order])
-        stream = stream[int(torch.randint(CONTEXT, (), generator=dice)) :]
-        rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-        rows = rows[torch.randperm(len(rows), generator=dice)]
-        whole = len(rows) // self.batch_size * self.batch_size
-        return rows[:whole].view(-1, self.batch_size, CONTEXT)
 
 
 def causal_attention(
@@ -129,15 +89,6 @@ def causal_attention(
         parts.append(torch.bmm(torch.softmax(scores, -1, dtype=query.dtype), value[:, :stop]))
     mixed = torch.cat(parts, 1).view(batch, heads, tokens, width)
     return mixed.transpose(1, 2).contiguous(), None
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Tensor]:
-    """Turn texts into token ids, each led by the beginning-of-sequence token."""
-    bos = tokenizer.bos_token_id
-    return [
-        torch.tensor([bos, *ids])
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    ]
 
 
 def validation_bits_per_byte(
@@ -235,7 +186,7 @@ def save_checkpoint(
             for key, value in state.items():
                 tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, out / f"{CHECKPOINT}.new", metadata={"progress": json.dumps(vars(progress))})
+    save_file(tensors, out / f"{CHECKPOINT}.new", metadata={"progress": progress.to_json()})
     os.replace(out / f"{CHECKPOINT}.new", out / CHECKPOINT)
     model.save_pretrained(out / "new")
     for file in (out / "new").iterdir():
@@ -261,7 +212,7 @@ def load_checkpoint(
         metadata = file.metadata()
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return Progress(**json.loads(metadata["progress"]))
+    return Progress.from_json(metadata["progress"])
 
 
 def train(arguments: argparse.Namespace) -> None:
