@@ -92,6 +92,15 @@ class Layout:
         return [stage for stage in self.stages if not isinstance(stage, BenchmarkSpeed)]
 
     @property
+    def resolved_config(self) -> RunConfig:
+        """The config with the commit that a branch of the hub stood for."""
+        folder = self.model.folder
+        if folder.parent.name != "snapshots":  # how the hub's cache names a commit's folder
+            return self.config
+        pinned = self.config.model.model_copy(update={"revision": folder.name})
+        return self.config.model_copy(update={"model": pinned})
+
+    @property
     def report_folder(self) -> Path:
         """Where the comparison is written to."""
         return self.config.output.home / "sweeps" / f"{self.config.model.short_name}-{self.sweep}"

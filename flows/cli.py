@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -37,6 +38,9 @@ app.add_typer(cache, name="cache")
 Config = Annotated[str, typer.Argument(help="YAML file, or name of a recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. recovery.steps=0")
+]
+Home = Annotated[
+    Path | None, typer.Option(help="Where results are; by default FOLDSTACK_HOME, else runs/.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
@@ -110,11 +114,11 @@ def list_things(
 
 
 @cache.command("ls")
-def cache_list(as_json: AsJson = False) -> None:
+def cache_list(home: Home = None, as_json: AsJson = False) -> None:
     """List the artifacts in the store, the last used first."""
     from foldstack.flows.command_cache import list_command
 
-    print(list_command(as_json))
+    print(list_command(home, as_json))
 
 
 @cache.command("explain")
@@ -138,12 +142,13 @@ def cache_gc(
     dry_run: Annotated[
         bool, typer.Option("--dry_run", "--dry-run", help="Only say what would go.")
     ] = False,
+    home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove what no run has used for a while, and what killed runs left behind."""
     from foldstack.flows.command_cache import gc_command
 
-    print(gc_command(keep_days, dry_run, as_json))
+    print(gc_command(home, keep_days, dry_run, as_json))
 
 
 @app.command()
@@ -181,13 +186,14 @@ def bench(
 @app.command()
 def compare(
     model: Annotated[str, typer.Argument(help="Only sweeps of this model.")] = "",
+    home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the results of all sweeps in the home, side by side."""
     with _output_for_result() as output:
         from foldstack.flows.command_compare import compare_command
 
-        comparisons = compare_command(model)
+        comparisons = compare_command(model, home)
         if as_json:
             _print_json(
                 {"comparisons": [entry.model_dump(mode="json") for entry in comparisons]}, output
@@ -204,16 +210,17 @@ def compare(
 def ui(
     prefect_port: Annotated[int, typer.Option("--prefect_port", "--prefect-port")] = 4200,
     mlflow_port: Annotated[int, typer.Option("--mlflow_port", "--mlflow-port")] = 5000,
+    home: Home = None,
 ) -> None:
     """Start the Prefect and the MLflow server on this machine, until Ctrl-C."""
     from foldstack.flows.servers import mlflow, prefect, serve
     from foldstack.tasks.artifacts import foldstack_home
 
-    home = foldstack_home()
-    home.mkdir(parents=True, exist_ok=True)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    servers = [prefect(prefect_port), mlflow(mlflow_port, uri, home / "mlartifacts")]
-    serve(servers, home / "logs", print)
+    folder = (home or foldstack_home()).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    servers = [prefect(prefect_port), mlflow(mlflow_port, uri, folder / "mlartifacts")]
+    serve(servers, folder / "logs", print)
 
 
 def _load(config: str, overrides: list[str] | None) -> "RunConfig":

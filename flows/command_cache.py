@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from foldstack.flows.run_config import RunConfig
@@ -10,9 +11,14 @@ from foldstack.tasks.explanation import Explanation, explain
 from foldstack.tasks.garbage import collect_garbage, list_artifacts
 
 
-def list_command(as_json: bool) -> str:
+def store_of(home: Path | None) -> ArtifactStore:
+    """The store in a home, or in the default one."""
+    return ArtifactStore.default() if home is None else ArtifactStore(home / "store")
+
+
+def list_command(home: Path | None, as_json: bool) -> str:
     """What the store holds, the last used first: a table, or JSON."""
-    store = ArtifactStore.default()
+    store = store_of(home)
     rows: list[dict[str, Any]] = [
         {
             "stage": row.artifact.stage,
@@ -35,9 +41,9 @@ def list_command(as_json: bool) -> str:
     return "\n".join([*lines, f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {store.root}"])
 
 
-def gc_command(keep_days: float, dry_run: bool, as_json: bool) -> str:
+def gc_command(home: Path | None, keep_days: float, dry_run: bool, as_json: bool) -> str:
     """Clean the store; says what went, or would go."""
-    store = ArtifactStore.default()
+    store = store_of(home)
     removals = collect_garbage(store, keep_days=keep_days, dry_run=dry_run)
     total = sum(removal.size_bytes for removal in removals)
     if as_json:

@@ -7,13 +7,13 @@ from foldstack.flows.comparison import Comparison, load
 from foldstack.tasks.artifacts import foldstack_home
 
 
-def compare_command(model: str) -> list[Comparison]:
+def compare_command(model: str, home: Path | None = None) -> list[Comparison]:
     """The comparisons in the home, the newest last.
 
     Raises:
         InputError: there is none, of this model.
     """
-    folder = foldstack_home() / "sweeps"
+    folder = (home or foldstack_home()) / "sweeps"
     files = sorted(folder.glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
     comparisons = [load(file.parent) for file in files]
     chosen = [entry for entry in comparisons if not model or is_of(entry, model)]

@@ -32,6 +32,7 @@ SERVER_SETTINGS = {
 }
 DELIVERY_SECONDS = 5.0
 CANCEL_SECONDS = 3.0
+ANSWER_SECONDS = 10.0
 
 # The flow run that is under way in this process, and the API that knows of it.
 _current: dict[str, str] = {}
@@ -72,7 +73,8 @@ class TemporaryServer:
         """Address of the API that flows will talk to.
 
         Raises:
-            InputError: there is no server, and starting one is forbidden or failed.
+            InputError: there is no server, and starting one is forbidden or failed; or the one that
+            is configured does not answer.
         """
         from prefect.context import refresh_global_settings_context
         from prefect.settings import get_current_settings
@@ -81,6 +83,7 @@ class TemporaryServer:
         if settings.api.url:
             self.stop()
             _current["api"] = str(settings.api.url)
+            _check_answers(_current["api"])
             return _current["api"]
         if not settings.server.ephemeral.enabled:
             self.stop()
@@ -166,6 +169,19 @@ def cancel_flow_run() -> None:
     )
     with suppress(OSError):
         urllib.request.urlopen(request, timeout=CANCEL_SECONDS).close()
+
+
+def _check_answers(url: str) -> None:
+    """Raises InputError when nothing answers at a configured address."""
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # somebody answers; what about is for Prefect to find out
+    except OSError as error:
+        raise InputError(
+            f"the Prefect server at {url} does not answer ({error}); start it, or unset "
+            "PREFECT_API_URL to have a temporary one"
+        ) from None
 
 
 def _deliver_what_waits() -> None:

@@ -83,13 +83,18 @@ class SweepLog:
                 tracker.register_best(name, records[row.label], alias, f"{row.label}: {BEST_RULE}")
         tracker.finish()
         links = {"mlflow": tracker.uri, "mlflow experiment": tracker.experiment}
-        if tracker.run_ids:
-            links["mlflow compare"] = tracker.server_link or tracker.compare_link
+        if page := tracker.compare_page([record.fingerprint for record in records.values()]):
+            links["mlflow compare"] = page
         return links, tracker.warnings
+
+    def settle(self) -> None:
+        """Wait for what is being logged, so that nothing else runs while speed is measured."""
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def _record(self, branch: Branch, row: Row, runs: StageRuns, status: Status) -> RunRecord:
         layout = self._layout
-        config = variant_config(layout.config, row)
+        config = variant_config(layout.resolved_config, row)
         tags = {"kind": "variant", "method": row.method, "base_model": layout.model.name}
         tags |= {"base_fingerprint": layout.model.fingerprint, "cause": row.cause}
         tags |= {f"stage.{part}": name for part, name in row.fingerprints.items()}

@@ -80,6 +80,7 @@ def sweep(config: RunConfig) -> Comparison:
     for branch in runs.collect_branches():
         log.branch_evaluated(branch, runs)
     _show_ranking(layout, runs)
+    log.settle()
     runs.run_speeds()  # alone and one by one: whatever else runs would slow them down
     rows = tuple(row_of(layout, branch, runs.outcomes) for branch in layout.branches)
     comparison = Comparison(
@@ -113,7 +114,7 @@ def _publish(
     """Write, show and log the comparison; fail the flow when a variant failed."""
     folder = layout.report_folder
     files = tables.save(comparison, folder)
-    (folder / "config.yaml").write_text(to_yaml(layout.config), encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(layout.resolved_config), encoding="utf-8")
     links, warnings = log.finish(comparison, runs, {**files, "config.yaml": folder / "config.yaml"})
     comparison = comparison.model_copy(
         update={

@@ -41,6 +41,7 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 REACHABLE_SECONDS = 3.0
+LOCAL_SERVER = "http://127.0.0.1:5000"
 
 
 class Tracker:
@@ -88,18 +89,20 @@ class Tracker:
             self._warn(f"MLflow at {self.uri} did not answer within {wait_seconds:.0f} s")
         self._thread = None
 
-    @property
-    def compare_link(self) -> str:
-        """Address, relative to an MLflow server, of the page that compares the logged runs."""
-        ids = json.dumps(list(self.run_ids.values()), separators=(",", ":"))
-        return f"#/compare-runs?runs={ids}&experiments=" + json.dumps([self._experiment_id or "0"])
+    def compare_page(self, fingerprints: Sequence[str]) -> str | None:
+        """Address of MLflow's page that compares these records' runs, as far as they are logged.
 
-    @property
-    def server_link(self) -> str | None:
-        """The compare page of a tracking server that has an address; None for a plain file."""
-        if self.uri.startswith(("http://", "https://")):
-            return f"{self.uri.rstrip('/')}/{self.compare_link}"
-        return None
+        A plain file has no server: the address is then the one that `foldstack ui` serves it at.
+        """
+        ids = [self.run_ids[name] for name in fingerprints if name in self.run_ids]
+        if not ids or self._experiment_id is None:
+            return None
+        has_address = self.uri.startswith(("http://", "https://"))
+        server = self.uri.rstrip("/") if has_address else LOCAL_SERVER
+        runs = json.dumps(ids, separators=(",", ":"))
+        return (
+            f"{server}/#/compare-runs?runs={runs}&experiments={json.dumps([self._experiment_id])}"
+        )
 
     def _enqueue(self, item: "RunRecord | _Best") -> None:
         if self._thread is None:

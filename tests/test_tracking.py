@@ -196,9 +196,11 @@ def test_the_best_run_gets_the_alias(uri: str, tmp_path: Path, record: RunRecord
     assert version.run_id == second.run_ids[other.fingerprint]
 
 
-def test_the_compare_page_lists_every_run(uri: str, tmp_path: Path, record: RunRecord) -> None:
+def test_the_compare_page_lists_the_runs(uri: str, tmp_path: Path, record: RunRecord) -> None:
     tracker = tracker_at(uri, tmp_path)
+    assert tracker.compare_page([record.fingerprint]) is None
     log(tracker, record)
 
-    assert tracker.run_ids[record.fingerprint] in tracker.compare_link
-    assert tracker.server_link is None
+    page = tracker.compare_page([record.fingerprint, "not logged"])
+    assert page is not None
+    assert f'runs=["{tracker.run_ids[record.fingerprint]}"]' in page
