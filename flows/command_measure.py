@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from foldstack.flows.branches import evaluation_digests, evaluation_of, speed_of
 from foldstack.flows.config_file import find_config, read_config
+from foldstack.flows.measures import evaluation_digests, evaluation_of, speed_of
 from foldstack.flows.run_config import RunConfig, parse_config
 from foldstack.flows.terminal import console_on, display_on
 from foldstack.tasks.artifacts import ArtifactStore
