@@ -57,22 +57,28 @@ def environment_without_foldstack(folder: Path) -> Path:
     return python
 
 
-def evaluated_models(store: Path, task: str) -> Iterator[tuple[Path, Manifest, float]]:
-    """Every model directory with a recorded score on `task`."""
+def evaluated_models(
+    artifacts: Path, task: str
+) -> Iterator[tuple[Path, Manifest, float, int | None]]:
+    """Every model directory with a recorded score on `task`, and how many items it is from."""
     models = {}
     for stage in MODEL_STAGES:
-        for file in store.glob(f"{stage}/*/{MANIFEST}"):
+        for file in artifacts.glob(f"{stage}/*/{MANIFEST}"):
             models[f"{stage}/{file.parent.name}"] = file.parent
-    for file in sorted(store.glob(f"evaluate_model/*/{MANIFEST}")):
+    for file in sorted(artifacts.glob(f"evaluate_model/*/{MANIFEST}")):
         evaluation = read_manifest(file.parent)
         score = evaluation.facts.get(f"{task}/{METRIC}")
+        limit = evaluation.ingredients["parameters"].get("limit")
+        limit = limit.get(task) if isinstance(limit, dict) else limit
         for key in evaluation.inputs:
             if key in models and isinstance(score, float):
-                yield models[key] / "model", read_manifest(models[key]), score
+                yield models[key] / "model", read_manifest(models[key]), score, limit
 
 
-def stock_score(python: Path, model: Path, is_portable: bool, task: str) -> float:
-    """Accuracy on `task` from the stock command line."""
+def stock_score(
+    python: Path, model: Path, is_portable: bool, task: str, limit: int | None
+) -> float:
+    """Accuracy on the first `limit` items of `task` from the stock command line."""
     trust = ",trust_remote_code=True" if is_portable else ""
     with tempfile.TemporaryDirectory() as work:
         command = [
@@ -80,6 +86,7 @@ def stock_score(python: Path, model: Path, is_portable: bool, task: str) -> floa
             "--model_args", f"pretrained={model.resolve()}{trust}",
             "--include_path", BENCHMARKS_FOLDER, "--tasks", task,
             "--device", "cpu", "--batch_size", "8", "--output_path", work,
+            *(["--limit", str(limit)] if limit else []),
         ]  # fmt: skip
         settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{work}/modules"}
         finished = subprocess.run(
@@ -106,9 +113,10 @@ def main() -> None:
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         python = environment_without_foldstack(Path(folder) / "venv")
-        for model, manifest, recorded in evaluated_models(arguments.home / "store", arguments.task):
+        artifacts = arguments.home / "store" / "artifacts"
+        for model, manifest, recorded, limit in evaluated_models(artifacts, arguments.task):
             grade = str(manifest.facts["grade"])
-            score = stock_score(python, model, grade == "portable", arguments.task)
+            score = stock_score(python, model, grade == "portable", arguments.task, limit)
             outcomes.append(Outcome(manifest.label, grade, recorded, score))
             if not arguments.json:
                 verdict = "same" if outcomes[-1].agrees else "DIFFERS"
