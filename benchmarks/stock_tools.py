@@ -68,8 +68,7 @@ def evaluated_models(
     for file in sorted(artifacts.glob(f"evaluate_model/*/{MANIFEST}")):
         evaluation = read_manifest(file.parent)
         score = evaluation.facts.get(f"{task}/{METRIC}")
-        limit = evaluation.ingredients["parameters"].get("limit")
-        limit = limit.get(task) if isinstance(limit, dict) else limit
+        limit = evaluation.ingredients["parameters"]["benchmarks"].get(task)
         for key in evaluation.inputs:
             if key in models and isinstance(score, float):
                 yield models[key] / "model", read_manifest(models[key]), score, limit
