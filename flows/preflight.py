@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from contextlib import suppress
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.branches import Layout
@@ -49,7 +50,8 @@ def check_writable(layout: Layout) -> None:
             f"({error.strerror or error}); set output.home or {HOME_VARIABLE} to another place"
         ) from error
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
 
 
 def check_model(layout: Layout) -> None:
