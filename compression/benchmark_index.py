@@ -94,7 +94,7 @@ def data_errors() -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> str | None:
-    from datasets.exceptions import DatasetNotFoundError  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -132,7 +132,7 @@ def fit(
                 group["lr"] = schedule.rate(step, per_epoch * schedule.epochs)
             loss = loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, schedule.gradient_clip)
             optimizer.step()
             total += float(loss.detach()) * len(batch)

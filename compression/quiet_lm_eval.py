@@ -23,7 +23,7 @@ def quiet_lm_eval(progress: Progress | None) -> Iterator[None]:
     lm-eval reports standard errors that have a closed form (means); the others it would bootstrap
     in forked processes, which a process with threads had better not do: they are left out.
     """
-    import datasets  # type: ignore[import-untyped]
+    import datasets
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.evaluator

@@ -6,7 +6,6 @@ per model, so that no model is charged for another.
 """
 
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.checkpoint import load_config, load_model
 from foldstack.compression.errors import InputError
+from foldstack.compression.hardware import Hardware, hardware_of
 from foldstack.compression.memory_probe import peak_memory
 
 logger = logging.getLogger(__name__)
@@ -87,17 +87,9 @@ class BatchSpeed(_Record):
     prefill_tokens_per_second: Spread
     decode_tokens_per_second: Spread
     """Of the tokens after the first, which are read from and appended to the KV cache."""
+    baseline_decode_tokens_per_second: Spread
+    """What the baseline reached in the same turns: what this model's rate is to be held against."""
     speedup: Ratios
-
-
-class Hardware(_Record):
-    """What the times were taken on."""
-
-    cpu: str
-    num_threads: int
-    """That torch computes with."""
-    accelerator: str | None
-    torch_version: str
 
 
 class SpeedResult(_Record):
@@ -156,7 +148,7 @@ def measure_speed(
     vocabulary = min(_check_context(folder, spec) for folder in models.values())
     memory = peak_memory(list(models.values()), spec.model_dump(), vocabulary, device, dtype)
     loaded, load_seconds = _load_in_turns(models, spec, device, dtype, clock)
-    hardware = _hardware(device)
+    hardware = hardware_of(device)
     batches: dict[str, list[BatchSpeed]] = {name: [] for name in models}
     for number, batch_size in enumerate(spec.batch_sizes):
         prompt = make_prompt(spec.prompt_tokens, batch_size, vocabulary, spec.seed).to(device)
@@ -250,6 +242,7 @@ def _batch_speed(
         time_to_first_token_seconds=Spread.of([turn.prefill for turn in turns]),
         prefill_tokens_per_second=Spread.of([prompt.numel() / turn.prefill for turn in turns]),
         decode_tokens_per_second=Spread.of([written / turn.decode for turn in turns]),
+        baseline_decode_tokens_per_second=Spread.of([written / other.decode for other in baseline]),
         speedup=Ratios(
             prefill=Spread.of([other.prefill / turn.prefill for turn, other in pairs]),
             decode=Spread.of([other.decode / turn.decode for turn, other in pairs]),
@@ -286,21 +279,3 @@ def _check_context(folder: Path, spec: SpeedSpec) -> int:
             f"got {spec.prompt_tokens} + {spec.new_tokens}"
         )
     return int(config.vocab_size)
-
-
-def _hardware(device: str) -> Hardware:
-    return Hardware(
-        cpu=_cpu_name(),
-        num_threads=torch.get_num_threads(),
-        accelerator=None if device == "cpu" else torch.cuda.get_device_name(device),
-        torch_version=torch.__version__,
-    )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

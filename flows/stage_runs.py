@@ -113,7 +113,7 @@ class StageRuns:
         return all(stage.fingerprint in self.outcomes for stage in stages)
 
     def _note(self, fingerprint: str, future: Future) -> None:
-        future.wait()  # returns at once; without it the future does not know its own state
+        future.wait()  # also a future that is over does not know its own state before
         self._finish(fingerprint, self._labels[fingerprint], outcome_of(future.state))
 
     def _finish(self, fingerprint: str, label: str, outcome: Outcome) -> None:

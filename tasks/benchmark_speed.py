@@ -70,6 +70,8 @@ def speed_facts(result: SpeedResult) -> Facts:
             facts[f"{name}_upper_quartile{suffix}"] = spread.upper_quartile
         first = batch.time_to_first_token_seconds.median
         facts[f"time_to_first_token_seconds{suffix}"] = first
+        beside = batch.baseline_decode_tokens_per_second.median
+        facts[f"dense_decode_tokens_per_second{suffix}"] = beside
         facts[f"decode_speedup{suffix}"] = batch.speedup.decode.median
         facts[f"prefill_speedup{suffix}"] = batch.speedup.prefill.median
     return facts
