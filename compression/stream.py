@@ -7,7 +7,7 @@ are what the model itself passes, recorded, so nothing here knows an architectur
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,6 +131,21 @@ def starting_at(
         handle.remove()
 
 
+@contextmanager
+def skipping(model: nn.Module, positions: Iterable[int]) -> Iterator[None]:
+    """Inside, the blocks at `positions` pass on what enters them, as if they were removed.
+
+    Uses nest, also with `starting_at`. Not for decoding from a cache, which would miss their keys.
+    """
+    positions = sorted(set(positions))
+    blocks = architecture_of(model).blocks(model)
+    returns_tuple = _returns_tuple(model, blocks, torch.zeros(1, 2, dtype=torch.long))
+    skipped = [blocks[position] for position in positions]
+    flags = [returns_tuple[position] for position in positions]
+    with _replaced_forwards(skipped, _passing_through(flags)):
+        yield
+
+
 def _passing_through(returns_tuple: Sequence[bool]) -> Callable[[int], Callable[..., Any]]:
     def forward_of(position: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -144,18 +159,21 @@ def _passing_through(returns_tuple: Sequence[bool]) -> Callable[[int], Callable[
 
 @contextmanager
 def _replaced_forwards(
-    blocks: nn.ModuleList, forward_of: Callable[[int], Callable[..., Any]]
+    blocks: Sequence[nn.Module] | nn.ModuleList, forward_of: Callable[[int], Callable[..., Any]]
 ) -> Iterator[None]:
     # The instance attribute shadows the class's forward: the module keeps every attribute that the
     # model may read from its blocks, and nothing in the module tree moves.
+    before = [vars(block).get("forward") for block in blocks]
     for position, block in enumerate(blocks):
-        assert "forward" not in vars(block), "the block's forward is replaced already"
         block.forward = forward_of(position)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _recorded_arguments(

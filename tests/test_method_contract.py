@@ -28,6 +28,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "svd_llm": {"update": "closed_form"},
     "llm_streamline": {"epochs": 1, "replacement": "layer"},
     "block_sharing": {"keep_head": 1, "keep_tail": 0, "leader_windows": 2},
+    "sleb": {},
+    "uidl": {},
 }
 # The same method with a structure that only a portable checkpoint holds.
 VARIANTS: dict[str, dict[str, Any]] = {

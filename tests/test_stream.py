@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
-from foldstack.compression.stream import BlockStream, starting_at
+from foldstack.compression.stream import BlockStream, skipping, starting_at
+from foldstack.compression.surgery import Cut, cut, plan_of
 
 
 @pytest.fixture
@@ -139,3 +140,33 @@ def test_no_windows_is_a_clear_mistake(tiny_model: Any, shape: tuple[int, ...]) 
 def test_windows_longer_than_the_model_are_refused(tiny_model: Any, architecture: str) -> None:
     with pytest.raises(InputError, match="128"):
         BlockStream(tiny_model(architecture), torch.zeros(2, 129, dtype=torch.long))
+
+
+@pytest.mark.parametrize("gone", [(1,), (0, 1, 3)])
+def test_skipped_blocks_are_as_good_as_removed(
+    architecture: str, tiny_model: Any, windows: Tensor, gone: tuple[int, ...]
+) -> None:
+    model = tiny_model(architecture)
+    survivors = tuple(position for position in range(4) if position not in gone)
+    removed = cut(model, Cut(plan_of(model).keep(survivors), survivors))
+    with torch.no_grad():
+        before = model(windows.long(), use_cache=False).logits
+        with skipping(model, gone[:1]), skipping(model, gone):
+            got = model(windows.long(), use_cache=False).logits
+        after = model(windows.long(), use_cache=False).logits
+        torch.testing.assert_close(got, removed(windows.long(), use_cache=False).logits)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_skipping_and_starting_at_nest(tiny_model: Any, windows: Tensor) -> None:
+    model = tiny_model("gemma3_text")
+    stream = BlockStream(model, windows)
+    stream.advance()
+    stream.advance()
+    with torch.no_grad():
+        with skipping(model, [2]):
+            expected = model(windows.long(), use_cache=False).logits
+        with skipping(model, [2]), starting_at(model, 2, lambda: stream.hidden[0]):
+            got = model(windows.long(), use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)

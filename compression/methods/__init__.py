@@ -7,13 +7,17 @@ from pydantic import Field
 from foldstack.compression.methods.block_sharing import BlockSharing
 from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.methods.shortgpt import ShortGpt
+from foldstack.compression.methods.sleb import Sleb
 from foldstack.compression.methods.svd_llm import SvdLlm
+from foldstack.compression.methods.uidl import Uidl
 
 Registered = (
     ShortGpt
     | SvdLlm
     | LlmStreamline
     | BlockSharing
+    | Sleb
+    | Uidl
 )  # fmt: skip
 
 AnyMethod = Annotated[Registered, Field(discriminator="name")]
