@@ -30,6 +30,8 @@ class Architecture:
     blocks_path: str
     final_norm_path: str
     linears: tuple[LinearSite, ...]
+    mlp_width_entry: str = "intermediate_size"
+    """The config's entry for the inner width of all MLPs."""
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The executed blocks of a stock model or of a FoldstackForCausalLM."""
@@ -73,8 +75,10 @@ _GATED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gem
 ARCHITECTURES: dict[str, Architecture] = {
     **{name: Architecture(name, "model.layers", "model.norm", _GATED) for name in _GATED_FAMILIES},
     "phi3": Architecture("phi3", "model.layers", "model.norm", _PHI3),
-    "opt": Architecture("opt", "model.decoder.layers", "model.decoder.final_layer_norm", _OPT),
-    "gpt2": Architecture("gpt2", "transformer.h", "transformer.ln_f", _GPT2),
+    "opt": Architecture(
+        "opt", "model.decoder.layers", "model.decoder.final_layer_norm", _OPT, "ffn_dim"
+    ),
+    "gpt2": Architecture("gpt2", "transformer.h", "transformer.ln_f", _GPT2, "n_inner"),
 }
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

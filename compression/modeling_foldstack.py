@@ -11,6 +11,7 @@ tied, and an adapter put on the owner (peft) is at once the adapter of every bor
 """
 
 import copy
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +26,17 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_FREE = ("ffn", "swiglu")
+
+# The linears that a narrower block resizes, by the names that the supported families give them.
+ATTENTION_NAMES = ("self_attn", "attn")
+FUSED_QKV_NAMES = ("qkv_proj", "c_attn")
+ATTENTION_OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj")
+MLP_UP_NAMES = ("mlp.gate_proj", "mlp.up_proj", "fc1", "mlp.c_fc")
+MLP_FUSED_NAMES = ("mlp.gate_up_proj",)
+MLP_DOWN_NAMES = ("mlp.down_proj", "fc2", "mlp.c_proj")
 
 
 class FoldstackConfig(PreTrainedConfig):
@@ -162,6 +172,137 @@ class AttentionFreeBlock(nn.Module):
         return self.ffn(hidden_states)
 
 
+class NarrowAttention(nn.Module):
+    """Causal self-attention with fewer coordinates per head than the stock module it stands for.
+
+    The same projections under the same names, with queries and keys of `qk_dim` and values of
+    `v_dim` coordinates per head. The scale of the scores is the stock one: what is left of a dot
+    product estimates the whole (MoDeGPT, arXiv 2408.09632). Every key head has its own selection
+    of the stock rotary frequencies, shared by the query heads that read it.
+    """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    rotary_pairs: torch.Tensor | None
+    """[kv_heads, rotary_dim / 2]: which of the stock frequencies each key head has kept."""
+
+    def __init__(self, stock: Any, form: dict[str, Any]) -> None:
+        super().__init__()
+        config = stock.config
+        self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, stock.is_causal
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.qk_dim, self.v_dim = form["qk_dim"], form["v_dim"]
+        self.scaling = stock.scaling
+        self.sliding_window = getattr(
+            stock, "sliding_window", getattr(config, "sliding_window", None)
+        )
+        is_capped = config.model_type == "gemma2"  # gemma3 has the entry and does not use it
+        self.softcap = config.attn_logit_softcapping if is_capped else None
+        self.attention_dropout = _dropout_of(stock)
+        self.resid_dropout = getattr(stock, "resid_dropout", nn.Identity())
+        self._eager = sys.modules[type(stock).__module__].eager_attention_forward
+        self._resize_linears(stock, form["value_bias_in_output"])
+        for name in ("q_norm", "k_norm"):
+            norm = copy.deepcopy(getattr(stock, name, None))
+            if norm is not None:
+                norm.weight = nn.Parameter(norm.weight.new_ones(self.qk_dim))
+            setattr(self, name, norm)
+        pairs = torch.arange(form["rotary_dim"] // 2).repeat(self.num_kv_heads, 1)
+        self.register_buffer("rotary_pairs", pairs if pairs.numel() else None)
+
+    def _resize_linears(self, stock: Any, value_bias_in_output: bool) -> None:
+        q, k, v = self._split_sizes()
+        sizes = {"q_proj": q, "k_proj": k, "v_proj": v} | dict.fromkeys(FUSED_QKV_NAMES, q + k + v)
+        for name, size in sizes.items():
+            linear = getattr(stock, name, None)
+            if linear is not None:
+                bias = linear.bias is not None and not (name == "v_proj" and value_bias_in_output)
+                setattr(self, name, _resized(linear, linear_shape(linear)[1], size, bias))
+        name = next(name for name in ATTENTION_OUTPUT_NAMES if hasattr(stock, name))
+        linear = getattr(stock, name)
+        bias = linear.bias is not None or value_bias_in_output
+        inner = self.num_heads * self.v_dim
+        setattr(self, name, _resized(linear, inner, linear_shape(linear)[0], bias))
+        self._output_name = name
+
+    def _split_sizes(self) -> tuple[int, int, int]:
+        """Widths of all queries, all keys and all values."""
+        keys = self.num_kv_heads * self.qk_dim
+        return self.num_heads * self.qk_dim, keys, self.num_kv_heads * self.v_dim
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self._projected(hidden_states)
+        if position_embeddings is not None and self.rotary_pairs is not None:
+            cos, sin = (self._of_kept_pairs(table) for table in position_embeddings)
+            key = _rotated(key, cos, sin)
+            groups = self.num_key_value_groups
+            query = _rotated(query, *(t.repeat_interleave(groups, dim=1) for t in (cos, sin)))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        kind = self.config._attn_implementation
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self._eager)
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return self.resid_dropout(getattr(self, self._output_name)(output)), weights
+
+    def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values as [batch, heads, tokens, coordinates], normed, not rotated."""
+        fused = [getattr(self, name) for name in FUSED_QKV_NAMES if hasattr(self, name)]
+        if fused:
+            query, key, value = fused[0](x).split(self._split_sizes(), dim=-1)
+        else:
+            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query, key = (t.unflatten(-1, (-1, self.qk_dim)) for t in (query, key))
+        value = value.unflatten(-1, (-1, self.v_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _of_kept_pairs(self, table: torch.Tensor) -> torch.Tensor:
+        """A table [batch, tokens, rotary] of all frequencies as [batch, kv_heads, tokens, kept]."""
+        kept = table[..., self.rotary_pairs].transpose(1, 2)
+        return torch.cat((kept, kept), dim=-1)
+
+
+def _dropout_of(attention: Any) -> float:
+    """The dropout of the scores, by the three names that the families have for it."""
+    if hasattr(attention, "attn_dropout"):
+        return attention.attn_dropout.p
+    return getattr(attention, "attention_dropout", getattr(attention, "dropout", 0.0))
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The first coordinates of each head rotated, i together with i + half; the others as are."""
+    rotating, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = rotating.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return torch.cat((rotating * cos + turned * sin, still), dim=-1)
+
+
 def restructure(
     model: PreTrainedModel, block_plans: list[dict[str, Any]], blocks_path: str
 ) -> None:
@@ -176,14 +317,16 @@ def restructure(
                 block_plan["kind"], model.config.hidden_size, block_plan["intermediate_size"]
             )
             continue
+        stored_at = block_plan["weights_of"]
+        _narrow(blocks[position], block_plan if stored_at is None else block_plans[stored_at])
         for module in blocks[position].modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.layer_idx = attention_position  # type: ignore[assignment]  # in the KV cache
         attention_position += 1
         for name, form in block_plan["linears"].items():
             _factor_linear(blocks, position, name, form)
-        if block_plan["weights_of"] is not None:
-            _borrow_linears(blocks[block_plan["weights_of"]], blocks[position])
+        if stored_at is not None:
+            _borrow_linears(blocks[stored_at], blocks[position])
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -203,6 +346,38 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
 
 
+def _narrow(block: nn.Module, block_plan: dict[str, Any]) -> None:
+    """Give a stock block the widths of its plan; plans from before there were any have none."""
+    width, heads = block_plan.get("mlp_width"), block_plan.get("narrow_heads")
+    if width is not None:
+        for name in (*MLP_UP_NAMES, *MLP_FUSED_NAMES, *MLP_DOWN_NAMES):
+            _narrow_mlp_linear(block, name, width)
+    if heads is not None:
+        name = next(name for name in ATTENTION_NAMES if hasattr(block, name))
+        setattr(block, name, NarrowAttention(getattr(block, name), heads))
+
+
+def _narrow_mlp_linear(block: nn.Module, name: str, width: int) -> None:
+    parent_path, attribute = _split(name)
+    parent = getattr(block, parent_path, None) if parent_path else block
+    linear: Any = getattr(parent, attribute, None)
+    if linear is None:  # another family's name
+        return
+    out_features, in_features = linear_shape(linear)
+    if name in MLP_DOWN_NAMES:
+        in_features = width
+    else:
+        out_features = 2 * width if name in MLP_FUSED_NAMES else width
+    setattr(parent, attribute, _resized(linear, in_features, out_features, linear.bias is not None))
+
+
+def _resized(linear: Any, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    """A linear of the same class; a Conv1D always has a bias."""
+    if type(linear).__name__ == "Conv1D":
+        return type(linear)(out_features, in_features)
+    return nn.Linear(in_features, out_features, bias=bias)
+
+
 def _factor_linear(blocks: nn.ModuleList, position: int, name: str, form: dict[str, Any]) -> None:
     parent_path, attribute = _split(name)
     parent = blocks[position].get_submodule(parent_path)
@@ -210,7 +385,12 @@ def _factor_linear(blocks: nn.ModuleList, position: int, name: str, form: dict[s
     out_features, in_features = linear_shape(dense)
     factored = LowRankLinear(in_features, out_features, form["rank"], dense.bias is not None)
     if form.get("basis_of") is not None:
-        holder = blocks[form["basis_of"]].get_submodule(name)
+        holder: Any = blocks[form["basis_of"]].get_submodule(name)
+        if holder.first.weight.shape[1] != in_features:
+            raise ValueError(
+                f"position {position} has {in_features} inputs to {name} and shares the basis of "
+                f"position {form['basis_of']}, which has {holder.first.weight.shape[1]}"
+            )
         factored.first = Borrowed(holder, "first")
     setattr(parent, attribute, factored)
 

@@ -7,7 +7,7 @@ derive a new plan from the plan of the model that they are given (`keep`, `share
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,7 +26,34 @@ class LowRank(_Record):
     """Position whose first factor is used instead of an own one (a basis shared across blocks)."""
 
 
+class NarrowHeads(_Record):
+    """Attention whose heads have fewer coordinates than the base model's, one width for all heads
+    of a block; its scale stays that of the base model's heads."""
+
+    qk_dim: int = Field(ge=1)
+    """Coordinates of a query and of a key head."""
+    v_dim: int = Field(ge=1)
+    """Coordinates of a value head, and of what the output projection reads of it."""
+    rotary_dim: int = Field(default=0, ge=0)
+    """How many of the first query-key coordinates rotate, i with i + rotary_dim / 2; 0 without
+    rotary positions. Which of the base model's frequencies they are is stored with the weights."""
+    value_bias_in_output: bool = False
+    """The value bias was added to the output projection's, where it has the same effect."""
+
+    @model_validator(mode="after")
+    def _rotates_pairs_it_has(self) -> "NarrowHeads":
+        if self.rotary_dim % 2 or self.rotary_dim > self.qk_dim:
+            raise ValueError(
+                f"rotary_dim must be even and at most qk_dim {self.qk_dim}, got {self.rotary_dim}"
+            )
+        return self
+
+
 BlockKind = Literal["original", "layer", "ffn", "swiglu"]
+
+
+# What describes a block's linears, as it is where they are the base model's or another block's.
+_NO_FORMS: dict[str, Any] = {"linears": {}, "mlp_width": None, "narrow_heads": None}
 
 
 class BlockPlan(_Record):
@@ -45,6 +72,10 @@ class BlockPlan(_Record):
     """Linears that are not dense, by their name inside the block."""
     intermediate_size: int | None = None
     """Inner width of an ffn or swiglu replacement."""
+    mlp_width: int | None = Field(default=None, ge=1)
+    """Inner width of the block's own MLP where it is not the base model's."""
+    narrow_heads: NarrowHeads | None = None
+    """Widths of the attention heads where they are not the base model's."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "BlockPlan":
@@ -54,9 +85,9 @@ class BlockPlan(_Record):
                 f"intermediate_size belongs to ffn and swiglu blocks, got {self.kind} with "
                 f"intermediate_size {self.intermediate_size}"
             )
-        if attention_free and (self.weights_of is not None or self.linears):
-            raise ValueError(f"an {self.kind} block has no shared or factored linears")
-        if self.weights_of is not None and self.linears:
+        if attention_free and (self.weights_of is not None or any(self.forms.values())):
+            raise ValueError(f"an {self.kind} block has no shared, factored or narrow linears")
+        if self.weights_of is not None and any(self.forms.values()):
             raise ValueError("a block that uses another's linears has no forms of its own for them")
         if not self.stands_for or self.stands_for[0] != self.source:
             raise ValueError(
@@ -67,6 +98,11 @@ class BlockPlan(_Record):
     @property
     def has_attention(self) -> bool:
         return self.kind in ("original", "layer")
+
+    @property
+    def forms(self) -> dict[str, Any]:
+        """All that describes the linears that this block stores: it goes where they go."""
+        return {name: getattr(self, name) for name in _NO_FORMS}
 
 
 def original_block(source: int) -> BlockPlan:
@@ -125,10 +161,14 @@ class Plan(_Record):
     @property
     def is_native(self) -> bool:
         """True when a stock class of the base architecture can express this structure."""
-        return all(
-            block.has_attention and block.weights_of is None and not block.linears
+        is_stock = all(
+            block.has_attention
+            and block.weights_of is None
+            and not block.linears
+            and block.narrow_heads is None
             for block in self.blocks
         )
+        return is_stock and len({block.mlp_width for block in self.blocks}) == 1
 
     @property
     def removed_blocks(self) -> tuple[int, ...]:
@@ -157,15 +197,14 @@ class Plan(_Record):
         for old in kept:
             owner = self.owner(old)
             heir = heirs[owner]
-            stored = self.blocks[owner].linears
-            blocks.append(
-                self.blocks[old].model_copy(
-                    update={
-                        "weights_of": None if heir == old else new_position[heir],
-                        "linears": self._moved_forms(stored, old, kept) if heir == old else {},
-                    }
-                )
-            )
+            forms = _NO_FORMS
+            if heir == old:
+                stored = self.blocks[owner]
+                linears = self._moved_forms(stored.linears, old, kept)
+                forms = {**stored.forms, "linears": linears}
+            weights_of = None if heir == old else new_position[heir]
+            update = {"weights_of": weights_of, **forms}
+            blocks.append(self.blocks[old].model_copy(update=update))
         return self._with_blocks(blocks)
 
     def _moved_forms(
@@ -198,14 +237,17 @@ class Plan(_Record):
         for position in group:
             if self.owner(position) != position or not self.blocks[position].has_attention:
                 raise ValueError(f"position {position} has no linears of its own to share")
-        forms = self.blocks[owner].linears
+            if self.blocks[position].narrow_heads is not None:
+                # Its kept frequencies and any query and key norms belong to its own linears.
+                raise ValueError(f"position {position} has narrow heads; share before narrowing")
+        forms = self.blocks[owner].forms
         blocks = list(self.blocks)
         for position in group:
             is_first = position == group[0]
             blocks[position] = blocks[position].model_copy(
                 update={
                     "weights_of": None if is_first else group[0],
-                    "linears": forms if is_first else {},
+                    **(forms if is_first else _NO_FORMS),
                 }
             )
         return self._with_blocks(blocks)
@@ -222,20 +264,47 @@ class Plan(_Record):
             blocks[position] = blocks[position].model_copy(update={"linears": linears})
         return self._with_blocks(blocks)
 
+    def narrow(
+        self,
+        mlp_widths: Mapping[int, int] | None = None,
+        heads: Mapping[int, NarrowHeads] | None = None,
+    ) -> "Plan":
+        """The plan in which these positions have an MLP of that width, and heads of those."""
+        mlp_widths, heads = mlp_widths or {}, heads or {}
+        blocks = list(self.blocks)
+        for position in sorted({*mlp_widths, *heads}):
+            block = blocks[position]
+            if not block.has_attention or self.owner(position) != position:
+                raise ValueError(f"position {position} stores no linears to narrow")
+            if block.linears:
+                raise ValueError(f"position {position} has factored linears; narrow before that")
+            update = {
+                "mlp_width": mlp_widths.get(position, block.mlp_width),
+                "narrow_heads": heads.get(position, block.narrow_heads),
+            }
+            blocks[position] = block.model_copy(update=update)
+        return self._with_blocks(blocks)
+
     def replace(
         self, start: int, stop: int, kind: BlockKind, intermediate_size: int | None = None
     ) -> "Plan":
-        """The plan in which one block of `kind` stands for positions start ... stop - 1."""
+        """The plan in which one block of `kind` stands for positions start ... stop - 1.
+
+        A layer has the widths of the block at `start`.
+        """
         if not 0 <= start < stop <= len(self.blocks):
             raise ValueError(f"run {start}..{stop} is not inside 0..{len(self.blocks)}")
         if kind == "original":
             raise ValueError("a replacement is a layer, ffn or swiglu block")
         stands_for = tuple(s for block in self.blocks[start:stop] for s in block.stands_for)
+        first = self.blocks[self.owner(start)]
         replacement = BlockPlan(
             kind=kind,
             source=stands_for[0],
             stands_for=stands_for,
             intermediate_size=intermediate_size,
+            mlp_width=first.mlp_width if kind == "layer" else None,
+            narrow_heads=first.narrow_heads if kind == "layer" else None,
         )
         kept = self.keep([p for p in range(len(self.blocks)) if not start < p < stop])
         blocks = list(kept.blocks)

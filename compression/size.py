@@ -85,8 +85,13 @@ def _kv_elements_per_token(config: Any) -> int:
     base = base_config_of(config)
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    attending = sum(block.has_attention for block in plan_of(config).blocks)
-    return 2 * attending * heads * head_dim
+    plan = plan_of(config)
+    elements = 0
+    for position, block in enumerate(plan.blocks):
+        narrow = plan.blocks[plan.owner(position)].narrow_heads
+        widths = 2 * head_dim if narrow is None else narrow.qk_dim + narrow.v_dim
+        elements += heads * widths if block.has_attention else 0
+    return elements
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[tuple[int, str], tuple[int, int]]:

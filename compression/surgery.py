@@ -63,6 +63,9 @@ def config_for(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     """
     base = _executed_base(base_config_of(config), plan_of(config), plan)
     if plan.is_native:
+        width = plan.blocks[0].mlp_width
+        if width is not None:
+            setattr(base, architecture_of(base).mlp_width_entry, width)
         base.architectures = [_stock_class(base).__name__]
         return base
     portable = FoldstackConfig(
@@ -141,7 +144,8 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, its place {tuple(placeholder.shape)}"
             )
-        state[name] = tensor.detach().to(source.dtype).clone(memory_format=torch.contiguous_format)
+        dtype = source.dtype if tensor.is_floating_point() else tensor.dtype
+        state[name] = tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
     if unused:
         raise ValueError(f"the plan has no place for {', '.join(sorted(unused))}")
     target.load_state_dict(state, assign=True)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from foldstack.compression.plan import BlockPlan, LowRank, Plan
+from foldstack.compression.plan import BlockPlan, LowRank, NarrowHeads, Plan
 
 NUM_BLOCKS = 6
 Q, UP = "self_attn.q_proj", "mlp.up_proj"
@@ -69,6 +69,32 @@ def test_a_replacement_stands_for_its_run():
     assert not plan().replace(2, 5, "ffn", 64).is_native
 
 
+HEADS = NarrowHeads(qk_dim=6, v_dim=5, rotary_dim=6)
+
+
+def test_narrow_blocks_are_native_only_with_one_mlp_width_and_whole_heads():
+    assert plan().narrow(dict.fromkeys(range(NUM_BLOCKS), 40)).is_native
+    assert not plan().narrow({0: 40}).is_native
+    assert not plan().narrow(heads=dict.fromkeys(range(NUM_BLOCKS), HEADS)).is_native
+    assert plan().narrow({0: 40}).keep([1, 2]).is_native
+
+
+def test_widths_go_where_the_linears_go():
+    shared = plan().narrow({1: 40, 3: 30}).share(3, [1])
+    assert [block.mlp_width for block in shared.blocks] == [None, 30, None, None, None, None]
+    assert shared.keep([2, 3]).blocks[1].mlp_width == 30
+    layer = plan().narrow({2: 40}, {2: HEADS}).replace(2, 4, "layer").blocks[2]
+    assert (layer.mlp_width, layer.narrow_heads) == (40, HEADS)
+    assert plan().narrow({2: 40}).replace(2, 4, "ffn", 16).blocks[2].mlp_width is None
+
+
+def test_a_plan_from_before_there_were_widths_still_loads():
+    data = plan().model_dump(mode="json")
+    for block in data["blocks"]:
+        del block["mlp_width"], block["narrow_heads"]
+    assert Plan.model_validate(data) == plan()
+
+
 def test_a_run_that_others_borrow_from_is_not_replaced():
     with pytest.raises(ValueError, match="later blocks share"):
         plan().share(2, [4]).replace(2, 3, "layer")
@@ -83,6 +109,9 @@ def test_a_run_that_others_borrow_from_is_not_replaced():
         (lambda p: p.replace(4, 4, "layer"), "run 4..4 is not inside"),
         (lambda p: p.replace(1, 2, "original"), "a replacement is a layer"),
         (lambda p: p.replace(1, 2, "ffn"), "intermediate_size belongs to"),
+        (lambda p: p.share(1, [2]).narrow({2: 40}), "stores no linears to narrow"),
+        (lambda p: p.factor({(1, UP): 3}).narrow({1: 40}), "narrow before that"),
+        (lambda p: p.narrow(heads={1: HEADS}).share(0, [1]), "share before narrowing"),
     ],
 )
 def test_impossible_changes_are_refused(change, sentence):
@@ -98,6 +127,17 @@ def test_impossible_changes_are_refused(change, sentence):
         ([{"source": 0, "stands_for": [0], "weights_of": 0}], "does not come before it"),
         ([{"source": 0, "stands_for": [0], "colour": "red"}], "Extra inputs are not permitted"),
         ([{"source": 0, "stands_for": [0], "linears": {Q: {"rank": 0}}}], "greater than or equal"),
+        ([{"source": 0, "stands_for": [0], "mlp_width": 0}], "greater than or equal"),
+        (
+            [
+                {
+                    "source": 0,
+                    "stands_for": [0],
+                    "narrow_heads": {"qk_dim": 4, "v_dim": 4, "rotary_dim": 3},
+                }
+            ],
+            "rotary_dim must be even and at most qk_dim 4, got 3",
+        ),
     ],
 )
 def test_a_plan_from_a_file_is_validated(blocks, sentence):
@@ -119,10 +159,12 @@ def changed_plan(draw):
     changed = with_shared_basis() if draw(st.booleans()) else plan()
     for _ in range(draw(st.integers(0, 4))):
         positions = st.integers(0, len(changed.blocks) - 1)
-        kind = draw(st.sampled_from(["keep", "share", "factor"]))
+        kind = draw(st.sampled_from(["keep", "share", "factor", "narrow"]))
         try:
             if kind == "keep":
                 changed = changed.keep(draw(st.sets(positions, min_size=1)))
+            elif kind == "narrow":
+                changed = changed.narrow({draw(positions): draw(st.integers(1, 9))})
             elif kind == "share":
                 changed = changed.share(draw(positions), [draw(positions)])
             else:
@@ -144,5 +186,7 @@ def test_any_removal_leaves_a_valid_plan_that_survives_json(data):
         forms = left.blocks[left.owner(new)].linears
         before = changed.blocks[changed.owner(old)].linears
         assert {n: f.rank for n, f in forms.items()} == {n: f.rank for n, f in before.items()}
+        width = changed.blocks[changed.owner(old)].mlp_width
+        assert left.blocks[left.owner(new)].mlp_width == width
         same_owner = [o for o in kept if changed.owner(o) == changed.owner(old)]
         assert {left.owner(kept.index(o)) for o in same_owner} == {left.owner(new)}
