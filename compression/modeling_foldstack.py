@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -130,6 +131,71 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x))
+
+
+class AdaptedLinear(nn.Module):
+    """y = borrowed(x) + second(first(x)) + b: another position's linear and an own adapter.
+
+    The adapter stays apart from the borrowed weights, or nothing would be shared any more.
+    Source: FlexiGPT, arXiv 2501.14713, section 3.4.
+    """
+
+    def __init__(self, borrowed: Borrowed, adapter: LowRankLinear) -> None:
+        super().__init__()
+        self.borrowed = borrowed
+        self.adapter = adapter
+
+    @property
+    def weight(self) -> Any:
+        return self.borrowed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.borrowed(x) + self.adapter(x)
+        return result
+
+
+class SublayerOutput(nn.Module):
+    """What is done to attention's or the MLP's output before it is added to the residual.
+
+    normed: (y - mean(y)) / std(y) * weight, FlexiGPT, arXiv 2501.14713, equation 6;
+    scaled: y * weight, FoldGPT, arXiv 2407.00928.
+    """
+
+    EPS = 1e-5
+
+    def __init__(self, kind: str, hidden_size: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self._handle: RemovableHandle | None = None
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        if self.kind == "scaled":
+            return (y * self.weight).to(y.dtype)
+        precise = y.to(torch.promote_types(y.dtype, torch.float32))
+        unit = nn.functional.layer_norm(precise, y.shape[-1:], eps=self.EPS)
+        return (unit * self.weight).to(y.dtype)
+
+    def after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Forward hook; being a method it goes with its module when a model is deep-copied."""
+        if isinstance(output, tuple):
+            return (self(output[0]), *output[1:])
+        return self(output)
+
+    def begin(self, block: Any, _args: Any) -> None:
+        """Forward pre-hook of an OPT block, whose MLP ends in a linear of the block itself.
+
+        What stands there may be an adapter (peft) by now, and others may borrow it: the hook is on
+        it only while its own block runs.
+        """
+        self.end()
+        self._handle = block.fc2.register_forward_hook(self.after)
+
+    def end(self, *_: Any) -> None:
+        """Forward hook of the same block."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
 
 class _Ffn(nn.Module):
@@ -325,8 +391,13 @@ def restructure(
         attention_position += 1
         for name, form in block_plan["linears"].items():
             _factor_linear(blocks, position, name, form)
-        if stored_at is not None:
-            _borrow_linears(blocks[stored_at], blocks[position])
+    # An owner may come after its borrowers, so every linear has its form before any is borrowed.
+    for position, block_plan in enumerate(block_plans):
+        if block_plan["weights_of"] is not None:
+            adapters = block_plan.get("adapters", {})
+            _borrow_linears(blocks[block_plan["weights_of"]], blocks[position], adapters)
+        if block_plan.get("outputs", "plain") != "plain":
+            _change_outputs(blocks[position], block_plan["outputs"], model.config.hidden_size)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -395,17 +466,43 @@ def _factor_linear(blocks: nn.ModuleList, position: int, name: str, form: dict[s
     setattr(parent, attribute, factored)
 
 
-def _borrow_linears(owner: nn.Module, borrower: nn.Module) -> None:
+def _borrow_linears(owner: nn.Module, borrower: nn.Module, adapters: dict[str, int]) -> None:
     linears = [
         name
         for name, module in owner.named_modules()
         if isinstance(module, LowRankLinear)
         or (is_linear(module) and not _inside_low_rank(owner, name))
     ]
+    assert set(adapters) <= set(linears), f"no linear {sorted(set(adapters) - set(linears))}"
     for name in linears:
         parent_path, attribute = _split(name)
-        holder = owner.get_submodule(parent_path)
-        setattr(borrower.get_submodule(parent_path), attribute, Borrowed(holder, attribute))
+        parent = borrower.get_submodule(parent_path)
+        borrowed = Borrowed(owner.get_submodule(parent_path), attribute)
+        linear: nn.Module = borrowed
+        if name in adapters:
+            own: Any = getattr(parent, attribute)  # the stock one, which has the shape and the bias
+            out_features, in_features = linear_shape(own)
+            adapter = LowRankLinear(in_features, out_features, adapters[name], own.bias is not None)
+            linear = AdaptedLinear(borrowed, adapter)
+        setattr(parent, attribute, linear)
+
+
+def _change_outputs(block: Any, kind: str, hidden_size: int) -> None:
+    """Where each sub-layer's output is last seen before the residual: behind a post-norm (gemma),
+    or a small gain would be normed away."""
+    block.attention_output = SublayerOutput(kind, hidden_size)
+    block.mlp_output = SublayerOutput(kind, hidden_size)
+    if hasattr(block, "post_feedforward_layernorm"):
+        attention, mlp = block.post_attention_layernorm, block.post_feedforward_layernorm
+    else:
+        attention = block.attn if hasattr(block, "attn") else block.self_attn
+        mlp = getattr(block, "mlp", None)
+    attention.register_forward_hook(block.attention_output.after)
+    if mlp is None:
+        block.register_forward_pre_hook(block.mlp_output.begin)
+        block.register_forward_hook(block.mlp_output.end, always_call=True)
+    else:
+        mlp.register_forward_hook(block.mlp_output.after)
 
 
 def _inside_low_rank(block: nn.Module, name: str) -> bool:

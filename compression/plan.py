@@ -2,14 +2,16 @@
 
 A plan is relative to a base model (a stock Hugging Face decoder). It holds no tensors, survives
 JSON, and is all that `modeling_foldstack.restructure` needs to build the model again. Methods
-derive a new plan from the plan of the model that they are given (`keep`, `share`, `factor`,
-`replace`), which is what makes methods stack.
+derive a new plan from the plan of the model that they are given (`keep`, `share`, `borrow`,
+`repeat`, `factor`, `replace`), which is what makes methods stack.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from foldstack.compression.errors import InputError
 
 
 class _Record(BaseModel):
@@ -50,6 +52,8 @@ class NarrowHeads(_Record):
 
 
 BlockKind = Literal["original", "layer", "ffn", "swiglu"]
+Outputs = Literal["plain", "normed", "scaled"]
+Rank = Annotated[int, Field(ge=1)]
 
 
 # What describes a block's linears, as it is where they are the base model's or another block's.
@@ -67,9 +71,18 @@ class BlockPlan(_Record):
     stands_for: tuple[int, ...]
     """Base blocks that this one does the work of: (source,) unless it replaces a run."""
     weights_of: int | None = None
-    """Position whose linears this block uses instead of its own; its norms stay its own."""
+    """Position, before or after it, whose linears this block uses instead of its own; its norms
+    stay its own."""
     linears: dict[str, LowRank] = {}
     """Linears that are not dense, by their name inside the block."""
+    adapters: dict[str, Rank] = {}
+    """Rank of what this block alone adds to a linear that it borrows, by the linear's name:
+    y = borrowed(x) + second(first(x)) + b, with b where the borrowed one has a bias (FlexiGPT,
+    2501.14713, section 3.4)."""
+    outputs: Outputs = "plain"
+    """What becomes of attention's and the MLP's output before they are added to the residual.
+    normed: LayerNorm with a gain and no bias (FlexiGPT, equation 6); scaled: times a vector
+    (FoldGPT, 2407.00928)."""
     intermediate_size: int | None = None
     """Inner width of an ffn or swiglu replacement."""
     mlp_width: int | None = Field(default=None, ge=1)
@@ -87,6 +100,10 @@ class BlockPlan(_Record):
             )
         if attention_free and (self.weights_of is not None or any(self.forms.values())):
             raise ValueError(f"an {self.kind} block has no shared, factored or narrow linears")
+        if attention_free and self.outputs != "plain":
+            raise ValueError(f"an {self.kind} block has plain outputs, got {self.outputs}")
+        if self.adapters and self.weights_of is None:
+            raise ValueError("a block has adapters on linears that it borrows, not on its own")
         if self.weights_of is not None and any(self.forms.values()):
             raise ValueError("a block that uses another's linears has no forms of its own for them")
         if not self.stands_for or self.stands_for[0] != self.source:
@@ -104,10 +121,38 @@ class BlockPlan(_Record):
         """All that describes the linears that this block stores: it goes where they go."""
         return {name: getattr(self, name) for name in _NO_FORMS}
 
+    def borrowing(self, base: int, ranks: Mapping[str, int], outputs: Outputs) -> "BlockPlan":
+        """This block on the linears of position `base` with adapters of these ranks."""
+        return BlockPlan(
+            kind=self.kind,
+            source=self.source,
+            stands_for=self.stands_for,
+            weights_of=base,
+            adapters=dict(ranks),
+            outputs=outputs,
+        )
+
+    @property
+    def is_virtual(self) -> bool:
+        """True for a block that stands on borrowed linears by what it adds to them (FlexiGPT)."""
+        return bool(self.adapters) or (self.weights_of is not None and self.outputs == "normed")
+
 
 def original_block(source: int) -> BlockPlan:
     """Block `source` of the base model, untouched."""
     return BlockPlan(source=source, stands_for=(source,))
+
+
+def _renumbered(block: BlockPlan, new_position: Mapping[int, int]) -> dict[str, object]:
+    """The references of a block whose plan is put in another order."""
+    linears = {
+        name: form
+        if form.basis_of is None
+        else form.model_copy(update={"basis_of": new_position[form.basis_of]})
+        for name, form in block.linears.items()
+    }
+    weights_of = None if block.weights_of is None else new_position[block.weights_of]
+    return {"linears": linears, "weights_of": weights_of}
 
 
 class Plan(_Record):
@@ -125,32 +170,34 @@ class Plan(_Record):
         return cls(base_model_type=base_model_type, base_num_blocks=num_blocks, blocks=blocks)
 
     @model_validator(mode="after")
-    def _references_point_to_earlier_owners(self) -> "Plan":
+    def _references_point_to_owners(self) -> "Plan":
         for position, block in enumerate(self.blocks):
             if block.stands_for[-1] >= self.base_num_blocks:
                 raise ValueError(
                     f"position {position} stands for base block {block.stands_for[-1]}, "
                     f"the base model has {self.base_num_blocks}"
                 )
-            references = {form.basis_of for form in block.linears.values()} | {block.weights_of}
-            for owner in references - {None}:
-                self._check_owner(position, owner)
+            if block.weights_of is not None:
+                self._check_owner(position, block.weights_of)
             for name, form in block.linears.items():
                 if form.basis_of is not None:
                     self._check_basis(position, name, form)
         return self
 
-    def _check_owner(self, position: int, owner: int | None) -> None:
-        assert owner is not None
-        if not 0 <= owner < position:
+    def _check_owner(self, position: int, owner: int) -> None:
+        if not 0 <= owner < len(self.blocks):
             raise ValueError(
-                f"position {position} refers to {owner}, which does not come before it"
+                f"position {position} refers to {owner}, the plan has {len(self.blocks)} blocks"
             )
         if self.blocks[owner].weights_of is not None or not self.blocks[owner].has_attention:
             raise ValueError(f"position {position} refers to {owner}, which owns no linears")
 
     def _check_basis(self, position: int, name: str, form: LowRank) -> None:
         assert form.basis_of is not None
+        if not 0 <= form.basis_of < position:
+            raise ValueError(
+                f"position {position} refers to {form.basis_of}, which does not come before it"
+            )
         owner = self.blocks[form.basis_of].linears.get(name)
         if owner is None or owner.basis_of is not None or owner.rank != form.rank:
             raise ValueError(
@@ -166,6 +213,7 @@ class Plan(_Record):
             and block.weights_of is None
             and not block.linears
             and block.narrow_heads is None
+            and block.outputs == "plain"
             for block in self.blocks
         )
         return is_stock and len({block.mlp_width for block in self.blocks}) == 1
@@ -185,14 +233,15 @@ class Plan(_Record):
         """The plan with only these positions left, in ascending order.
 
         When an owner of shared weights goes, its first surviving borrower becomes the owner.
+
+        Raises:
+            InputError: the owner goes, and a block with adapters on its linears stays.
         """
         kept = sorted(set(positions))
         if not kept:
             raise ValueError("a model keeps at least one block")
         new_position = {old: new for new, old in enumerate(kept)}
-        heirs: dict[int, int] = {}
-        for old in kept:
-            heirs.setdefault(self.owner(old), old)
+        heirs = self._heirs(kept)
         blocks = []
         for old in kept:
             owner = self.owner(old)
@@ -207,14 +256,28 @@ class Plan(_Record):
             blocks.append(self.blocks[old].model_copy(update=update))
         return self._with_blocks(blocks)
 
+    def _heirs(self, kept: Sequence[int]) -> dict[int, int]:
+        """Who stores what each owner stored: itself if it stays, else its first borrower."""
+        heirs: dict[int, int] = {}
+        for old in kept:
+            owner = self.owner(old)
+            if owner not in kept and self.blocks[old].adapters:
+                raise InputError(
+                    f"block {owner} cannot go while block {old} stays, which has adapters on its "
+                    "linears; remove both, or only the latter"
+                )
+            heirs.setdefault(owner, owner if owner in kept else old)
+        return heirs
+
     def _moved_forms(
         self, forms: Mapping[str, LowRank], position: int, kept: Sequence[int]
     ) -> dict[str, LowRank]:
         """The forms with basis references renumbered; a lost basis passes to its first user."""
         moved = {}
+        stores = sorted(set(self._heirs(kept).values()))
         for name, form in forms.items():
             root = self.owner(position) if form.basis_of is None else form.basis_of
-            users = [p for p in kept if self._basis_root(p, name) == root]
+            users = [p for p in stores if self._basis_root(p, name) == root]
             first = users[0]
             basis_of = None if first == position else kept.index(first)
             moved[name] = form.model_copy(update={"basis_of": basis_of})
@@ -252,6 +315,45 @@ class Plan(_Record):
             )
         return self._with_blocks(blocks)
 
+    def borrow(
+        self, bases: Mapping[int, int], ranks: Mapping[str, int], outputs: Outputs = "plain"
+    ) -> "Plan":
+        """The plan in which every position in `bases` uses the linears of its base.
+
+        Each of them adds adapters of `ranks`, by the linears' names, and treats its sub-layers'
+        outputs as `outputs` says; its norms stay its own.
+        """
+        blocks = list(self.blocks)
+        for position, base in bases.items():
+            if self.owner(position) != position or not blocks[position].has_attention:
+                raise ValueError(f"position {position} has no linears of its own to give up")
+            if any(blocks[p].narrow_heads for p in (position, base) if p < len(blocks)):
+                raise ValueError(f"position {position} or {base} has narrow heads; borrow before")
+            blocks[position] = blocks[position].borrowing(base, ranks, outputs)
+        return self._with_blocks(blocks)
+
+    def repeat(
+        self, order: Sequence[int], ranks: Mapping[str, int], outputs: Outputs = "plain"
+    ) -> "Plan":
+        """The plan that runs the positions in `order`, some of them more than once.
+
+        The first occurrence of a position is what it was; every later one uses the linears of the
+        first, adds adapters of `ranks` and treats its sub-layers' outputs as `outputs` says.
+        """
+        first = {old: order.index(old) for old in dict.fromkeys(order)}
+        if len(first) != len(self.blocks):
+            raise ValueError(f"order names {len(first)} of {len(self.blocks)} positions")
+        blocks = []
+        for new, old in enumerate(order):
+            block = self.blocks[old]
+            if new == first[old]:
+                blocks.append(block.model_copy(update=_renumbered(block, first)))
+            elif block.weights_of is not None or not block.has_attention:
+                raise ValueError(f"position {old} has no linears of its own to repeat")
+            else:
+                blocks.append(block.borrowing(first[old], ranks, outputs))
+        return self._with_blocks(blocks)
+
     def factor(self, ranks: Mapping[tuple[int, str], int]) -> "Plan":
         """The plan in which linear `name` of `position` has rank `ranks[position, name]`."""
         blocks = list(self.blocks)
@@ -278,6 +380,8 @@ class Plan(_Record):
                 raise ValueError(f"position {position} stores no linears to narrow")
             if block.linears:
                 raise ValueError(f"position {position} has factored linears; narrow before that")
+            if any(other.adapters and other.weights_of == position for other in blocks):
+                raise ValueError(f"position {position} has borrowers with adapters of its widths")
             update = {
                 "mlp_width": mlp_widths.get(position, block.mlp_width),
                 "narrow_heads": heads.get(position, block.narrow_heads),
@@ -310,7 +414,7 @@ class Plan(_Record):
         blocks = list(kept.blocks)
         if any(block.weights_of == start for block in blocks):
             raise ValueError(
-                f"position {start} owns weights that later blocks share; replace those too"
+                f"position {start} owns weights that other blocks share; replace those too"
             )
         blocks[start] = replacement
         return self._with_blocks(blocks)

@@ -149,7 +149,7 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
     if unused:
         raise ValueError(f"the plan has no place for {', '.join(sorted(unused))}")
     target.load_state_dict(state, assign=True)
-    _fill_buffers(target, stock_of(model))
+    _fill_buffers(target, source, change.inherits)
     smaller.tie_weights()
     if model.generation_config is not None:
         smaller.generation_config = copy.deepcopy(model.generation_config)
@@ -178,11 +178,18 @@ class _Inherited:
         self.plan = plan_of(model)
         self.blocks_path = architecture.blocks_path
         self.tensors = stock_of(model).state_dict()
+        self.buffers = dict(stock_of(model).named_buffers())
         self.dtype = model.dtype
 
     def outside_blocks(self, name: str) -> Tensor:
         tensor: Tensor = self.tensors[name]
         return tensor
+
+    def buffer(self, name: str, inherits: tuple[int | None, ...]) -> Tensor:
+        place = _place(name, self.blocks_path)
+        if place is None:
+            return self.buffers[name]
+        return self.buffers[f"{self.blocks_path}.{inherits[place.position]}.{place.inside}"]
 
     def in_block(self, position: int | None, place: _Place) -> Tensor:
         for holder in () if position is None else self._holders(position, place.inside):
@@ -202,11 +209,11 @@ class _Inherited:
             yield form.basis_of
 
 
-def _fill_buffers(target: nn.Module, source: nn.Module) -> None:
+def _fill_buffers(target: nn.Module, source: _Inherited, inherits: tuple[int | None, ...]) -> None:
     """Buffers in no checkpoint (rotary frequencies) were built on meta: take the source's."""
-    of_source = dict(source.named_buffers())
     for name, buffer in list(target.named_buffers()):
         if buffer.is_meta:
             path, _, attribute = name.rpartition(".")
             holder = target.get_submodule(path)
-            holder.register_buffer(attribute, of_source[name].clone(), persistent=False)
+            value = source.buffer(name, inherits)
+            holder.register_buffer(attribute, value.clone(), persistent=False)

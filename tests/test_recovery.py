@@ -1,5 +1,6 @@
 """Recovery: what is trained and what is not, the loss, the schedule, and being killed."""
 
+import copy
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,7 +33,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.modeling_foldstack import Borrowed
 from foldstack.compression.objective import Objective
 from foldstack.compression.recovery import Recovery, autocast_dtype, recover
-from foldstack.compression.surgery import Cut, cut, plan_of
+from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of
 from foldstack.compression.training_loop import Schedule
 
 ModelFactory = Callable[..., PreTrainedModel]
@@ -69,6 +71,24 @@ def shared_model(tiny_model: ModelFactory) -> PreTrainedModel:
     }
     tensors = {name: torch.randn(s, generator=generator) / 6 for name, s in shapes.items()}
     return cut(model, Cut(plan, (0, 1, 2, None), tensors))
+
+
+def virtual_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Block 1 borrows from block 2 with adapters and normed outputs; 2 has scaled outputs."""
+    linears = [site.name for site in architecture_of(model).linears]
+    plan = plan_of(model).borrow({1: 2}, dict.fromkeys(linears, 2), "normed")
+    blocks = list(plan.blocks)
+    blocks[2] = blocks[2].model_copy(update={"outputs": "scaled"})
+    plan = plan.model_copy(update={"blocks": tuple(blocks)})
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    planned = build_on_meta(config_for(model.config, plan))
+    for position, block in enumerate(architecture_of(model).blocks(planned)):
+        for name, placeholder in block.state_dict().items():
+            if ".adapter." in name or "_output." in name:
+                noise = torch.randn(placeholder.shape, generator=generator)
+                tensors[f"blocks.{position}.{name}"] = noise / 4
+    return cut(model, Cut(plan, (0, 1, 2, 3), tensors))
 
 
 def open_adapters(model: PreTrainedModel, **settings: Any) -> Adapters:
@@ -261,6 +281,31 @@ def test_merging_a_restructured_model_keeps_its_logits(
         merged = shared_model(windows).logits
     assert (adapted - plain).abs().max() > 1e-2
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fold_up_to", [0, 2**20])
+def test_a_virtual_block_sees_the_adapter_of_its_base(
+    tiny_model: ModelFactory,
+    architecture: str,
+    windows: Tensor,
+    fold_up_to: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Normed outputs on a borrowing block, scaled ones on its base, which comes later."""
+    monkeypatch.setattr("foldstack.compression.adapters.FOLD_UP_TO", fold_up_to)
+    model = virtual_model(tiny_model(architecture))
+    blocks = architecture_of(model).blocks(model)
+    with torch.no_grad():
+        plain = model(windows).logits
+        adapters = open_adapters(model)
+        randomise(adapters)
+        adapted = model(windows).logits
+        torch.testing.assert_close(copy.deepcopy(model)(windows).logits, adapted)
+        adapters.merge()
+        merged = model(windows).logits
+    assert (adapted - plain).abs().max() > 1e-2
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4)
+    assert not any(isinstance(module, LoraLayer) for module in blocks.modules())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "shared"])

@@ -142,6 +142,143 @@ def test_shared_blocks_use_one_set_of_linears_and_their_own_norms(architecture, 
     assert size_of(shared).flops_per_token == size_of(model).flops_per_token
 
 
+def borrowing(model, bases, outputs="plain", gain=None):
+    """Every position in `bases` on its base's linears, with the adapters that make up for it."""
+    architecture = architecture_of(model)
+    blocks = architecture.blocks(model)
+    ranks, tensors = {}, {}
+    for position, base in bases.items():
+        for site in architecture.linears:
+            mine, other = (blocks[p].get_submodule(site.name) for p in (position, base))
+            difference = architecture.weight(mine) - architecture.weight(other)
+            ranks[site.name] = min(difference.shape)
+            left, values, right = torch.linalg.svd(difference, full_matrices=False)
+            place = f"blocks.{position}.{site.name}.adapter"
+            tensors[f"{place}.first.weight"] = values[:, None] * right
+            tensors[f"{place}.second.weight"] = left
+            if mine.bias is not None:
+                tensors[f"{place}.second.bias"] = mine.bias - other.bias
+        if outputs != "plain":
+            for name in ("attention_output", "mlp_output"):
+                tensors[f"blocks.{position}.{name}.weight"] = gain
+    plan = plan_of(model).borrow(bases, ranks, outputs)
+    return cut(model, Cut(plan, tuple(range(len(plan.blocks))), tensors))
+
+
+@pytest.mark.parametrize("bases", [{1: 2}, {2: 0, 1: 3}])
+def test_adapters_of_full_rank_make_a_borrowing_block_the_block_it_was(
+    architecture, tiny_model, ids, bases, tmp_path
+):
+    """Also on a base that comes later: orientation, biases, positions, fused and Conv1D linears."""
+    model = tiny_model(architecture)
+    virtual = borrowing(model, bases)
+    assert_same(logits(virtual, ids), logits(model, ids), tolerance=1e-4)
+    assert_cached_decoding_equals_full_forward(virtual, ids)
+    virtual.save_pretrained(tmp_path)
+    again = FoldstackForCausalLM.from_pretrained(tmp_path).eval()
+    assert_same(logits(again, ids), logits(virtual, ids), tolerance=0)
+    assert size_of(virtual) == size_of(again) == size_of_plan(model.config, plan_of(virtual))
+    assert size_of(virtual).kv_bytes_per_token == size_of(model).kv_bytes_per_token
+    assert size_of(virtual).flops_per_token > size_of(model).flops_per_token
+
+
+def test_a_factored_base_serves_its_borrowers(architecture, tiny_model, ids):
+    virtual = borrowing(tiny_model(architecture), {1: 3})
+    both = factored(virtual, [3])
+    assert_same(logits(both, ids), logits(virtual, ids), tolerance=1e-4)
+    left = keep(both, [1, 2, 3])
+    assert plan_of(left).blocks[0].weights_of == 2
+    assert plan_of(left).blocks[0].adapters == plan_of(virtual).blocks[1].adapters
+    assert_cached_decoding_equals_full_forward(left, ids)
+
+
+def change_outputs(model, position, of_attention, of_mlp):
+    """Make block `position` x + of_attention(attention), then x + of_mlp(MLP), by hand."""
+    block = architecture_of(model).blocks(model)[position]
+    if hasattr(block, "post_feedforward_layernorm"):
+        places = block.post_attention_layernorm, block.post_feedforward_layernorm
+    else:
+        mlp = block.mlp if hasattr(block, "mlp") else block.fc2
+        places = block.attn if hasattr(block, "attn") else block.self_attn, mlp
+    for place, change in zip(places, (of_attention, of_mlp), strict=True):
+
+        def forward(*args, inner=place.forward, change=change, **kwargs):
+            out = inner(*args, **kwargs)
+            return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+        place.forward = forward
+
+
+@pytest.mark.parametrize("kind", ["normed", "scaled"])
+def test_outputs_are_changed_before_the_residual(architecture, tiny_model, ids, kind):
+    model = tiny_model(architecture)
+    gain = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    virtual = borrowing(model, {1: 3}, kind, gain)
+
+    def change(y):
+        if kind == "scaled":
+            return y * gain
+        centred = y - y.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+    expected = copy.deepcopy(model)
+    change_outputs(expected, 1, change, change)
+    assert_same(logits(virtual, ids), logits(expected, ids), tolerance=1e-3)
+    assert_cached_decoding_equals_full_forward(virtual, ids)
+    silent = copy.deepcopy(virtual)
+    with torch.no_grad():
+        for name, parameter in silent.named_parameters():
+            if name.endswith("_output.weight"):
+                parameter.zero_()
+    # Without its outputs the block is the identity, bit for bit; the original is not touched.
+    assert torch.equal(logits(silent, ids), logits(keep(model, [0, 2, 3]), ids))
+    assert_same(logits(virtual, ids), logits(expected, ids), tolerance=1e-3)
+
+
+def test_scaled_outputs_of_a_block_that_others_borrow_from_are_its_own(
+    architecture, tiny_model, ids
+):
+    """OPT's MLP ends in a linear that is borrowed; scaling it must not reach the borrower."""
+    model = tiny_model(architecture)
+    shared = share(model, 1, [2])
+    plan = plan_of(shared)
+    blocks = list(plan.blocks)
+    generator = torch.Generator().manual_seed(1)
+    gains = {}
+    for position in (1, 3):
+        blocks[position] = blocks[position].model_copy(update={"outputs": "scaled"})
+        for name in ("attention_output", "mlp_output"):
+            gains[f"blocks.{position}.{name}.weight"] = torch.randn(32, generator=generator)
+    plan = plan.model_copy(update={"blocks": tuple(blocks)})
+    scaled = cut(shared, Cut(plan, (0, 1, 2, 3), gains))
+    for position in (1, 3):
+        pair = (gains[f"blocks.{position}.{name}_output.weight"] for name in ("attention", "mlp"))
+        change_outputs(shared, position, *(lambda y, gain=gain: y * gain for gain in pair))
+    if hasattr(architecture_of(shared).blocks(shared)[1], "fc2"):
+        # By hand it is the linear itself that scales; what borrows it takes that back.
+        gain = gains["blocks.1.mlp_output.weight"]
+        change_outputs(shared, 2, lambda y: y, lambda y: y / gain)
+    assert_same(logits(scaled, ids), logits(shared, ids), tolerance=1e-4)
+    assert_cached_decoding_equals_full_forward(scaled, ids)
+
+
+def test_repeated_blocks_deepen_a_model(architecture, tiny_model, ids, tmp_path):
+    model = tiny_model(architecture)
+    order = (0, 1, 2, 1, 2, 3)
+    plan = plan_of(model)
+    deeper = cut(model, Cut(plan.repeat(order, {}), order))
+    copies = plan.model_copy(update={"blocks": tuple(plan.blocks[p] for p in order)})
+    stored_twice = cut(model, Cut(copies, order))
+    assert type(stored_twice) is type(model)
+    assert_same(logits(deeper, ids), logits(stored_twice, ids))
+    assert_cached_decoding_equals_full_forward(deeper, ids)
+    assert size_of(deeper).block_linear_parameters == size_of(model).block_linear_parameters
+    assert size_of(deeper).kv_bytes_per_token == size_of(stored_twice).kv_bytes_per_token
+    deeper.save_pretrained(tmp_path)
+    again = FoldstackForCausalLM.from_pretrained(tmp_path).eval()
+    assert_same(logits(again, ids), logits(deeper, ids), tolerance=0)
+
+
 def test_an_attention_free_block_has_no_cache_entry(architecture, tiny_model, ids):
     model = tiny_model(architecture)
     hidden = model.config.hidden_size
