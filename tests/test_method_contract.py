@@ -30,6 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "block_sharing": {"keep_head": 1, "keep_tail": 0, "leader_windows": 2},
     "sleb": {},
     "uidl": {},
+    "laco": {},
 }
 # The same method with a structure that only a portable checkpoint holds.
 VARIANTS: dict[str, dict[str, Any]] = {

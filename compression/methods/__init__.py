@@ -5,6 +5,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from foldstack.compression.methods.block_sharing import BlockSharing
+from foldstack.compression.methods.laco import Laco
 from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.sleb import Sleb
@@ -18,6 +19,7 @@ Registered = (
     | BlockSharing
     | Sleb
     | Uidl
+    | Laco
 )  # fmt: skip
 
 AnyMethod = Annotated[Registered, Field(discriminator="name")]
