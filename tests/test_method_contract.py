@@ -31,6 +31,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sleb": {},
     "uidl": {},
     "laco": {},
+    "mka": {"protect_first": 0, "protect_last": 0, "neighbours": 1, "weight": 0.5},
 }
 # The same method with a structure that only a portable checkpoint holds.
 VARIANTS: dict[str, dict[str, Any]] = {

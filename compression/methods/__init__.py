@@ -7,6 +7,7 @@ from pydantic import Field
 from foldstack.compression.methods.block_sharing import BlockSharing
 from foldstack.compression.methods.laco import Laco
 from foldstack.compression.methods.llm_streamline import LlmStreamline
+from foldstack.compression.methods.mka import Mka
 from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.sleb import Sleb
 from foldstack.compression.methods.svd_llm import SvdLlm
@@ -20,6 +21,7 @@ Registered = (
     | Sleb
     | Uidl
     | Laco
+    | Mka
 )  # fmt: skip
 
 AnyMethod = Annotated[Registered, Field(discriminator="name")]
