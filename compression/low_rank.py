@@ -10,9 +10,14 @@ matrices: with G = S S^T and W S = U Sigma V^T, U^T W = Sigma V^T S^-1. But noth
 here, so a singular or badly conditioned G (too few tokens, a dead channel) needs no fallback: an
 input direction that never occurred keeps its projection U U^T W x, where an inverse would answer
 with noise or with zero.
+
+Several weights that read inputs of one width can share their first factor, the basis (Basis
+Sharing, arXiv 2410.03765): stacked, they are one weight of more outputs, factored once on their
+pooled Gram.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,6 +32,9 @@ from foldstack.compression.errors import InputError
 UNSEEN_DIRECTION_WEIGHT = 1e-10
 # Singular values of a Gram below this share of the largest one are rounding noise of float32 sums.
 RELATIVE_TOLERANCE = 1e-10
+
+# No linear loses more than this share of its parameters to a better use elsewhere.
+LARGEST_RATIO = 0.9
 
 Key = TypeVar("Key")
 
@@ -52,13 +60,7 @@ def whitened_svd(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
     Raises:
         InputError: the Gram has an entry that is not finite.
     """
-    if not torch.isfinite(gram).all():
-        raise InputError(
-            "a Gram matrix must be finite, got NaN or infinity; "
-            "run the model in float32 or bfloat16"
-        )
-    weight, gram = weight.double(), gram.double()
-    gram = (gram + gram.T) / 2
+    weight, gram = weight.double(), _symmetric(gram)
     unseen = UNSEEN_DIRECTION_WEIGHT * gram.diagonal().mean().clamp_min(
         torch.finfo(gram.dtype).tiny
     )
@@ -71,6 +73,38 @@ def whitened_svd(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
     values, directions = values.flip(0).clamp_min(0), directions.flip(1)
     left = directions if basis is None else basis @ directions
     return WhitenedSVD(left=left, singular_values=values.sqrt(), right=left.T @ weight)
+
+
+def eigen_whitened_svd(
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
+) -> WhitenedSVD:
+    """The same by whitening with the eigenvectors of the Gram (arXiv 2503.12340, theorem 3.1).
+
+    With G = Q diag(s) Q^T and W Q diag(s)^1/2 = U Sigma V^T, the coordinates are Sigma V^T
+    diag(s)^-1/2 Q^T; an s below the relative tolerance counts as zero, and so does its inverse.
+
+    Raises:
+        InputError: the Gram has an entry that is not finite.
+    """
+    values, vectors = torch.linalg.eigh(_symmetric(gram))
+    seen = values > RELATIVE_TOLERANCE * values.max()
+    root = torch.where(seen, values, torch.zeros_like(values)).clamp_min(0).sqrt()
+    inverse = torch.where(root > 0, root, torch.ones_like(root)).reciprocal() * (root > 0)
+    left, singular_values, right = torch.linalg.svd(
+        weight.double() @ vectors * root, full_matrices=False
+    )
+    coordinates = singular_values[:, None] * right * inverse @ vectors.T
+    return WhitenedSVD(left=left, singular_values=singular_values, right=coordinates)
+
+
+def _symmetric(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    if not torch.isfinite(gram).all():
+        raise InputError(
+            "a Gram matrix must be finite, got NaN or infinity; "
+            "run the model in float32 or bfloat16"
+        )
+    gram = gram.double()
+    return (gram + gram.T) / 2
 
 
 def truncate(
@@ -122,6 +156,7 @@ def updated_directions(
     The second form is the one computed: where A G' A^T is singular it leaves U as it was.
     """
     weight, gram = weight.double(), deviated_gram.double()
+    coordinates, directions = coordinates.double(), directions.double()
     crossed = gram @ coordinates.T
     normal = coordinates @ crossed
     scale = normal.diagonal().clamp_min(0).sqrt()
@@ -132,6 +167,35 @@ def updated_directions(
     residual = weight @ crossed - directions @ normal
     updated: Tensor = directions + (residual * scale) @ inverse * scale
     return updated
+
+
+def pooled_gram(
+    grams: Sequence[Float[Tensor, "in in"]], *, equal_traces: bool
+) -> Float[Tensor, "in in"]:
+    """The Gram of the inputs of several linears together, the sum of theirs.
+
+    With `equal_traces` each is first scaled to the mean trace, so that no linear has a larger say
+    because its inputs are larger.
+    """
+    traces = torch.stack([gram.double().trace() for gram in grams])
+    weights = torch.ones_like(traces)
+    if equal_traces and len(grams) > 1:
+        weights = torch.where(traces > 0, traces.mean() / traces, weights)
+    return torch.stack(
+        [weight * gram.double() for weight, gram in zip(weights, grams, strict=True)]
+    ).sum(0)
+
+
+def shared_factors(
+    weights: Sequence[Float[Tensor, "_ in"]], gram: Float[Tensor, "in in"], rank: int
+) -> tuple[Float[Tensor, "rank in"], list[Float[Tensor, "_ rank"]]]:
+    """One basis for several linears and the coefficients of each: W_i' = coefficients[i] @ basis.
+
+    arXiv 2410.03765, section 3.1: the whitened SVD of the weights side by side. Its loss is that
+    of every linear on the pooled inputs of all.
+    """
+    basis, stacked = truncate(whitened_svd(torch.cat(tuple(weights)), gram), rank)
+    return basis, list(stacked.split([len(weight) for weight in weights]))
 
 
 def uniform_ranks(
@@ -158,4 +222,44 @@ def uniform_ranks(
         if price <= left + 1e-6:
             ranks[key] += 1
             left -= price
+    return ranks
+
+
+def ranks_by_loss(
+    losses: Mapping[Key, float], shape: tuple[int, int], total_rank: int
+) -> dict[Key, int]:
+    """Ranks for linears of one shape with the sum `total_rank`, larger where more would be lost.
+
+    SVD-LLM V2, arXiv 2503.12340, algorithm 1: with L_w the loss (root of the summed squares) of
+    each at equal ranks, and R their mean ratio of removed parameters,
+
+        R_w = |group| R a_w / sum of a,   a_w = 1 / log(L_w)
+
+    (the printed a_w is multiplied by the loss; what is meant is the score). No R_w exceeds
+    `LARGEST_RATIO`, what that cuts off is spread over the others, and ranks are rounded so that
+    their sum stays. The score has a pole at L = 1 and follows the scale of the inputs: a loss below
+    e counts as e.
+    """
+    m, n = shape
+    per_rank = (m + n) / (m * n)
+    removed = len(losses) - total_rank * per_rank
+    most = max(LARGEST_RATIO, removed / len(losses))
+    scores = {key: 1 / math.log(max(loss, math.e)) for key, loss in losses.items()}
+    ratios: dict[Key, float] = {}
+    # From the largest score down: once one stays below the cap, so do all after it.
+    for key in sorted(scores, key=lambda key: -scores[key]):
+        left = sum(score for other, score in scores.items() if other not in ratios)
+        ratios[key] = min(most, (removed - sum(ratios.values())) * scores[key] / left)
+    exact = {key: (1 - ratios[key]) / per_rank for key in losses}
+    return _rounded(exact, total_rank, largest=max(1, (m * n - 1) // (m + n)))
+
+
+def _rounded(exact: Mapping[Key, float], total: int, largest: int) -> dict[Key, int]:
+    """Whole ranks from 1 to `largest` with the sum `total`, as close to `exact` as that allows."""
+    assert len(exact) <= total <= len(exact) * largest
+    ranks = {key: min(largest, max(1, int(value + 1e-9))) for key, value in exact.items()}
+    while (missing := total - sum(ranks.values())) != 0:
+        step = 1 if missing > 0 else -1
+        movable = [key for key in ranks if 1 <= ranks[key] + step <= largest]
+        ranks[max(movable, key=lambda key: step * (exact[key] - ranks[key]))] += step
     return ranks

@@ -54,6 +54,8 @@ class NarrowHeads(_Record):
 BlockKind = Literal["original", "layer", "ffn", "swiglu"]
 Outputs = Literal["plain", "normed", "scaled"]
 Rank = Annotated[int, Field(ge=1)]
+_Basis = tuple[Literal["old", "new"], int]
+"""A first factor, told from others by where it was stored before a change or who brings it."""
 
 
 # What describes a block's linears, as it is where they are the base model's or another block's.
@@ -143,18 +145,6 @@ def original_block(source: int) -> BlockPlan:
     return BlockPlan(source=source, stands_for=(source,))
 
 
-def _renumbered(block: BlockPlan, new_position: Mapping[int, int]) -> dict[str, object]:
-    """The references of a block whose plan is put in another order."""
-    linears = {
-        name: form
-        if form.basis_of is None
-        else form.model_copy(update={"basis_of": new_position[form.basis_of]})
-        for name, form in block.linears.items()
-    }
-    weights_of = None if block.weights_of is None else new_position[block.weights_of]
-    return {"linears": linears, "weights_of": weights_of}
-
-
 class Plan(_Record):
     """The sequence of executed blocks of a model made from `base_model_type`."""
 
@@ -242,19 +232,18 @@ class Plan(_Record):
             raise ValueError("a model keeps at least one block")
         new_position = {old: new for new, old in enumerate(kept)}
         heirs = self._heirs(kept)
-        blocks = []
+        blocks, bases = [], []
         for old in kept:
             owner = self.owner(old)
             heir = heirs[owner]
-            forms = _NO_FORMS
-            if heir == old:
-                stored = self.blocks[owner]
-                linears = self._moved_forms(stored.linears, old, kept)
-                forms = {**stored.forms, "linears": linears}
-            weights_of = None if heir == old else new_position[heir]
-            update = {"weights_of": weights_of, **forms}
-            blocks.append(self.blocks[old].model_copy(update=update))
-        return self._with_blocks(blocks)
+            is_heir = heir == old
+            stored = {
+                "weights_of": None if is_heir else new_position[heir],
+                **(self.blocks[owner].forms if is_heir else _NO_FORMS),
+            }
+            blocks.append(self.blocks[old].model_copy(update=stored))
+            bases.append(self._bases(owner))
+        return self._with_blocks(blocks, bases)
 
     def _heirs(self, kept: Sequence[int]) -> dict[int, int]:
         """Who stores what each owner stored: itself if it stays, else its first borrower."""
@@ -268,27 +257,6 @@ class Plan(_Record):
                 )
             heirs.setdefault(owner, owner if owner in kept else old)
         return heirs
-
-    def _moved_forms(
-        self, forms: Mapping[str, LowRank], position: int, kept: Sequence[int]
-    ) -> dict[str, LowRank]:
-        """The forms with basis references renumbered; a lost basis passes to its first user."""
-        moved = {}
-        stores = sorted(set(self._heirs(kept).values()))
-        for name, form in forms.items():
-            root = self.owner(position) if form.basis_of is None else form.basis_of
-            users = [p for p in stores if self._basis_root(p, name) == root]
-            first = users[0]
-            basis_of = None if first == position else kept.index(first)
-            moved[name] = form.model_copy(update={"basis_of": basis_of})
-        return moved
-
-    def _basis_root(self, position: int, name: str) -> int | None:
-        owner = self.owner(position)
-        form = self.blocks[owner].linears.get(name)
-        if form is None:
-            return None
-        return owner if form.basis_of is None else form.basis_of
 
     def share(self, owner: int, members: Iterable[int]) -> "Plan":
         """The plan in which `members` use the linears of `owner`; their norms stay their own.
@@ -304,7 +272,13 @@ class Plan(_Record):
                 # Its kept frequencies and any query and key norms belong to its own linears.
                 raise ValueError(f"position {position} has narrow heads; share before narrowing")
         forms = self.blocks[owner].forms
-        blocks = list(self.blocks)
+        for name, form in self.blocks[owner].linears.items():
+            if form.basis_of is not None and form.basis_of > group[0]:
+                raise ValueError(
+                    f"position {group[0]} cannot use the linears of position {owner}: the basis of "
+                    f"{name} is stored at position {form.basis_of}, which comes later"
+                )
+        blocks, bases = list(self.blocks), self._all_bases()
         for position in group:
             is_first = position == group[0]
             blocks[position] = blocks[position].model_copy(
@@ -313,7 +287,8 @@ class Plan(_Record):
                     **(forms if is_first else _NO_FORMS),
                 }
             )
-        return self._with_blocks(blocks)
+        bases[group[0]] = self._bases(owner)
+        return self._with_blocks(blocks, bases)
 
     def borrow(
         self, bases: Mapping[int, int], ranks: Mapping[str, int], outputs: Outputs = "plain"
@@ -347,16 +322,25 @@ class Plan(_Record):
         for new, old in enumerate(order):
             block = self.blocks[old]
             if new == first[old]:
-                blocks.append(block.model_copy(update=_renumbered(block, first)))
+                weights_of = None if block.weights_of is None else first[block.weights_of]
+                blocks.append(block.model_copy(update={"weights_of": weights_of}))
             elif block.weights_of is not None or not block.has_attention:
                 raise ValueError(f"position {old} has no linears of its own to repeat")
             else:
                 blocks.append(block.borrowing(first[old], ranks, outputs))
-        return self._with_blocks(blocks)
+        return self._with_blocks(blocks, [self._bases(old) for old in order])
 
-    def factor(self, ranks: Mapping[tuple[int, str], int]) -> "Plan":
-        """The plan in which linear `name` of `position` has rank `ranks[position, name]`."""
-        blocks = list(self.blocks)
+    def factor(
+        self,
+        ranks: Mapping[tuple[int, str], int],
+        basis_of: Mapping[tuple[int, str], int] | None = None,
+    ) -> "Plan":
+        """The plan in which linear `name` of `position` has rank `ranks[position, name]`.
+
+        Those with an entry in `basis_of` use the first factor of the linear of the same name at
+        that position, which `ranks` gives the same rank; the others have one of their own.
+        """
+        blocks, bases = list(self.blocks), self._all_bases()
         for (position, name), rank in ranks.items():
             if self.owner(position) != position:
                 raise ValueError(
@@ -364,7 +348,8 @@ class Plan(_Record):
                 )
             linears = {**blocks[position].linears, name: LowRank(rank=rank)}
             blocks[position] = blocks[position].model_copy(update={"linears": linears})
-        return self._with_blocks(blocks)
+            bases[position][name] = ("new", (basis_of or {}).get((position, name), position))
+        return self._with_blocks(blocks, bases)
 
     def narrow(
         self,
@@ -417,11 +402,39 @@ class Plan(_Record):
                 f"position {start} owns weights that other blocks share; replace those too"
             )
         blocks[start] = replacement
-        return self._with_blocks(blocks)
+        return kept._with_blocks(blocks)
 
-    def _with_blocks(self, blocks: Sequence[BlockPlan]) -> "Plan":
+    def _bases(self, position: int) -> dict[str, _Basis]:
+        """For every factored linear stored at `position`: which basis its first factor is."""
+        return {
+            name: ("old", position if form.basis_of is None else form.basis_of)
+            for name, form in self.blocks[position].linears.items()
+        }
+
+    def _all_bases(self) -> list[dict[str, _Basis]]:
+        return [self._bases(position) for position in range(len(self.blocks))]
+
+    def _with_blocks(
+        self,
+        blocks: Sequence[BlockPlan],
+        bases: Sequence[Mapping[str, _Basis]] | None = None,
+    ) -> "Plan":
+        """The plan of these blocks, in which the first user of a basis stores it for the rest.
+
+        `bases` says which one each factored linear of each block uses; default: those of before.
+        """
+        bases = self._all_bases() if bases is None else bases
+        holders: dict[tuple[str, _Basis], int] = {}
+        settled = []
+        for position, block in enumerate(blocks):
+            linears = {}
+            for name, form in block.linears.items():
+                holder = holders.setdefault((name, bases[position][name]), position)
+                basis_of = None if holder == position else holder
+                linears[name] = form.model_copy(update={"basis_of": basis_of})
+            settled.append(block.model_copy(update={"linears": linears}))
         return Plan(
             base_model_type=self.base_model_type,
             base_num_blocks=self.base_num_blocks,
-            blocks=tuple(blocks),
+            blocks=tuple(settled),
         )

@@ -1,5 +1,8 @@
 """Closed forms of the low-rank factors against brute force (svd_llm.md, acceptance tests 1-6)."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +11,10 @@ from torch import Tensor
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.low_rank import (
+    eigen_whitened_svd,
+    pooled_gram,
+    ranks_by_loss,
+    shared_factors,
     tail_energy,
     truncate,
     uniform_ranks,
@@ -60,9 +67,11 @@ def test_three_equivalent_forms_give_the_same_matrix() -> None:
     values, vectors = torch.linalg.eigh(gram)  # V2's form
     u, s, v = torch.linalg.svd(weight @ vectors * values.sqrt(), full_matrices=False)
     by_eigen = u[:, :rank] * s[:rank] @ (v[:rank] / values.sqrt()) @ vectors.T
+    own_first, own_second = truncate(eigen_whitened_svd(weight, gram), rank)
 
     torch.testing.assert_close(second @ first, by_cholesky, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(second @ first, by_eigen, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(own_second @ own_first, by_eigen, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("fault", ["few tokens", "dead channel", "silent data"])
@@ -73,11 +82,11 @@ def test_a_singular_gram_needs_no_fallback(fault: str) -> None:
     if fault == "silent data":
         x[:] = 0
     svd = whitened_svd(weight, x.T @ x)
-    for rank in (4, 12):
-        first, second = truncate(svd, rank)
+    scale = least_loss(x, weight, 0)
+    for rank, form in itertools.product((4, 12), (svd, eigen_whitened_svd(weight, x.T @ x))):
+        first, second = truncate(form, rank)
         assert torch.isfinite(first).all()
         assert torch.isfinite(second).all()
-        scale = least_loss(x, weight, 0)
         assert loss(x, weight, second @ first) <= least_loss(x, weight, rank) + 1e-8 * scale
     first, second = truncate(svd, 16)
     # Full rank is the identity even where the data never was.
@@ -171,3 +180,123 @@ def test_spending_the_leftover_comes_closer_and_never_overspends(
         if ranks[key] == floors[key]:
             price = stored(key, ranks[key] + 1) - stored(key, ranks[key])
             assert price > budget - spent - 1e-6
+
+
+def test_more_loss_gives_more_rank_by_v2s_score() -> None:
+    losses = {"a": 1e2, "b": 1e4, "c": 1e6}
+    shape, total = (600, 400), 3 * 120  # half of each is removed: k = 120 of 240
+    ranks = ranks_by_loss(losses, shape, total)
+    scores = {key: 1 / math.log(loss) for key, loss in losses.items()}
+    for key, score in scores.items():
+        ratio = 3 * 0.5 * score / sum(scores.values())
+        assert ranks[key] == pytest.approx((1 - ratio) * 240, abs=1)
+    assert ranks["a"] < ranks["b"] < ranks["c"]
+    assert sum(ranks.values()) == total
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("removed", [0.3, 0.8, 0.95])
+def test_v2_keeps_the_mean_and_the_cap_at_any_scale_of_the_inputs(
+    scale: float, removed: float
+) -> None:
+    losses = {key: scale * 3.0**key for key in range(6)} | {6: 0.0}
+    equal = int((1 - removed) * 240)
+    ranks = ranks_by_loss(losses, (600, 400), 7 * equal)
+    assert sum(ranks.values()) == 7 * equal
+    assert all(rank >= min(equal, 24) for rank in ranks.values())  # nine tenths of 240 at most
+    assert list(ranks.values())[:6] == sorted(list(ranks.values())[:6])
+    if scale < 1:
+        assert set(ranks.values()) == {equal}  # no loss says anything
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0, 1e8), min_size=1, max_size=9),
+    st.tuples(st.integers(2, 60), st.integers(3, 60)),
+    st.floats(0.01, 1),
+)
+def test_v2_ranks_are_always_smaller_than_dense(
+    losses: list[float], shape: tuple[int, int], share: float
+) -> None:
+    m, n = shape
+    most = max(1, (m * n - 1) // (m + n))
+    total = max(1, round(share * most)) * len(losses)
+    ranks = ranks_by_loss(dict(enumerate(losses)), shape, total)
+    assert sum(ranks.values()) == total
+    assert all(1 <= rank <= most for rank in ranks.values())
+
+
+def group(count: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights 20 x 16 of one name, and the inputs of each: every next one's twice as large."""
+    problems = [problem(20, 16, seed=seed) for seed in range(count)]
+    return [w for w, _ in problems], [2.0**i * x for i, (_, x) in enumerate(problems)]
+
+
+def test_the_pooled_loss_is_the_dropped_energy() -> None:
+    weights, inputs = group()
+    stacked, x = torch.cat(weights), torch.cat(inputs)
+    pooled = pooled_gram([x.T @ x for x in inputs], equal_traces=False)
+    basis, coefficients = shared_factors(weights, pooled, 7)
+    assert [tuple(own.shape) for own in coefficients] == [(20, 7)] * 3
+    got = loss(x, stacked, torch.cat(coefficients) @ basis)
+    assert got == pytest.approx(least_loss(x, stacked, 7), rel=1e-6)
+
+    # Whitened with the wrong one of the two triangular factors it is not the least.
+    root = torch.linalg.cholesky(pooled)
+    u, s, v = torch.linalg.svd(stacked @ root.T, full_matrices=False)
+    slipped = u[:, :7] * s[:7] @ v[:7] @ torch.linalg.inv(root.T)
+    assert loss(x, stacked, slipped) > 1.01 * got
+
+
+def test_a_fit_to_its_own_inputs_lowers_the_loss_of_every_member() -> None:
+    weights, inputs = group()
+    grams = [x.T @ x for x in inputs]
+    pooled = pooled_gram(grams, equal_traces=False)
+    basis, coefficients = shared_factors(weights, pooled, 7)
+    losses = {"pooled": least_loss(torch.cat(inputs), torch.cat(weights), 7), "own": 0.0, "fit": 0}
+    for weight, x, own in zip(weights, inputs, coefficients, strict=True):
+        fitted = updated_directions(weight, basis, own, x.T @ x)
+        assert loss(x, weight, fitted @ basis) < loss(x, weight, own @ basis)
+        losses["own"] += loss(x, weight, own @ basis)
+        losses["fit"] += loss(x, weight, fitted @ basis)
+        # On the pooled inputs, at whatever scale, the coefficients are the best there are.
+        for scale in (1, 3):
+            again = updated_directions(weight, basis, own, scale * pooled)
+            torch.testing.assert_close(again, own, rtol=1e-8, atol=1e-8)
+    assert losses["fit"] < losses["own"] < losses["pooled"]
+
+
+def test_equal_traces_give_every_member_the_same_say() -> None:
+    _, inputs = group()
+    grams = [x.T @ x for x in inputs]
+    pooled = pooled_gram(grams, equal_traces=True)
+    rescaled = pooled_gram([grams[0], 100 * grams[1], grams[2]], equal_traces=True)
+    torch.testing.assert_close(rescaled / rescaled.trace(), pooled / pooled.trace())
+    torch.testing.assert_close(pooled.trace(), sum(gram.trace() for gram in grams))
+    torch.testing.assert_close(pooled_gram(grams[:1], equal_traces=True), grams[0])
+    silent = pooled_gram([grams[0], 0 * grams[0]], equal_traces=True)
+    assert torch.isfinite(silent).all()
+
+
+def test_weights_of_one_row_space_are_reproduced_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    weights = [torch.randn(20, 5, generator=generator, dtype=torch.float64) @ rows for _ in "ab"]
+    _, inputs = group(2)
+    pooled = pooled_gram([x.T @ x for x in inputs], equal_traces=True)
+    basis, coefficients = shared_factors(weights, pooled, 5)
+    for weight, own in zip(weights, coefficients, strict=True):
+        torch.testing.assert_close(own @ basis, weight, rtol=0, atol=1e-8)
+
+
+def test_identical_members_share_for_free() -> None:
+    weight, x = problem(20, 16)
+    gram = x.T @ x
+    alone = least_loss(x, weight, 4)
+    basis, coefficients = shared_factors([weight] * 3, 3 * gram, 4)
+    assert loss(x, weight, coefficients[1] @ basis) == pytest.approx(alone, rel=1e-6)
+    # At the stored size of three separate rank-4 linears there is room for a larger basis.
+    rank = 3 * 4 * (20 + 16) // (16 + 3 * 20)
+    assert rank > 4
+    basis, coefficients = shared_factors([weight] * 3, 3 * gram, rank)
+    assert loss(x, weight, coefficients[1] @ basis) < alone

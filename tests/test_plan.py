@@ -18,12 +18,8 @@ def plan():
 
 def with_shared_basis():
     """Blocks 1, 2 and 4 have a rank-3 query on the basis of block 1."""
-    factored = plan().factor({(position, Q): 3 for position in (1, 2, 4)})
-    blocks = list(factored.blocks)
-    for position in (2, 4):
-        forms = {Q: LowRank(rank=3, basis_of=1)}
-        blocks[position] = blocks[position].model_copy(update={"linears": forms})
-    return Plan(base_model_type="llama", base_num_blocks=NUM_BLOCKS, blocks=tuple(blocks))
+    sites = [(position, Q) for position in (1, 2, 4)]
+    return plan().factor(dict.fromkeys(sites, 3), dict.fromkeys(sites, 1))
 
 
 def test_identity_is_native_and_removes_nothing():
@@ -60,6 +56,23 @@ def test_a_removed_basis_passes_to_its_first_user():
     left = with_shared_basis().keep([0, 2, 4])
     assert left.blocks[1].linears[Q].basis_of is None
     assert left.blocks[2].linears[Q].basis_of == 1
+
+
+def test_a_basis_passes_on_when_its_block_shares_is_replaced_or_factored_anew():
+    for changed in (
+        with_shared_basis().share(0, [1]),  # position 1 now uses the dense linears of 0
+        with_shared_basis().borrow({1: 5}, {}),
+        with_shared_basis().replace(1, 2, "layer"),
+        with_shared_basis().replace(1, 2, "ffn", 16),
+        with_shared_basis().factor({(1, Q): 3}),
+    ):
+        assert changed.blocks[2].linears[Q] == LowRank(rank=3)
+        assert changed.blocks[4].linears[Q].basis_of == 2
+    moved = with_shared_basis().share(1, [0])
+    assert moved.blocks[0].linears[Q] == LowRank(rank=3)
+    assert [moved.blocks[position].linears[Q].basis_of for position in (2, 4)] == [0, 0]
+    turned = with_shared_basis().repeat([4, 3, 2, 1, 0, 5], {})
+    assert [turned.blocks[position].linears[Q].basis_of for position in (0, 2, 3)] == [None, 0, 0]
 
 
 def test_a_replacement_stands_for_its_run():
@@ -159,6 +172,8 @@ def test_repeated_blocks_make_the_plan_longer_than_its_base():
         (lambda p: p.replace(4, 4, "layer"), "run 4..4 is not inside"),
         (lambda p: p.replace(1, 2, "original"), "a replacement is a layer"),
         (lambda p: p.replace(1, 2, "ffn"), "intermediate_size belongs to"),
+        (lambda _: with_shared_basis().share(4, [0]), "the basis of self_attn.q_proj is stored at"),
+        (lambda p: p.factor({(1, Q): 3, (2, Q): 2}, {(2, Q): 1}), "does not own one of rank 2"),
         (lambda p: p.share(1, [2]).narrow({2: 40}), "stores no linears to narrow"),
         (lambda p: p.factor({(1, UP): 3}).narrow({1: 40}), "narrow before that"),
         (lambda p: p.narrow(heads={1: HEADS}).share(0, [1]), "share before narrowing"),
@@ -218,10 +233,16 @@ def changed_plan(draw):
     changed = with_shared_basis() if draw(st.booleans()) else plan()
     for _ in range(draw(st.integers(0, 4))):
         positions = st.integers(0, len(changed.blocks) - 1)
-        kind = draw(st.sampled_from(["keep", "share", "factor", "narrow", "borrow"]))
+        kind = draw(st.sampled_from(["keep", "share", "factor", "bases", "narrow", "borrow"]))
         try:
             if kind == "keep":
                 changed = changed.keep(draw(st.sets(positions, min_size=1)))
+            elif kind == "bases":
+                sites = [
+                    (position, UP) for position in sorted(draw(st.sets(positions, min_size=1)))
+                ]
+                bases = dict.fromkeys(sites, sites[0][0])
+                changed = changed.factor(dict.fromkeys(sites, 5), bases)
             elif kind == "narrow":
                 changed = changed.narrow({draw(positions): draw(st.integers(1, 9))})
             elif kind == "share":
@@ -234,6 +255,12 @@ def changed_plan(draw):
         except ValueError:
             continue
     return changed
+
+
+def basis(of, position, name):
+    """The position that stores the first factor of a linear of `position`."""
+    form = of.blocks[of.owner(position)].linears.get(name)
+    return form and (of.owner(position) if form.basis_of is None else form.basis_of)
 
 
 @given(st.data())
@@ -256,5 +283,9 @@ def test_any_removal_leaves_a_valid_plan_that_survives_json(data):
         width = changed.blocks[changed.owner(old)].mlp_width
         assert left.blocks[left.owner(new)].mlp_width == width
         assert left.blocks[new].adapters == changed.blocks[old].adapters
+        for name in (Q, UP):
+            own = basis(changed, old, name)
+            same_basis = [o for o in kept if own is not None and basis(changed, o, name) == own]
+            assert len({basis(left, kept.index(o), name) for o in same_basis}) <= 1
         same_owner = [o for o in kept if changed.owner(o) == changed.owner(old)]
         assert {left.owner(kept.index(o)) for o in same_owner} == {left.owner(new)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.low_rank import updated_directions
 from foldstack.compression.method import Evidence
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.compression.ranking import rank_blocks
@@ -129,8 +130,62 @@ def test_shared_weights_are_factored_once_for_all_their_inputs(
     assert plan_of(smaller).blocks[2].weights_of == 1
     assert count_parameters(smaller) / count_parameters(shared) == pytest.approx(0.8, abs=0.005)
     assert torch.isfinite(logits(smaller, windows)).all()
-    with pytest.raises(InputError, match="share weights"):
-        SvdLlm(sparsity=0.2, update="closed_form").compress(shared, evidence)
+
+
+def test_the_update_runs_through_shared_weights_too(tiny_model: Any, windows: Tensor) -> None:
+    """The last block is fitted to what the compressed blocks before it produce, borrowers and
+    their adapters too, whether these come after the owner or before it."""
+    model = tiny_model("llama", num_hidden_layers=5).double()
+    q = "self_attn.q_proj"
+    plan = plan_of(model).borrow({1: 2, 3: 2}, {q: 3})
+    tensors = {
+        f"blocks.{position}.{q}.adapter.{factor}.weight": torch.randn(shape)
+        for position in (1, 3)
+        for factor, shape in (("first", (3, 32)), ("second", (32, 3)))
+    }
+    shared = cut(model, Cut(plan, tuple(range(5)), tensors))
+    evidence = evidence_of(shared, windows)
+    plain = SvdLlm(sparsity=0.3).compress(shared, evidence).tensors
+    change = SvdLlm(sparsity=0.3, update="closed_form").compress(shared, evidence)
+    seen = gather(cut(shared, change), windows, {"gram"}).gram(4, "attention_input")
+    name = f"blocks.4.{q}"
+    factors = plain[f"{name}.first.weight"], plain[f"{name}.second.weight"]
+    weight = model.model.layers[4].self_attn.q_proj.weight.detach()
+    expected = updated_directions(weight, *factors, seen)
+    assert (expected - factors[1]).abs().max() > 1e-3
+    updated = change.tensors[f"{name}.second.weight"]
+    torch.testing.assert_close(updated, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("family", "sparsity"), [("llama_tied", 0.3), ("gpt2", 0.3), ("opt", 0.5)])
+def test_v2_moves_ranks_inside_a_type_and_keeps_the_size(
+    family: str, tiny_model: Any, windows: Tensor, sparsity: float
+) -> None:
+    model = tiny_model(family)
+    architecture = architecture_of(model)
+    for site in architecture.linears:  # block 1 has eight times as much to lose
+        architecture.blocks(model)[1].get_submodule(site.name).weight.data *= 8
+    method = SvdLlm(sparsity=sparsity, allocation="v2")
+    planned = method.compress(model, evidence_of(model, windows)).plan
+    uniform = method.outline(model)
+    assert uniform == SvdLlm(sparsity=sparsity).outline(model)
+    assert size_of_plan(model.config, planned) == size_of_plan(model.config, uniform)
+    for site in architecture.linears:
+        ranks, before = (
+            [block.linears[site.name].rank for block in plan.blocks] for plan in (planned, uniform)
+        )
+        assert sum(ranks) == sum(before)
+        assert ranks[1] == max(ranks) > min(ranks)
+
+
+def test_whitening_by_eigenvectors_gives_the_same_model(tiny_model: Any, windows: Tensor) -> None:
+    model = tiny_model("qwen3").double()
+    evidence = evidence_of(model, windows)
+    one, other = (
+        cut(model, SvdLlm(sparsity=0.3, whitening=form).compress(model, evidence))
+        for form in ("projection", "eigen")
+    )
+    torch.testing.assert_close(logits(one, windows), logits(other, windows), rtol=1e-6, atol=1e-6)
 
 
 def test_out_of_reach_says_what_is_in_reach(tiny_model: Any) -> None:

@@ -4,6 +4,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from foldstack.compression.methods.basis_sharing import BasisSharing
 from foldstack.compression.methods.block_sharing import BlockSharing
 from foldstack.compression.methods.laco import Laco
 from foldstack.compression.methods.llm_streamline import LlmStreamline
@@ -22,6 +23,7 @@ Registered = (
     | Uidl
     | Laco
     | Mka
+    | BasisSharing
 )  # fmt: skip
 
 AnyMethod = Annotated[Registered, Field(discriminator="name")]

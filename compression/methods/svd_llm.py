@@ -1,21 +1,29 @@
 """SVD-LLM: every linear of the blocks becomes two thin ones, best on its own inputs."""
 
-import copy
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.factoring import (
+    Factors,
+    Site,
+    fitted_in_order,
+    gram_of_users,
+    named_factors,
+)
 from foldstack.compression.low_rank import (
+    WhitenedSVD,
+    eigen_whitened_svd,
+    ranks_by_loss,
     tail_energy,
     truncate,
     uniform_ranks,
-    updated_directions,
     whitened_svd,
 )
 from foldstack.compression.method import (
@@ -25,17 +33,11 @@ from foldstack.compression.method import (
     check_evidence,
     unreachable,
 )
-from foldstack.compression.modeling_foldstack import LowRankLinear
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, linear_shapes
-from foldstack.compression.statistics import gram_hooks
-from foldstack.compression.stream import BlockStream
 from foldstack.compression.surgery import Cut, plan_of
 
 logger = logging.getLogger(__name__)
-
-Site = tuple[int, str]
-Factors = tuple[Tensor, Tensor]
 
 
 class SvdLlm(Method):
@@ -52,12 +54,17 @@ class SvdLlm(Method):
     blocks in order, U is fitted again by least squares on the inputs that the blocks compressed so
     far produce.
 
+    `allocation` v2 is the ratio allocation of SVD-LLM V2 (Wang et al. 2025, arXiv 2503.12340,
+    algorithm 1): among the linears of one name and shape, those that lose more at the uniform rank
+    get more of the ranks, whose sum stays.
+
     Departs from the paper: the factors come from the eigenvectors of W G W^T, which is the same
-    optimum without the inverse of S (so a singular G is no special case); what the floors of the
-    ranks leave over is spent on single ranks (`allocation` exact; paper keeps the floors); the
-    update's target leaves the bias out, which the released code counts twice; a linear that would
-    not become smaller stays dense. The paper's LoRA recovery is a recovery stage, not part of this
-    method.
+    optimum without the inverse of S (so a singular G is no special case; `whitening` eigen is V2's
+    form); what the floors of the ranks leave over is spent on single ranks (`allocation` exact;
+    paper keeps the floors); the update's target leaves the bias out, which the released code counts
+    twice; a linear that would not become smaller stays dense; in V2's allocation no linear loses
+    more than nine tenths and a loss below e counts as e, where the score has its pole. The paper's
+    LoRA recovery is a recovery stage, not part of this method.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -65,18 +72,30 @@ class SvdLlm(Method):
     name: Literal["svd_llm"] = "svd_llm"
     update: Literal["none", "closed_form"] = "none"
     """Whether U is fitted again on the inputs that the compressed blocks before it produce."""
-    allocation: Literal["exact", "paper"] = "exact"
-    """exact: spend what the floors leave over, to hit the size; paper: the floors alone."""
+    allocation: Literal["exact", "paper", "v2"] = "exact"
+    """exact: spend what the floors leave over, to hit the size; paper: the floors alone; v2: as
+    exact, then by loss among the linears of one name and shape."""
+    whitening: Literal["projection", "eigen"] = "projection"
+    """projection: onto the leading eigenvectors of W G W^T, without an inverse; eigen: V2's form,
+    with the pseudo-inverse of G."""
 
     def outline(self, model: PreTrainedModel) -> Plan:
+        # v2 gives a type of linear as many ranks as the uniform allocation does, and so its size.
         return plan_of(model).factor(self._ranks(model))
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         ranks = self._ranks(model)
+        if self.allocation == "v2":
+            ranks = self._ranks_by_loss(model, ranks, evidence)
         plan = plan_of(model)
         if self.update == "closed_form":
-            tensors = self._sequential(model, ranks, evidence)
+            tensors = fitted_in_order(
+                model,
+                lambda position: self._factors(model, position, ranks, evidence),
+                evidence,
+                self.name,
+            )
         else:
             tensors = self._independent(model, ranks, evidence)
         return Cut(plan.factor(ranks), tuple(range(len(plan.blocks))), tensors)
@@ -91,10 +110,24 @@ class SvdLlm(Method):
         if self.sparsity - TOLERANCE > farthest or not shapes:
             raise InputError(unreachable(self, farthest, "rank 1 in every linear of the blocks"))
         removed = min(1.0, self.sparsity * whole / dense)
-        ranks = uniform_ranks(shapes, removed, spend_leftover=self.allocation == "exact")
+        ranks = uniform_ranks(shapes, removed, spend_leftover=self.allocation != "paper")
         return {
             site: k for site, k in ranks.items() if k * sum(shapes[site]) < _product(shapes[site])
         }
+
+    def _ranks_by_loss(
+        self, model: PreTrainedModel, uniform: Mapping[Site, int], evidence: Evidence
+    ) -> dict[Site, int]:
+        shapes = linear_shapes(model)
+        losses: dict[tuple[str, tuple[int, int]], dict[Site, float]] = defaultdict(dict)
+        for site, rank in uniform.items():
+            tail = self._svd(model, site, evidence).singular_values[rank:]
+            losses[site[1], shapes[site]][site] = float(tail.norm())
+            evidence.progress("svd_llm losses", sum(map(len, losses.values())), len(uniform))
+        ranks: dict[Site, int] = {}
+        for (_, shape), of_type in losses.items():
+            ranks |= ranks_by_loss(of_type, shape, sum(uniform[site] for site in of_type))
+        return ranks
 
     def _independent(
         self, model: PreTrainedModel, ranks: Mapping[Site, int], evidence: Evidence
@@ -104,40 +137,8 @@ class SvdLlm(Method):
         tensors: dict[str, Tensor] = {}
         for position, block in enumerate(blocks):
             for name, factors in self._factors(model, position, ranks, evidence).items():
-                tensors |= _named(position, name, factors, block.get_submodule(name))
-            evidence.progress("svd_llm", position + 1, len(blocks))
-        return tensors
-
-    def _sequential(
-        self, model: PreTrainedModel, ranks: Mapping[Site, int], evidence: Evidence
-    ) -> dict[str, Tensor]:
-        """As `_independent`, then U fitted on what the compressed blocks before it produce."""
-        plan = plan_of(model)
-        if any(block.weights_of is not None for block in plan.blocks):
-            raise InputError(
-                "update closed_form fits every block to its own inputs, and this model has blocks "
-                "that share weights; use update none, or share the weights after factoring"
-            )
-        architecture = architecture_of(model)
-        stream = BlockStream(model, evidence.calibration)
-        tensors: dict[str, Tensor] = {}
-        for position, block in enumerate(stream.blocks):
-            factors = self._factors(model, position, ranks, evidence)
-            # Inside the block every linear sees the inputs that its original siblings produce.
-            with gram_hooks(block, architecture) as deviated:
-                for _ in stream.outputs(block):
-                    pass
-            for site in architecture.linears:
-                if site.name not in factors:
-                    continue
-                module = block.get_submodule(site.name)
-                first, second = factors[site.name]
-                weight = architecture.weight(module).detach()
-                gram = deviated[site.reads].to(weight.device)
-                factors[site.name] = first, updated_directions(weight, first, second, gram)
-                tensors |= _named(position, site.name, factors[site.name], module)
-            stream.advance(_with_factors(block, factors))
-            evidence.progress("svd_llm", position + 1, len(stream.blocks))
+                tensors |= named_factors(position, name, factors, block.get_submodule(name))
+            evidence.progress(self.name, position + 1, len(blocks))
         return tensors
 
     def _factors(
@@ -147,62 +148,27 @@ class SvdLlm(Method):
         ranks: Mapping[Site, int],
         evidence: Evidence,
     ) -> dict[str, Factors]:
-        architecture = architecture_of(model)
-        block = architecture.blocks(model)[position]
         factors = {}
-        for site in architecture.linears:
+        for site in architecture_of(model).linears:
             rank = ranks.get((position, site.name))
             if rank is None:
                 continue
-            weight = architecture.weight(block.get_submodule(site.name)).detach()
-            gram = _gram_of_users(model, position, site.reads, evidence).to(weight.device)
-            svd = whitened_svd(weight, gram)
+            svd = self._svd(model, (position, site.name), evidence)
             factors[site.name] = truncate(svd, rank)
             lost = tail_energy(svd, rank)
             logger.debug("block %d %s: rank %d loses %.3g", position, site.name, rank, lost)
         return factors
 
+    def _svd(self, model: PreTrainedModel, site: Site, evidence: Evidence) -> WhitenedSVD:
+        architecture = architecture_of(model)
+        position, name = site
+        linear = architecture.blocks(model)[position].get_submodule(name)
+        weight = architecture.weight(linear).detach()
+        reads = next(site.reads for site in architecture.linears if site.name == name)
+        gram = gram_of_users(plan_of(model), position, reads, evidence.statistics)
+        decompose = eigen_whitened_svd if self.whitening == "eigen" else whitened_svd
+        return decompose(weight, gram.to(weight.device))
+
 
 def _product(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
-
-
-def _gram_of_users(model: PreTrainedModel, position: int, reads: str, evidence: Evidence) -> Tensor:
-    """The Gram of all inputs that the linears stored at `position` see, borrowers' included."""
-    plan = plan_of(model)
-    users = [user for user in range(len(plan.blocks)) if plan.owner(user) == position]
-    grams = [evidence.statistics.gram(user, reads) for user in users]
-    return torch.stack(grams).sum(0) if len(grams) > 1 else grams[0]
-
-
-def _named(position: int, name: str, factors: Factors, dense: nn.Module) -> dict[str, Tensor]:
-    """The factors as a cut names them, in the precision of the weight; the bias once, on
-    `second`."""
-    place = f"blocks.{position}.{name}"
-    weight = dense.weight
-    assert isinstance(weight, Tensor)
-    first, second = (factor.to(weight.dtype) for factor in factors)
-    tensors = {f"{place}.first.weight": first, f"{place}.second.weight": second}
-    if dense.bias is not None:
-        assert isinstance(dense.bias, Tensor)
-        tensors[f"{place}.second.bias"] = dense.bias.detach()
-    return tensors
-
-
-def _with_factors(block: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
-    """A copy of the block with the factored linears in place."""
-    compressed = copy.deepcopy(block)
-    for name, (first, second) in factors.items():
-        parent_path, _, attribute = name.rpartition(".")
-        parent = compressed.get_submodule(parent_path)
-        dense = getattr(parent, attribute)
-        thin = LowRankLinear(first.shape[1], second.shape[0], len(first), dense.bias is not None)
-        thin = thin.to(dense.weight.device, dense.weight.dtype)
-        thin.load_state_dict(
-            {
-                k.removeprefix("blocks.0.x."): v
-                for k, v in _named(0, "x", (first, second), dense).items()
-            }
-        )
-        setattr(parent, attribute, thin)
-    return compressed

@@ -1,0 +1,140 @@
+"""Factored linears of a model: the inputs they are fitted to, and their tensors in a cut."""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from foldstack.compression.architectures import architecture_of
+from foldstack.compression.low_rank import updated_directions
+from foldstack.compression.method import Evidence
+from foldstack.compression.modeling_foldstack import AdaptedLinear, LowRankLinear
+from foldstack.compression.plan import Plan
+from foldstack.compression.statistics import Statistics, gram_hooks
+from foldstack.compression.stream import BlockStream
+from foldstack.compression.surgery import plan_of
+
+Site = tuple[int, str]
+"""Position and name of a linear that is stored there."""
+Factors = tuple[Tensor, Tensor]
+"""first, (rank, in), and second, (out, rank): W' = second @ first."""
+
+
+def users_of(plan: Plan, position: int) -> list[int]:
+    """The positions that run with the linears stored at `position`, itself among them, in order."""
+    return [user for user in range(len(plan.blocks)) if plan.owner(user) == position]
+
+
+def gram_of_users(plan: Plan, position: int, reads: str, statistics: Statistics) -> Tensor:
+    """The Gram of all inputs that the linears stored at `position` see, borrowers' included."""
+    grams = [statistics.gram(user, reads) for user in users_of(plan, position)]
+    return torch.stack(grams).sum(0) if len(grams) > 1 else grams[0]
+
+
+def named_factors(
+    position: int, name: str, factors: Factors, dense: nn.Module
+) -> dict[str, Tensor]:
+    """The factors as a cut names them, in the precision of the weight; the bias once, on
+    `second`."""
+    place = f"blocks.{position}.{name}"
+    return {f"{place}.{key}": tensor for key, tensor in _state(factors, dense).items()}
+
+
+def _state(factors: Factors, dense: nn.Module) -> dict[str, Tensor]:
+    weight, bias = dense.weight, dense.bias
+    assert isinstance(weight, Tensor)
+    first, second = (factor.to(weight.dtype) for factor in factors)
+    state = {"first.weight": first, "second.weight": second}
+    if bias is not None:
+        assert isinstance(bias, Tensor)
+        state["second.bias"] = bias.detach()
+    return state
+
+
+def fitted_in_order(
+    model: PreTrainedModel,
+    factors_of: Callable[[int], Mapping[str, Factors]],
+    evidence: Evidence,
+    what: str,
+) -> dict[str, Tensor]:
+    """Tensors of the factors of all blocks, each second factor fitted again by least squares on
+    the inputs that the compressed blocks before it produce.
+
+    The update of SVD-LLM's released code (`--step 2`). Inside a block every linear sees the inputs
+    that its original siblings produce. Linears that several blocks use are fitted when the first of
+    them is reached; the others count with their inputs in the dense model, since what compression
+    makes of those is not known yet.
+
+    Args:
+        factors_of: the factors of the linears stored at a position, by their name in the block;
+            called once for each.
+        what: whose progress this is.
+    """
+    plan = plan_of(model)
+    stream = BlockStream(model, evidence.calibration)
+    fitted: dict[int, dict[str, LowRankLinear]] = {}
+    tensors: dict[str, Tensor] = {}
+    for position, block in enumerate(stream.blocks):
+        owner = plan.owner(position)
+        if owner not in fitted:
+            fitted[owner] = _fitted(model, stream, dict(factors_of(owner)), evidence)
+            for name, linear in fitted[owner].items():
+                place = f"blocks.{owner}.{name}"
+                tensors |= {f"{place}.{key}": t for key, t in linear.state_dict().items()}
+        stream.advance(_with_linears(block, fitted[owner]))
+        evidence.progress(what, position + 1, len(stream.blocks))
+    return tensors
+
+
+def _fitted(
+    model: PreTrainedModel,
+    stream: BlockStream,
+    factors: Mapping[str, Factors],
+    evidence: Evidence,
+) -> dict[str, LowRankLinear]:
+    """The linears that the block before which the stream stands uses, fitted on what it holds."""
+    if not factors:
+        return {}
+    architecture, plan = architecture_of(model), plan_of(model)
+    position, block = stream.position, stream.blocks[stream.position]
+    owner = plan.owner(position)
+    with gram_hooks(block, architecture) as deviated:
+        for _ in stream.outputs(block):
+            pass
+    fitted = {}
+    for site in architecture.linears:
+        if site.name not in factors:
+            continue
+        dense = stream.blocks[owner].get_submodule(site.name)
+        gram = deviated[site.reads].double()
+        for user in users_of(plan, owner):
+            if user != position:
+                gram = gram + evidence.statistics.gram(user, site.reads).to(gram.device)
+        first, second = factors[site.name]
+        second = updated_directions(architecture.weight(dense).detach(), first, second, gram)
+        fitted[site.name] = _thin(dense, (first, second))
+    return fitted
+
+
+def _thin(dense: nn.Module, factors: Factors) -> LowRankLinear:
+    first, second = factors
+    with torch.device("meta"):
+        thin = LowRankLinear(first.shape[1], len(second), len(first), dense.bias is not None)
+    thin.load_state_dict(_state(factors, dense), assign=True)
+    return thin
+
+
+def _with_linears(block: nn.Module, linears: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of the block with these linears in place; the block itself when there are none."""
+    if not linears:
+        return block
+    changed = copy.deepcopy(block)
+    for name, linear in linears.items():
+        replaced = changed.get_submodule(name)
+        if isinstance(replaced, AdaptedLinear):
+            name = f"{name}.borrowed"  # the adapter on it stays
+        parent_path, _, attribute = name.rpartition(".")
+        setattr(changed.get_submodule(parent_path), attribute, linear)
+    return changed
