@@ -59,6 +59,15 @@ class Method(BaseModel, ABC):
     seed: int = Field(default=0, ge=0)
     """Seed of whatever is random in the method."""
 
+    @property
+    def title(self) -> str:
+        """What a person calls it in a table."""
+        return self.name
+
+    def modules(self) -> tuple[str, ...]:
+        """The library modules whose code its result depends on, besides what they import."""
+        return (type(self).__module__,)
+
     @abstractmethod
     def outline(self, model: PreTrainedModel) -> Plan:
         """The structure that `compress` will choose, or one of the same size, before any data is

@@ -110,15 +110,16 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(entries: Sequence[MethodEntry]) -> list[str]:
-    """A method's name, followed by its values that differ between entries of the same method."""
+    """A method's title, followed by its values that differ between entries of the same title."""
     all_settings = [entry.settings() for entry in entries]
+    titles = [METHODS[each["name"]].model_construct(**each).title for each in all_settings]
     names = []
-    for settings in all_settings:
-        rivals = [other for other in all_settings if other["name"] == settings["name"]]
+    for title, settings in zip(titles, all_settings, strict=True):
+        rivals = [s for t, s in zip(titles, all_settings, strict=True) if t == title]
         told = [
             str(value)
             for key, value in settings.items()
             if any(other[key] != value for other in rivals)
         ]
-        names.append(" ".join([settings["name"], *told]))
+        names.append(" ".join([title, *told]))
     return names

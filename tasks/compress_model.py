@@ -36,7 +36,7 @@ class CompressModel(ComputedStage):
 
     def modules(self) -> tuple[str, ...]:
         return (
-            type(self.method).__module__,
+            *self.method.modules(),
             "foldstack.compression.checkpoint",
             "foldstack.compression.model_card",
             "foldstack.compression.size",

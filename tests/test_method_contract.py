@@ -33,6 +33,12 @@ QUICK: dict[str, dict[str, Any]] = {
     "laco": {},
     "mka": {"protect_first": 0, "protect_last": 0, "neighbours": 1, "weight": 0.5},
     "basis_sharing": {"update": "layerwise"},
+    "stack": {
+        "steps": [
+            {"name": "shortgpt"},
+            {"name": "block_sharing", "keep_head": 0, "keep_tail": 0, "leader_windows": 2},
+        ]
+    },
 }
 # The same method with a structure that only a portable checkpoint holds.
 VARIANTS: dict[str, dict[str, Any]] = {

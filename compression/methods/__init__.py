@@ -11,6 +11,7 @@ from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.methods.mka import Mka
 from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.sleb import Sleb
+from foldstack.compression.methods.stack import Stack
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.compression.methods.uidl import Uidl
 
@@ -24,6 +25,7 @@ Registered = (
     | Laco
     | Mka
     | BasisSharing
+    | Stack
 )  # fmt: skip
 
 AnyMethod = Annotated[Registered, Field(discriminator="name")]

@@ -123,9 +123,11 @@ class BlockSharing(Method):
             block = plan.blocks[position]
             if not block.has_attention or block.weights_of is not None or position in owners:
                 continue
-            last = stretches[-1] if stretches else range(0)
-            if last.stop == position and plan.blocks[position - 1].linears == block.linears:
-                stretches[-1] = range(last.start, position + 1)
+            if block.narrow_heads is not None:  # their kept frequencies belong to own linears
+                continue
+            follows = bool(stretches) and stretches[-1].stop == position
+            if follows and plan.blocks[position - 1].forms == block.forms:
+                stretches[-1] = range(stretches[-1].start, position + 1)
             else:
                 stretches.append(range(position, position + 1))
         return stretches

@@ -1,0 +1,184 @@
+"""Several methods one after the other, budgeted to one sparsity."""
+
+import importlib
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import PreTrainedModel
+
+from foldstack.compression.architectures import architecture_of, stock_of
+from foldstack.compression.errors import InputError
+from foldstack.compression.method import TOLERANCE, Evidence, Method, unreachable
+from foldstack.compression.plan import Plan
+from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.statistics import KINDS, gather
+from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of
+
+# How finely the reachable sparsity is searched for, to name it in a refusal.
+_REACH_STEP = 0.01
+
+
+class Step(BaseModel):
+    """One method of a stack: its name, its own settings, and its share of what is removed."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    """Of the method; the settings of that method may stand beside it."""
+    portion: float | None = Field(default=None, gt=0, lt=1)
+    """Fraction of the removed parameters that go in this step; what the others leave, in equal
+    parts, where it is not given."""
+
+    @model_validator(mode="after")
+    def _is_a_method(self) -> "Step":
+        methods = _registered()
+        if self.name not in methods or self.name == "stack":
+            known = ", ".join(sorted(methods.keys() - {"stack"}))
+            raise ValueError(f"a step is one of {known}; got {self.name!r}")
+        settings = self.model_extra or {}
+        if taken := {"sparsity", "seed"} & settings.keys():
+            raise ValueError(f"{min(taken)} belongs to the whole stack, not to step {self.name}")
+        self.method(sparsity=0.5, seed=0)
+        return self
+
+    def __repr__(self) -> str:
+        settings = self.model_dump(exclude={"name"}, exclude_none=True)
+        return " ".join([self.name, *(f"{key}={value}" for key, value in settings.items())])
+
+    def method(self, sparsity: float, seed: int) -> Method:
+        """The method of this step for one sparsity, relative to the model that it is given."""
+        settings = self.model_extra or {}
+        made: Method = _registered()[self.name](sparsity=sparsity, seed=seed, **settings)
+        return made
+
+
+class Stack(Method):
+    """Apply several methods in turn, each to what the one before it left.
+
+    The order prune, then share is FoldGPT's (Liu et al. 2024, arXiv 2407.00928); prune then factor
+    and share then factor follow the same pattern. With s the sparsity of the whole and p_i the
+    portion of step i, the model is to keep 1 - s (p_1 + ... + p_i) of its parameters after step i.
+    A step that removes whole blocks overshoots its part; the next one aims at the same total, so
+    the last step lands on s as exactly as its method can. The statistics of every step but the
+    first are gathered anew on the calibration windows, from the model that the step is given.
+
+    Departs from the paper: nothing trains between the steps; recovery comes after the last.
+    """
+
+    needs: ClassVar[frozenset[str]] = KINDS
+
+    name: Literal["stack"] = "stack"
+    steps: tuple[Step, ...] = Field(
+        default_factory=lambda: (Step(name="shortgpt"), Step(name="svd_llm")), min_length=2
+    )
+    """The methods in their order, each with its own settings and, if wanted, its portion."""
+
+    @model_validator(mode="after")
+    def _portions_fit(self) -> "Stack":
+        given = [step.portion for step in self.steps if step.portion is not None]
+        everything = len(given) == len(self.steps)
+        if sum(given) > 1 + 1e-9 or (everything and abs(sum(given) - 1) > 1e-9):
+            raise ValueError(f"the portions of a stack add up to 1, got {given}")
+        if not everything and sum(given) > 1 - 1e-9:
+            raise ValueError(f"portions {given} leave nothing for the other steps")
+        return self
+
+    @property
+    def title(self) -> str:
+        return "+".join(step.name for step in self.steps)
+
+    def modules(self) -> tuple[str, ...]:
+        of_steps = {module for step in self.steps for module in step.method(0.5, 0).modules()}
+        return (*super().modules(), *sorted(of_steps))
+
+    def outline(self, model: PreTrainedModel) -> Plan:
+        try:
+            return self._outline(model)
+        except InputError as error:
+            farthest = self._farthest(model)
+            if farthest >= self.sparsity - TOLERANCE:
+                raise
+            raise InputError(unreachable(self, farthest, f"{self.title}: {error}")) from error
+
+    def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
+        current, dense = model, count_parameters(model)
+        for number in range(len(self.steps)):
+            method = self._method(number, dense, count_parameters(current))
+            if method is None:
+                continue
+            if current is not model:
+                evidence = _gathered_anew(current, evidence)
+            work = None if evidence.work is None else evidence.work / f"step-{number}"
+            change = method.compress(current, replace(evidence, work=work))
+            current = cut(current, change)
+        return _as_cut(current)
+
+    def _outline(self, model: PreTrainedModel) -> Plan:
+        current, dense = model, count_parameters(model)
+        for number in range(len(self.steps)):
+            method = self._method(number, dense, count_parameters(current))
+            if method is not None:
+                current = build_on_meta(config_for(current.config, method.outline(current)))
+        return plan_of(current)
+
+    def _method(self, number: int, dense: int, left: int) -> Method | None:
+        """The method of a step for what is `left` of `dense` parameters; None if it is enough."""
+        sparsity = 1 - dense * (1 - self.sparsity * self._done_after(number)) / left
+        # Below the tolerance a step would change its structure for nothing that counts.
+        if sparsity <= TOLERANCE and number > 0:
+            return None
+        return self.steps[number].method(sparsity, self.seed)
+
+    def _done_after(self, number: int) -> float:
+        """Fraction of all that is removed which is gone after a step."""
+        if number == len(self.steps) - 1:
+            return 1.0
+        given = [step.portion for step in self.steps if step.portion is not None]
+        rest = (1 - sum(given)) / max(1, len(self.steps) - len(given))
+        done = [rest if step.portion is None else step.portion for step in self.steps]
+        return sum(done[: number + 1])
+
+    def _farthest(self, model: PreTrainedModel) -> float:
+        """The largest sparsity, to a hundredth, whose outline exists."""
+        reachable = [0.0]
+        low, high = 0, round(self.sparsity / _REACH_STEP)
+        while low + 1 < high:  # from a sparsity on that is out of reach, all larger ones are
+            middle = (low + high) // 2
+            try:
+                plan = self.model_copy(update={"sparsity": middle * _REACH_STEP})._outline(model)
+            except InputError:
+                high = middle
+            else:
+                low = middle
+                after = size_of_plan(model.config, plan).parameters
+                reachable.append(1 - after / count_parameters(model))
+        return min(max(reachable), low * _REACH_STEP)
+
+
+def _registered() -> dict[str, type[Method]]:
+    # Not as an import statement: the code that a result depends on is found by reading those, and
+    # a stack depends on its own steps' files, not on every method there is.
+    methods: dict[str, type[Method]] = importlib.import_module(
+        "foldstack.compression.methods"
+    ).METHODS
+    return methods
+
+
+def _gathered_anew(model: PreTrainedModel, evidence: Evidence) -> Evidence:
+    statistics = gather(model, evidence.calibration, KINDS, progress=evidence.progress)
+    return replace(evidence, statistics=statistics, ranking=rank_blocks(statistics))
+
+
+def _as_cut(model: PreTrainedModel) -> Cut:
+    """The cut that makes this very model from any model of its base."""
+    plan = plan_of(model)
+    path = f"{architecture_of(model).blocks_path}."
+    state = stock_of(model).state_dict()
+    tensors = {
+        f"blocks.{name.removeprefix(path)}": tensor
+        for name, tensor in state.items()
+        if name.startswith(path)
+    }
+    return Cut(plan, (None,) * len(plan.blocks), tensors)

@@ -1,0 +1,130 @@
+"""Stacks of methods: one budget, every order that is promised, and what follows after."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.method import TOLERANCE, Evidence
+from foldstack.compression.methods.shortgpt import ShortGpt
+from foldstack.compression.methods.stack import Stack
+from foldstack.compression.methods.svd_llm import SvdLlm
+from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.statistics import KINDS, gather
+from foldstack.compression.surgery import build_on_meta, cut
+from foldstack.flows.method_entries import ENTRIES, expand
+
+SHARE = {"name": "block_sharing", "keep_head": 0, "keep_tail": 0, "leader_windows": 2}
+PRUNE, FACTOR = {"name": "shortgpt"}, {"name": "svd_llm"}
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(97, (4, 20), generator=torch.Generator().manual_seed(0))
+
+
+def evidence_of(model: Any, windows: Tensor) -> Evidence:
+    statistics = gather(model, windows, KINDS)
+    return Evidence(windows, statistics, rank_blocks(statistics))
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen2", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "steps", [(PRUNE, SHARE), (PRUNE, FACTOR), (SHARE, FACTOR), (PRUNE, SHARE, FACTOR)], ids=str
+)
+def test_every_order_lands_on_one_budget(
+    steps: tuple[dict[str, Any], ...],
+    family: str,
+    tiny_model: Callable[..., Any],
+    windows: Tensor,
+) -> None:
+    model = tiny_model(family, **({} if family == "gemma3_text" else {DEPTH[family]: 6}))
+    stack = Stack(sparsity=0.4, steps=steps)
+    change = stack.compress(model, evidence_of(model, windows))
+    smaller = cut(model, change)
+    left, dense = count_parameters(smaller), count_parameters(model)
+    assert 1 - left / dense >= 0.4 - TOLERANCE
+    if any(block.linears for block in change.plan.blocks):  # else blocks alone were enough
+        assert 1 - left / dense == pytest.approx(0.4, abs=TOLERANCE)
+    outlined = stack.outline(build_on_meta(model.config))
+    assert size_of_plan(model.config, outlined).parameters == left
+    with torch.no_grad():
+        assert torch.isfinite(smaller(windows).logits).all()
+
+
+DEPTH = {"llama_tied": "num_hidden_layers", "qwen2": "num_hidden_layers", "gpt2": "n_layer"}
+
+
+def test_it_is_its_steps_one_after_the_other(
+    tiny_model: Callable[..., Any], windows: Tensor
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    stack = Stack(sparsity=0.4, steps=({**PRUNE, "portion": 0.3}, FACTOR))
+    together = cut(model, stack.compress(model, evidence_of(model, windows)))
+
+    pruned = cut(model, ShortGpt(sparsity=0.12).compress(model, evidence_of(model, windows)))
+    left = 1 - 0.6 * count_parameters(model) / count_parameters(pruned)
+    factored = SvdLlm(sparsity=left).compress(pruned, evidence_of(pruned, windows))
+    apart = cut(pruned, factored)
+    with torch.no_grad():
+        torch.testing.assert_close(together(windows).logits, apart(windows).logits, rtol=0, atol=0)
+
+
+def test_a_step_that_overshoots_leaves_the_next_one_out(
+    tiny_model: Callable[..., Any], windows: Tensor
+) -> None:
+    model = tiny_model("llama")  # four blocks: half of 0.1 is less than one of them
+    stack = Stack(sparsity=0.1, steps=(PRUNE, FACTOR))
+    plan = stack.compress(model, evidence_of(model, windows)).plan
+    assert len(plan.blocks) == 3
+    assert plan.is_native
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        ([PRUNE], "at least 2"),
+        ([PRUNE, {"name": "svd_lm"}], "a step is one of .*svd_llm.*got 'svd_lm'"),
+        ([PRUNE, {"name": "stack"}], "a step is one of"),
+        ([PRUNE, {"name": "svd_llm", "updat": "none"}], "updat"),
+        ([PRUNE, {"name": "svd_llm", "sparsity": 0.1}], "sparsity belongs to the whole stack"),
+        ([{**PRUNE, "portion": 0.5}, {**FACTOR, "portion": 0.4}], "add up to 1"),
+        ([{**PRUNE, "portion": 0.9}, {**SHARE, "portion": 0.1}, FACTOR], "leave nothing"),
+    ],
+)
+def test_what_is_no_stack_gets_a_sentence(steps: list[Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Stack(sparsity=0.3, steps=steps)
+
+
+def test_a_step_out_of_reach_is_named_with_what_the_stack_can_do(
+    tiny_model: Callable[..., Any],
+) -> None:
+    pairs = {**SHARE, "keep_head": 1, "keep_tail": 1, "portion": 0.9}
+    stack = Stack(sparsity=0.6, steps=(pairs, PRUNE))
+    with pytest.raises(InputError, match=r"stack can remove at most .*block_sharing"):
+        stack.outline(build_on_meta(tiny_model("llama").config))
+
+
+def test_a_stack_is_called_by_its_steps() -> None:
+    entry = ENTRIES["stack"]
+    both = [entry(name="stack", steps=[PRUNE, step]) for step in (SHARE, FACTOR)]
+    names = [variant.name for variant in expand(both, [0.3], [0])]
+    assert names == ["shortgpt+block_sharing", "shortgpt+svd_llm"]
+    rivals = [
+        entry(name="stack", steps=[PRUNE, {**FACTOR, "update": update}])
+        for update in ("none", "closed_form")
+    ]
+    names = [variant.name for variant in expand(rivals, [0.3], [0])]
+    assert names[1] == "shortgpt+svd_llm (shortgpt, svd_llm update=closed_form)"
+
+
+def test_a_stack_depends_on_the_code_of_its_steps() -> None:
+    modules = Stack(sparsity=0.3, steps=(PRUNE, FACTOR)).modules()
+    methods = "foldstack.compression.methods"
+    assert set(modules) == {f"{methods}.{name}" for name in ("stack", "shortgpt", "svd_llm")}
