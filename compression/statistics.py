@@ -3,7 +3,8 @@
 Two kinds. "similarity": for all pairs of boundaries (boundary l is the input of block l, the last
 one is the last block's output BEFORE the final norm) the cosine of the two hidden states of a
 token, summed over tokens, and the angle at the last token of a window. "gram": for every distinct
-input of a block's linears (at most 4 per block) the matrix X^T X over all tokens.
+input of a block's linears (at most 4 per block) the matrix X^T X over all tokens, and the sum of X,
+which outputs with a bias need.
 
 Everything is a sum over tokens, so the statistics of two shards of the data add.
 """
@@ -13,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,8 @@ Kind = Literal["similarity", "gram"]
 KINDS: frozenset[str] = frozenset({"similarity", "gram"})
 Progress = Callable[[str, int, int], None]
 GramKey = tuple[int, str]
+
+INPUT_SUMS_FILE = "input_sums.safetensors"
 
 # Cosine of a pair in which one hidden state is exactly zero: ShortGPT's released code replaces such
 # a NaN by 0.5 before it averages.
@@ -74,6 +78,8 @@ class Statistics:
     """Tokens seen: what the Grams are sums over."""
     similarity_sums: Similarity | None = None
     grams: Mapping[GramKey, Tensor] = field(default_factory=dict)
+    input_sums: Mapping[GramKey, Float64[Tensor, " n"]] = field(default_factory=dict)
+    """Sum over tokens of the inputs that the Grams are of."""
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -100,6 +106,14 @@ class Statistics:
                 f"{sorted(self.kinds)} of {self.num_blocks} blocks"
             )
         return self.grams[position, reads].double()
+
+    def input_sum(self, position: int, reads: str) -> Float64[Tensor, " n"]:
+        """Sum over tokens of x, x the input of this block's linears that read `reads`."""
+        if (position, reads) not in self.input_sums:
+            raise InputError(
+                f"no sum of {reads} at block {position} was gathered; gather 'gram' anew"
+            )
+        return self.input_sums[position, reads]
 
     def _similarity_sums(self) -> Similarity:
         if self.similarity_sums is None:
@@ -131,10 +145,14 @@ class Statistics:
             num_tokens=self.num_tokens + other.num_tokens,
             similarity_sums=similarity,
             grams=grams,
+            input_sums={
+                key: total + other.input_sum(*key) for key, total in self.input_sums.items()
+            },
         )
 
     def save(self, folder: Path) -> None:
-        """Write `statistics.json`, `similarity.safetensors` and one file of Grams per block."""
+        """Write `statistics.json`, `similarity.safetensors`, `input_sums.safetensors` and one file
+        of Grams per block."""
         folder.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {"num_blocks": self.num_blocks, "num_tokens": self.num_tokens}
         if (sums := self.similarity_sums) is not None:
@@ -150,6 +168,9 @@ class Statistics:
             of_block = {reads: g for (p, reads), g in self.grams.items() if p == position}
             save_file(of_block, _gram_file(folder, position))
         record["grams"] = [list(key) for key in sorted(self.grams)]
+        if self.input_sums:
+            sums_by_name = {f"{p}.{reads}": total for (p, reads), total in self.input_sums.items()}
+            save_file(sums_by_name, folder / INPUT_SUMS_FILE)
         (folder / "statistics.json").write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod
@@ -164,12 +185,21 @@ class Statistics:
                     last_token_angle_sum=file.get_tensor("angle_sum"),
                     **record["similarity"],
                 )
+        keys = [(p, reads) for p, reads in record["grams"]]
         return cls(
             num_blocks=record["num_blocks"],
             num_tokens=record["num_tokens"],
             similarity_sums=similarity,
-            grams=_GramFiles(folder, [(p, reads) for p, reads in record["grams"]]),
+            grams=_GramFiles(folder, keys),
+            input_sums=_input_sums(folder / INPUT_SUMS_FILE, keys),
         )
+
+
+def _input_sums(path: Path, keys: Iterable[GramKey]) -> dict[GramKey, Tensor]:
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {(p, reads): file.get_tensor(f"{p}.{reads}") for p, reads in keys}
 
 
 def _gram_file(folder: Path, position: int) -> Path:
@@ -227,13 +257,15 @@ def gather(
     num_compared = min(len(windows), -(-similarity_tokens // windows.shape[1]))
     boundaries: list[Tensor] = []
     grams: dict[GramKey, Tensor] = {}
+    input_sums: dict[GramKey, Tensor] = {}
     while True:
         if "similarity" in kinds:
             boundaries.append(_first_windows(stream.hidden, num_compared))
         if stream.position == len(stream.blocks):
             break
         if "gram" in kinds:
-            of_block = _pass_with_grams(stream, architecture)
+            of_block, sums = _pass_with_grams(stream, architecture)
+            input_sums |= {(stream.position - 1, reads): total for reads, total in sums.items()}
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(of_block, _gram_file(folder, stream.position - 1))
@@ -249,6 +281,7 @@ def gather(
         num_tokens=windows.numel(),
         similarity_sums=_similarity(boundaries, skip_first_token) if boundaries else None,
         grams=grams if folder is None else _GramFiles(folder, grams),
+        input_sums=input_sums,
     )
 
 
@@ -262,11 +295,21 @@ def _first_windows(
     return torch.cat(batches)
 
 
-def _pass_with_grams(stream: BlockStream, architecture: Architecture) -> dict[str, Tensor]:
-    """Advance the stream by one block; the Gram of each distinct input of its linears."""
-    with gram_hooks(stream.blocks[stream.position], architecture) as sums:
+def _pass_with_grams(
+    stream: BlockStream, architecture: Architecture
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Advance the stream by one block; the Gram and the sum of each distinct input of its
+    linears."""
+    block = stream.blocks[stream.position]
+    input_sums: dict[str, Tensor] = {}
+
+    def add(reads: str, rows: Tensor) -> None:
+        total = rows.sum(0, dtype=torch.float64).cpu()
+        input_sums[reads] = input_sums[reads] + total if reads in input_sums else total
+
+    with gram_hooks(block, architecture) as sums, _input_hooks(block, architecture, add):
         stream.advance()
-    return {reads: total.cpu() for reads, total in sums.items()}
+    return {reads: total.cpu() for reads, total in sums.items()}, input_sums
 
 
 @contextmanager
@@ -277,30 +320,45 @@ def gram_hooks(block: nn.Module, architecture: Architecture) -> Iterator[dict[st
     batches add up in float64; at the end they are rounded to the precision of the products, so that
     sums kept in memory and sums read from disk are equal.
     """
+    sums: dict[str, Tensor] = {}
+    precision = torch.float32
+
+    def add(reads: str, rows: Tensor) -> None:
+        nonlocal precision
+        precision = torch.promote_types(rows.dtype, torch.float32)
+        rows = rows.to(precision)
+        product = (rows.T @ rows).double()
+        sums[reads] = sums[reads] + product if reads in sums else product
+
+    try:
+        with _input_hooks(block, architecture, add):
+            yield sums
+    finally:
+        sums.update({reads: total.to(precision) for reads, total in sums.items()})
+
+
+@contextmanager
+def _input_hooks(
+    block: nn.Module, architecture: Architecture, see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside, `see(reads, rows)` gets each distinct input of the block's linears, a row a token."""
     present = dict(block.named_modules())
     readers = {
         site.reads: present[site.name] for site in architecture.linears if site.name in present
     }
-    sums: dict[str, Tensor] = {}
-    precision = torch.float32
 
-    def add(reads: str, x: Tensor) -> None:
-        nonlocal precision
-        precision = torch.promote_types(x.dtype, torch.float32)
-        rows = x.detach().reshape(-1, x.shape[-1]).to(precision)
-        product = (rows.T @ rows).double()
-        sums[reads] = sums[reads] + product if reads in sums else product
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], reads: str) -> None:
+        see(reads, args[0].detach().reshape(-1, args[0].shape[-1]))
 
     handles = [
-        module.register_forward_pre_hook(lambda _module, args, reads=reads: add(reads, args[0]))
+        module.register_forward_pre_hook(partial(hook, reads=reads))
         for reads, module in readers.items()
     ]
     try:
-        yield sums
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        sums.update({reads: total.to(precision) for reads, total in sums.items()})
 
 
 def _similarity(

@@ -9,6 +9,7 @@ from foldstack.compression.methods.block_sharing import BlockSharing
 from foldstack.compression.methods.laco import Laco
 from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.methods.mka import Mka
+from foldstack.compression.methods.modegpt import MoDeGpt
 from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.sleb import Sleb
 from foldstack.compression.methods.stack import Stack
@@ -19,6 +20,7 @@ Registered = (
     ShortGpt
     | SvdLlm
     | LlmStreamline
+    | MoDeGpt
     | BlockSharing
     | Sleb
     | Uidl
