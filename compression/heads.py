@@ -1,6 +1,5 @@
 """The attention of a block head by head, whatever way its family stores the projections."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,18 +94,22 @@ def heads_of(model: PreTrainedModel, position: int, sizes: HeadSizes) -> Heads:
         part.unflatten(0, (count, -1))
         for part, count in zip(weight.split(rows), counts, strict=True)
     )
-    biases: Sequence[Tensor | None] = (None, None, None)
+    biases: list[Tensor | None] = [None, None, None]
     if bias is not None:
         parts = zip(bias.split(rows), counts, strict=True)
         biases = [part.unflatten(0, (count, -1)) for part, count in parts]
+    query_bias, key_bias, value_bias = biases
     output: Any = block.get_submodule(_sites(architecture, "attention_output")[0])
+    read = architecture.weight(output).detach().double()
     return Heads(
-        query,
-        key,
-        value,
-        architecture.weight(output).detach().double().unflatten(1, (sizes.heads, -1)).movedim(1, 0),
-        *biases,
-        None if output.bias is None else output.bias.detach().double(),
+        query=query,
+        key=key,
+        value=value,
+        output=read.unflatten(1, (sizes.heads, -1)).movedim(1, 0),
+        query_bias=query_bias,
+        key_bias=key_bias,
+        value_bias=value_bias,
+        output_bias=None if output.bias is None else output.bias.detach().double(),
     )
 
 

@@ -270,7 +270,7 @@ class Plan(_Record):
                 raise ValueError(f"position {position} has no linears of its own to share")
             if self.blocks[position].narrow_heads is not None:
                 # Its kept frequencies and any query and key norms belong to its own linears.
-                raise ValueError(f"position {position} has narrow heads; share before narrowing")
+                raise InputError(f"position {position} has narrow heads; share before narrowing")
         forms = self.blocks[owner].forms
         for name, form in self.blocks[owner].linears.items():
             if form.basis_of is not None and form.basis_of > group[0]:

@@ -47,6 +47,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llm_streamline": {"epochs": 1, "replacement": "ffn"},
     "modegpt": {"allocation": "uniform", "value_subspace": "values", "pair_score": "sum"},
 }
+# How far the outline's size may be off, as a share of the model: a method whose widths wait for the
+# data rounds them otherwise before it.
+OUTLINE_SLACK = {"modegpt": TOLERANCE}
 SPARSITY = 0.25
 
 
@@ -112,7 +115,8 @@ def test_it_shrinks_reloads_decodes_and_leaves_its_input_alone(
     assert 1 - left / dense >= SPARSITY - TOLERANCE
     planned = size_of_plan(model.config, change.plan).parameters
     outlined = size_of_plan(model.config, method.outline(build_on_meta(model.config))).parameters
-    assert left == planned == outlined
+    assert left == planned
+    assert abs(outlined - left) <= OUTLINE_SLACK.get(method.name, 0) * dense
 
     got = logits(smaller, windows)
     assert torch.isfinite(got).all()

@@ -92,6 +92,8 @@ def test_a_gram_is_the_sum_over_all_tokens(
             expected = x.T @ x
             got = statistics.gram(position, site.reads)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+            total = statistics.input_sum(position, site.reads)
+            torch.testing.assert_close(total, x.sum(0), rtol=1e-5, atol=1e-4)
     assert statistics.num_tokens == windows.numel()
 
 
@@ -105,6 +107,7 @@ def test_shards_add_up(tiny_model: Any, windows: Tensor) -> None:
     torch.testing.assert_close(parts.last_token_angle, whole.last_token_angle, rtol=0, atol=1e-6)
     for key in whole.grams:
         torch.testing.assert_close(parts.gram(*key), whole.gram(*key), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts.input_sum(*key), whole.input_sum(*key))
 
 
 @pytest.mark.parametrize("while_gathering", [True, False])
@@ -124,6 +127,7 @@ def test_what_was_saved_is_what_comes_back(
     assert len(loaded.grams) == 4 * kept.num_blocks
     for key in kept.grams:
         assert torch.equal(loaded.gram(*key), kept.gram(*key))
+        assert torch.equal(loaded.input_sum(*key), kept.input_sum(*key))
 
 
 def test_grams_of_a_float64_block_stay_float64(tiny_model: Any, windows: Tensor) -> None:
@@ -171,6 +175,8 @@ def test_what_was_not_gathered_is_named(tiny_model: Any, windows: Tensor) -> Non
         _ = only_grams.similarity
     with pytest.raises(InputError, match="no Gram of mlp_input at block 0"):
         gather(model, windows, {"similarity"}).gram(0, "mlp_input")
+    with pytest.raises(InputError, match="no sum of mlp_input at block 0"):
+        gather(model, windows, {"similarity"}).input_sum(0, "mlp_input")
     with pytest.raises(InputError, match="statistics are"):
         gather(model, windows, {"fisher"})
     with pytest.raises(InputError, match="same kinds"):
