@@ -41,6 +41,10 @@ VARIANTS = (
     "llm_streamline replacement=layer loss=llm",
     "llm_streamline replacement=ffn",
     "block_sharing keep_head=1 keep_tail=1",
+    "modegpt",
+    "modegpt allocation=uniform",
+    "modegpt query_key_weight=1",
+    "modegpt allocation=uniform query_key_weight=1",
 )
 
 
