@@ -1,5 +1,7 @@
 """SLEB (shortgpt_family.md, acceptance tests 2, 4, 6-9)."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,13 +95,35 @@ def test_the_number_of_evaluations(tiny_model: Any, windows: Tensor) -> None:
     """The sum over s < n of (L - 2 - s): 189 for L = 32 and n = 7, here L = 12 and n = 4."""
     told: list[tuple[str, int, int]] = []
     model = tiny_model("llama", num_hidden_layers=12)
-    evidence = evidence_of(model, windows[:1])
-    telling = Evidence(
-        evidence.calibration, evidence.statistics, evidence.ranking,
-        progress=lambda *what: told.append(what),
-    )  # fmt: skip
+    telling = replace(evidence_of(model, windows[:1]), progress=lambda *what: told.append(what))
     Sleb(sparsity=share_of_blocks(model, 4)).compress(model, telling)
     assert told == [("sleb", done, 34) for done in range(1, 35)]
+
+
+def test_a_killed_run_goes_on_with_the_next_removal(
+    tiny_model: Any, windows: Tensor, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    whole = evidence_of(model, windows)
+    method = Sleb(sparsity=share_of_blocks(model, 3))
+    expected = method.compress(model, whole)
+    told: list[int] = []
+
+    def killed_at_the_sixth(_what: str, done: int, _total: int) -> None:
+        told.append(done)
+        if done == 6:
+            raise KeyboardInterrupt
+
+    def on_the_way(progress: Any) -> Evidence:
+        return replace(whole, work=tmp_path, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        method.compress(model, on_the_way(killed_at_the_sixth))
+    assert all("forward" not in vars(module) for module in model.modules())
+    told.clear()
+    found = method.compress(model, on_the_way(lambda _what, done, _total: told.append(done)))
+    assert found.inherits == expected.inherits
+    assert told == [5, 6, 7, 8, 9]  # the first removal took 4 evaluations
 
 
 def test_barriers(tiny_model: Any, windows: Tensor) -> None:

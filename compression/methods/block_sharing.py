@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import Architecture, architecture_of
-from foldstack.compression.block_training import BatchLoss, next_token_loss
+from foldstack.compression.block_training import next_token_loss
+from foldstack.compression.candidate_loss import mean_loss
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import (
     TOLERANCE,
@@ -155,7 +156,7 @@ class BlockSharing(Method):
                 for what, weights in candidates.items():
                     for member in group:
                         _set_weights(blocks[member], weights)
-                    losses[what] = _mean_loss(loss_of, len(windows))
+                    losses[what] = mean_loss(loss_of, len(windows))
             best = min(losses, key=losses.__getitem__)
             logger.info(
                 "blocks %d-%d share the weights of %s: %s", group[0], group[-1], best, losses
@@ -257,11 +258,3 @@ def _mean(weights: Sequence[Weights], importance: Sequence[float]) -> Weights:
             tensor.dtype
         )
     return means
-
-
-def _mean_loss(loss_of: BatchLoss, num_windows: int) -> float:
-    with torch.no_grad():
-        batches = torch.split(torch.arange(num_windows), 8)
-        loss = math.fsum(float(loss_of(batch)) * len(batch) for batch in batches) / num_windows
-    # A candidate may break the model altogether: it only has to lose the comparison.
-    return loss if math.isfinite(loss) else math.inf

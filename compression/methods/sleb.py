@@ -1,6 +1,8 @@
 """SLEB: remove, one at a time, the block whose absence costs the least loss."""
 
+import json
 import logging
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -20,6 +22,8 @@ from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.surgery import Cut, plan_of
 
 logger = logging.getLogger(__name__)
+
+_GONE_FILE = "removed.json"
 
 
 class Sleb(Method):
@@ -67,23 +71,24 @@ class Sleb(Method):
         check_evidence(model, evidence)
         num_blocks = len(plan_of(model).blocks)
         num_removals = num_blocks - len(self.outline(model).blocks)
-        alive = self._removable(model)
-        total = sum(len(alive) - step for step in range(num_removals))
+        removable = self._removable(model)
+        total = sum(len(removable) - step for step in range(num_removals))
         windows = windows_of(evidence.calibration, self.loss_tokens)
-        done = 0
+        gone = _resumed(evidence.work)
+        done = sum(len(removable) - step for step in range(len(gone)))
 
         def tell() -> None:
             nonlocal done
             done += 1
             evidence.progress("sleb", done, max(done, total))
 
-        gone: list[int] = []
         while not self._is_reached(model, survivors := _without(gone, num_blocks)):
+            alive = [position for position in removable if position not in gone]
             losses = deletion_losses(model, windows, alive, gone=gone, tell=tell)
             least = min(alive, key=lambda position: (losses[position], position))
             logger.info("sleb removes block %d: loss %.4f", least, losses[least])
-            alive.remove(least)
             gone.append(least)
+            _save(gone, evidence.work)
         return Cut(plan_of(model).keep(survivors), survivors)
 
     def _removable(self, model: PreTrainedModel) -> list[int]:
@@ -100,6 +105,21 @@ class Sleb(Method):
         # Counted after every removal: blocks that share weights or were replaced differ in size.
         left = size_of_plan(model.config, plan_of(model).keep(survivors)).parameters
         return 1 - left / count_parameters(model) >= self.sparsity - TOLERANCE
+
+
+def _resumed(work: Path | None) -> list[int]:
+    """The blocks that a killed run had removed."""
+    if work is None or not (work / _GONE_FILE).exists():
+        return []
+    gone: list[int] = json.loads((work / _GONE_FILE).read_text())
+    return gone
+
+
+def _save(gone: list[int], work: Path | None) -> None:
+    if work is not None:
+        written = work / f"{_GONE_FILE}.tmp"
+        written.write_text(json.dumps(gone))
+        written.replace(work / _GONE_FILE)  # at once: a killed run leaves no half of a file
 
 
 def _without(gone: list[int], num_blocks: int) -> tuple[int, ...]:
