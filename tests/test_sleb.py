@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_with_the_next_removal(
             raise KeyboardInterrupt
 
     def on_the_way(progress: Any) -> Evidence:
-        return replace(whole, work=tmp_path, progress=progress)
+        return replace(whole, work=tmp_path / "new", progress=progress)
 
     with pytest.raises(KeyboardInterrupt):
         method.compress(model, on_the_way(killed_at_the_sixth))

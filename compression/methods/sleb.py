@@ -117,6 +117,7 @@ def _resumed(work: Path | None) -> list[int]:
 
 def _save(gone: list[int], work: Path | None) -> None:
     if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
         written = work / f"{_GONE_FILE}.tmp"
         written.write_text(json.dumps(gone))
         written.replace(work / _GONE_FILE)  # at once: a killed run leaves no half of a file
