@@ -189,7 +189,7 @@ def test_out_of_reach_says_what_is_in_reach(tiny_model: Any) -> None:
     with pytest.raises(InputError, match=r"3 blocks of 4, replacement layer"):
         LlmStreamline(sparsity=0.7).outline(model)
     shared = cut(model, Cut(plan_of(model).share(0, [3]), (0, 1, 2, 3)))
-    with pytest.raises(InputError, match="owns weights that later blocks share"):
+    with pytest.raises(InputError, match="owns weights that other blocks share"):
         LlmStreamline(sparsity=0.4).outline(shared)
 
 

@@ -115,7 +115,7 @@ class BasisSharing(Method):
         else:
             tensors = self._independent(model, groups, evidence)
         if self.update == "global":
-            # Shorter-lived than the change that it refines: what the compressed model really sees.
+            # The inputs that the whole compressed model produces, on disk where there is room.
             smaller = cut(model, Cut(plan, inherits, tensors))
             folder = None if evidence.work is None else evidence.work / "deviated"
             deviated = gather(smaller, evidence.calibration, {"gram"}, folder=folder)
