@@ -11,7 +11,7 @@ rate), the best state is a copy (the initial one counts too), and what trains is
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.digest import digest_json
 from foldstack.compression.errors import InputError
+from foldstack.compression.run_states import RunStates, States
 from foldstack.compression.stream import starting_at
 from foldstack.compression.training_loop import Checkpoints, History
 
@@ -217,25 +218,22 @@ def _key(student: nn.Module, schedule: Schedule, num_windows: int) -> list[Any]:
 
 
 def least_squares_map(
-    inputs: Float[Tensor, "windows tokens hidden"],
-    targets: Float[Tensor, "windows tokens hidden"],
-    *,
-    ridge: float = 1e-6,
+    pairs: Iterable[tuple[States, States]], *, ridge: float = 1e-6
 ) -> tuple[Float64[Tensor, "hidden hidden"], Float64[Tensor, " hidden"]]:
     """The matrix and bias that map inputs to targets with the least squared error, in float64.
 
     (X^T X + lambda I)^-1 X^T Y on centred X and Y, with lambda the share `ridge` of the mean of the
     diagonal: the closed-form baseline of a replacement, and a start for one.
     """
-    size = inputs.shape[-1]
-    x_mean = inputs.double().mean(dim=(0, 1))
-    y_mean = targets.double().mean(dim=(0, 1))
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    crossed = torch.zeros(size, size, dtype=torch.float64)
-    for x_window, y_window in zip(inputs, targets, strict=True):
-        x, y = x_window.double() - x_mean, y_window.double() - y_mean
-        gram += x.T @ x
-        crossed += x.T @ y
+    num_rows, x_sum, y_sum, gram, crossed = 0, *[torch.zeros((), dtype=torch.float64)] * 4
+    for inputs, targets in pairs:
+        x, y = (states.double().flatten(0, -2) for states in (inputs, targets))
+        num_rows += len(x)
+        x_sum, y_sum = x_sum + x.sum(0), y_sum + y.sum(0)
+        gram, crossed = gram + x.T @ x, crossed + x.T @ y
+    x_mean, y_mean = x_sum / num_rows, y_sum / num_rows
+    gram = gram - num_rows * torch.outer(x_mean, x_mean)
+    crossed = crossed - num_rows * torch.outer(x_mean, y_mean)
     floor = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     gram.diagonal().add_(floor)
     matrix = torch.linalg.solve(gram, crossed).T
@@ -243,16 +241,16 @@ def least_squares_map(
 
 
 def regression_loss(
-    student: Callable[[Float[Tensor, "batch tokens hidden"]], Float[Tensor, "batch tokens hidden"]],
-    inputs: Float[Tensor, "windows tokens hidden"],
-    targets: Float[Tensor, "windows tokens hidden"],
+    student: Callable[[States], States],
+    pair: Callable[[Int[Tensor, " batch"]], tuple[States, States]],
     device: torch.device,
 ) -> BatchLoss:
     """Mean squared error of the student's outputs, over all elements (arXiv 2403.19135, eq. 4)."""
 
     def loss_of(batch: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-        output = student(inputs[batch].to(device, torch.float32))
-        return nn.functional.mse_loss(output, targets[batch].to(device, torch.float32))
+        inputs, targets = pair(batch)
+        output = student(inputs.to(device, torch.float32))
+        return nn.functional.mse_loss(output, targets.to(device, torch.float32))
 
     return loss_of
 
@@ -262,13 +260,13 @@ def next_token_loss(
     model: PreTrainedModel,
     position: int,
     windows: Int[Tensor, "windows tokens"],
-    inputs: Float[Tensor, "windows tokens hidden"],
+    inputs: Tensor | RunStates,
 ) -> Iterator[BatchLoss]:
     """Inside, the cross-entropy of `model` on the windows, with what enters block `position` given.
 
     The blocks before it are frozen, so what they compute is computed once, outside.
     """
-    entering = inputs[:0]
+    entering = torch.empty(0)
 
     def loss_of(batch: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         nonlocal entering

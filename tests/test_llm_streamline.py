@@ -1,5 +1,6 @@
 """LLM-Streamline (llm_streamline.md, acceptance tests 2-4, 6-8, 10, 11)."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from foldstack.compression.method import Evidence
 from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.run_states import RunStates
 from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.statistics import gather
 from foldstack.compression.stream import BlockStream
@@ -198,11 +200,11 @@ def test_the_closed_form_map_is_least_squares() -> None:
     x = torch.randn(3, 40, 8, generator=generator).double()
     exact = torch.randn(8, 8, generator=generator).double()
     shift = torch.randn(8, generator=generator).double()
-    matrix, bias = least_squares_map(x, x @ exact.T + shift, ridge=0.0)
+    matrix, bias = least_squares_map(zip(x, x @ exact.T + shift, strict=True), ridge=0.0)
     torch.testing.assert_close(matrix, exact, rtol=0, atol=1e-9)
     torch.testing.assert_close(bias, shift, rtol=0, atol=1e-9)
     y = torch.tanh(x @ exact.T)
-    matrix, bias = least_squares_map(x, y, ridge=0.0)
+    matrix, bias = least_squares_map([(x, y)], ridge=0.0)
     residual = (y - x @ matrix.T - bias).flatten(0, 1)
     assert (x.flatten(0, 1).T @ residual).abs().max() < 1e-9  # zero gradient
     assert residual.abs().mean(0).max() > 1e-2
@@ -224,13 +226,40 @@ def test_an_ffn_can_start_as_the_closed_form_map(tiny_model: Any, windows: Tenso
     while stream.position < stop:
         stream.advance()
     train = split_windows(len(windows), method._schedule()).train
-    matrix, bias = least_squares_map(x[train], torch.cat(stream.hidden)[train])
+    matrix, bias = least_squares_map([(x[train], torch.cat(stream.hidden)[train])])
     smaller = cut(model, change)
     with torch.no_grad():
         got = architecture_of(smaller).blocks(smaller)[position](x)
     torch.testing.assert_close(got, (x.double() @ matrix.T + bias).float(), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"linear_map is for replacement ffn, got .* layer"):
         LlmStreamline(sparsity=0.2, initial="linear_map")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss": "llm"}, {"replacement": "ffn", "initial": "linear_map"}], ids=str
+)
+def test_states_computed_again_train_the_same_block_as_recorded_ones(
+    settings: dict[str, Any], family: str, tiny_model: Any, windows: Tensor
+) -> None:
+    model = tiny_model(family)
+    recorded, again = (
+        LlmStreamline(sparsity=0.2, epochs=2, batch_size=2, memory_gib=gib, **settings)
+        for gib in (8, 0)
+    )
+    expected = recorded.compress(model, evidence_of(model, windows))
+    got = again.compress(model, evidence_of(model, windows))
+    assert got.plan == expected.plan
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_stored_beyond_the_memory(tiny_model: Any, windows: Tensor) -> None:
+    model = tiny_model("llama")
+    room = 2 * windows.numel() * model.config.hidden_size * 4 / 2**30
+    make = partial(RunStates, model, windows, 1, 3, batch_size=2)
+    assert make(memory_gib=room).is_recorded
+    assert not make(memory_gib=room * 0.99).is_recorded
 
 
 SETTINGS = {

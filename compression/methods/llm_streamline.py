@@ -1,6 +1,7 @@
 """LLM-Streamline: one run of blocks makes room for one small trained block."""
 
 import math
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from foldstack.compression.block_training import (
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
 from foldstack.compression.plan import Plan
-from foldstack.compression.stream import BlockStream
+from foldstack.compression.run_states import RunStates
 from foldstack.compression.surgery import Cut, cut, plan_of
 
 Replacement = Literal["none", "ffn", "swiglu", "layer"]
@@ -79,6 +80,9 @@ class LlmStreamline(Method):
     """Largest norm of the gradient."""
     batch_size: int = Field(default=8, ge=1)
     """Windows per optimizer step."""
+    memory_gib: float = Field(default=8.0, ge=0)
+    """Most that the recorded inputs and outputs of the run may take; where they need more, every
+    batch is computed again from its tokens."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the calibration windows that choose the best state and train nothing."""
 
@@ -201,36 +205,26 @@ class LlmStreamline(Method):
         run: tuple[int, int],
         evidence: Evidence,
     ) -> None:
-        start, stop = run
-        stream = BlockStream(model, evidence.calibration, batch_size=self.batch_size)
-        inputs = _hidden_at(stream, start)
-        targets = _hidden_at(stream, stop)
-        schedule = self._schedule()
+        schedule, windows = self._schedule(), evidence.calibration
+        states = RunStates(
+            model, windows, *run, batch_size=self.batch_size, memory_gib=self.memory_gib
+        )
         if self.initial == "linear_map":
-            train = split_windows(len(inputs), schedule).train
-            _set_linear(student, *least_squares_map(inputs[train], targets[train]))
+            train = split_windows(len(states), schedule).train
+            pairs = (states.pair(batch) for batch in train.split(self.batch_size))
+            _set_linear(student, *least_squares_map(pairs))
         checkpoints = None if evidence.work is None else evidence.work / "replacement"
 
         def train_on(loss_of: BatchLoss) -> None:
             progress = evidence.progress
-            fit(student, loss_of, len(inputs), schedule, checkpoints=checkpoints, progress=progress)
+            fit(student, loss_of, len(states), schedule, checkpoints=checkpoints, progress=progress)
 
         if self.loss == "llm":
-            with next_token_loss(smaller, start, evidence.calibration, inputs) as loss_of:
+            with next_token_loss(smaller, run[0], windows, states) as loss_of:
                 train_on(loss_of)
             return
-
-        def student_as_at_inference(hidden: Tensor) -> Tensor:
-            # The model's own mask, position embeddings and attention backend for this block.
-            return stream.call(student, hidden, position=start)
-
-        train_on(regression_loss(student_as_at_inference, inputs, targets, model.device))
-
-
-def _hidden_at(stream: BlockStream, position: int) -> Tensor:
-    while stream.position < position:
-        stream.advance()
-    return torch.cat(stream.hidden)
+        through = partial(states.through, student)
+        train_on(regression_loss(through, states.pair, model.device))
 
 
 def _set_linear(student: nn.Module, matrix: Tensor, bias: Tensor) -> None:
