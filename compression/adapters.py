@@ -1,7 +1,8 @@
-"""Low-rank adapters on every stored linear of a model's blocks, merged at the end."""
+"""What of a model is trained, and how it is put back: adapters that are merged at the end, or
+parameters in place."""
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.modeling_foldstack import is_linear
+from foldstack.compression.surgery import plan_of
+
+Survivors = Literal["lora_merge", "none", "full"]
 
 _NAME = "default"
 
@@ -55,9 +59,14 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 class Adapters:
     """A model opened for training: adapters on its linears, its vectors trained in place.
 
+    Virtual blocks (see `plan.BlockPlan.is_virtual`) train in place in any case: the adapters that
+    belong to their structure, their gains, biases and norms.
+
     Args:
         train_vectors: also train the norms and every other 1-d parameter, except of the embeddings.
         in_float32: hold the whole model in float32 meanwhile, not just what is trained.
+        survivors: what trains of the other blocks; full trains their linears in place, none leaves
+            all but the virtual blocks as it is.
     """
 
     def __init__(
@@ -69,23 +78,38 @@ class Adapters:
         dropout: float,
         train_vectors: bool,
         in_float32: bool,
+        survivors: Survivors = "lora_merge",
     ) -> None:
         self.model = model
         self._was_trainable = {p: p.requires_grad for p in model.parameters()}
         self._was_training = model.training
         model.eval()  # the dropout of the adapters is the only one
-        self.vectors = _vectors(model) if train_vectors else {}
-        self._values_before = {name: p.detach().clone() for name, p in self.vectors.items()}
+        self.virtual = _of_virtual_blocks(model)
+        linears = [name for name in linear_names(model) if f"{name}.weight" not in self.virtual]
+        self.vectors = {}
+        if train_vectors and survivors != "none":
+            found = _vectors(model)
+            self.vectors = {name: found[name] for name in found if name not in self.virtual}
+        self.weights: dict[str, nn.Parameter] = {}
+        if survivors == "full":
+            parameters = dict(model.named_parameters())
+            self.weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in linears}
+        in_place = {**self.weights, **self.vectors, **self.virtual}
+        self._values_before = {name: p.detach().clone() for name, p in in_place.items()}
         self._stored_dtypes = {
             p: p.dtype
-            for p in (model.parameters() if in_float32 else self.vectors.values())
+            for p in (model.parameters() if in_float32 else in_place.values())
             if p.dtype in (torch.float16, torch.bfloat16)
         }
         for parameter in self._stored_dtypes:
             parameter.data = parameter.data.float()
-        self._peft = _attach(model, rank, alpha, dropout)
+        model.requires_grad_(False)
+        self._peft: PeftModel | None = None
+        if survivors == "lora_merge" and linears:
+            self._peft = _attach(model, linears, rank, alpha, dropout)
         self.matrices = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        for parameter in self.vectors.values():
+        self.matrices |= self.weights
+        for parameter in in_place.values():
             parameter.requires_grad_(True)
         if dropout > 0:
             for module in model.modules():
@@ -94,17 +118,20 @@ class Adapters:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {**self.matrices, **self.vectors}
+        return {**self.matrices, **self.vectors, **self.virtual}
 
     def merge(self) -> None:
         """Add the adapters to the weights: the model is again what it was, with other values."""
-        self._peft.merge_and_unload()
+        if self._peft is not None:
+            self._peft.merge_and_unload()
         self._close()
 
     def discard(self) -> None:
         """Undo everything: the model is again what it was."""
-        self._peft.unload()
-        for name, parameter in self.vectors.items():
+        if self._peft is not None:
+            self._peft.unload()
+        in_place = {**self.weights, **self.vectors, **self.virtual}
+        for name, parameter in in_place.items():
             parameter.data.copy_(self._values_before[name])
         self._close()
 
@@ -117,6 +144,17 @@ class Adapters:
         self.model.train(self._was_training)
 
 
+def _of_virtual_blocks(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    blocks = architecture_of(model).blocks(model)
+    virtual = {
+        parameter
+        for block, block_plan in zip(blocks, plan_of(model).blocks, strict=True)
+        if block_plan.is_virtual
+        for parameter in block.parameters()
+    }
+    return {name: p for name, p in model.named_parameters() if p in virtual}
+
+
 def _vectors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     excluded = {parameter for module in ends for parameter in module.parameters()}
@@ -127,8 +165,9 @@ def _vectors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _attach(model: PreTrainedModel, rank: int, alpha: int, dropout: float) -> PeftModel:
-    names = linear_names(model)
+def _attach(
+    model: PreTrainedModel, names: list[str], rank: int, alpha: int, dropout: float
+) -> PeftModel:
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
     config._register_custom_module({nn.Linear: FoldingLora, Conv1D: FoldingLora})
     with warnings.catch_warnings():

@@ -19,6 +19,7 @@ from foldstack.compression.digest import digest_json
 from foldstack.compression.distillation import FIGURES, Blend, head_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.objective import Objective, mean_loss
+from foldstack.compression.surgery import plan_of
 from foldstack.compression.training_loop import (
     Checkpoints,
     History,
@@ -45,7 +46,11 @@ _ONE_AT_A_TIME = threading.Lock()
 class Recovery(BaseModel):
     """How a compressed model is trained back: LoRA on its linears, its norms in place.
 
-    Sources: LoRA, arXiv 2106.09685, equation 3; distillation, arXiv 1503.02531, section 2.
+    Virtual blocks (FlexiGPT) train in place, whatever trains besides: a base's LoRA serves every
+    block that borrows from it and is merged into it at the end.
+
+    Sources: LoRA, arXiv 2106.09685, equation 3; distillation, arXiv 1503.02531, section 2; virtual
+    blocks, arXiv 2501.14713, section 4.1 and appendix A.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -60,6 +65,12 @@ class Recovery(BaseModel):
     """Highest learning rate of the adapters."""
     norm_learning_rate: float = Field(default=1e-3, gt=0)
     """Highest learning rate of the norms and biases."""
+    virtual_learning_rate: float = Field(default=4e-3, gt=0)
+    """Highest learning rate of what virtual blocks own: adapters, gains, biases and norms."""
+    train_survivors: Literal["lora_merge", "none", "full"] = "lora_merge"
+    """What trains besides virtual blocks. lora_merge: adapters on the other linears, merged at the
+    end; full: those linears themselves, which wants a learning rate of 5e-5 or so; none: nothing,
+    not even norms."""
     min_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step, as a fraction of the highest."""
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
@@ -193,6 +204,7 @@ def _recover(
         dropout=settings.lora_dropout,
         train_vectors=settings.train_norms,
         in_float32=dtype is None,
+        survivors=settings.train_survivors,
     )
     batch_size = settings.batch_size
     try:
@@ -251,6 +263,11 @@ def _optimizer(adapters: "Adapters", settings: Recovery) -> torch.optim.Optimize
             "peak": settings.norm_learning_rate,
             "weight_decay": 0.0,
         },
+        {
+            "params": list(adapters.virtual.values()),
+            "peak": settings.virtual_learning_rate,
+            "weight_decay": 0.0,
+        },
     ]
     filled = [group for group in groups if group["params"]]
     return torch.optim.AdamW(filled, lr=settings.learning_rate, betas=BETAS, fused=True)
@@ -304,6 +321,12 @@ def _check(
     if len(windows) == 0 or windows.shape[1] < 2:
         raise InputError(
             f"recovery needs windows of 2 tokens or more, got {len(windows)} of {windows.shape[1]}"
+        )
+    is_virtual = any(block.is_virtual for block in plan_of(model).blocks)
+    if settings.train_survivors == "none" and not is_virtual:
+        raise InputError(
+            "train_survivors none trains virtual blocks alone, and this model has none; use "
+            "lora_merge or full"
         )
     if settings.distillation > 0 and teacher is None:
         raise InputError(

@@ -42,6 +42,11 @@ def _entry_class(method: type[Method]) -> type[MethodEntry]:
         for name, info in method.model_fields.items()
         if name not in FROM_SWEEP
     }
+    # A method that adds parameters has negative sparsities: the range is the method's own.
+    asked = method.model_fields["sparsity"]
+    in_range: Any = Annotated[float, *asked.metadata]
+    sweep = MethodEntry.model_fields["sparsities"]
+    fields["sparsities"] = (tuple[in_range, ...], sweep)
     summary = (method.__doc__ or "").strip().partition("\n\n")[0]
     entry = create_model(f"{method.__name__}Entry", __base__=MethodEntry, **fields)
     entry.__doc__ = " ".join(summary.split())

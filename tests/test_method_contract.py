@@ -40,17 +40,22 @@ QUICK: dict[str, dict[str, Any]] = {
             {"name": "block_sharing", "keep_head": 0, "keep_tail": 0, "leader_windows": 2},
         ]
     },
+    "flexigpt": {},
+    "flexigpt_extend": {},
 }
 # The same method with a structure that only a portable checkpoint holds.
 VARIANTS: dict[str, dict[str, Any]] = {
     "basis_sharing": {"update": "global", "group_size": 3, "coefficients": "paper"},
     "llm_streamline": {"epochs": 1, "replacement": "ffn"},
     "modegpt": {"allocation": "uniform", "value_subspace": "values", "pair_score": "sum"},
+    "flexigpt": {"allocation": "paper", "init": "balanced", "agg": "rel"},
 }
 # How far the outline's size may be off, as a share of the model: a method whose widths wait for the
 # data rounds them otherwise before it.
 OUTLINE_SLACK = {"modegpt": TOLERANCE}
 SPARSITY = 0.25
+# Methods that add parameters, and the sparsity that their tests ask for.
+GROWING = {"flexigpt_extend": -0.16}
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -58,9 +63,15 @@ def method_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=sorted(set(METHODS) - set(GROWING)))
+def shrinking_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 def method(method_name: str) -> Method:
-    return METHODS[method_name](sparsity=SPARSITY, **QUICK[method_name])
+    sparsity = GROWING.get(method_name, SPARSITY)
+    return METHODS[method_name](sparsity=sparsity, **QUICK[method_name])
 
 
 @pytest.fixture
@@ -112,7 +123,7 @@ def test_it_shrinks_reloads_decodes_and_leaves_its_input_alone(
     assert all(not module._forward_pre_hooks for module in model.modules())
 
     dense, left = count_parameters(model), count_parameters(smaller)
-    assert 1 - left / dense >= SPARSITY - TOLERANCE
+    assert 1 - left / dense >= method.sparsity - TOLERANCE
     planned = size_of_plan(model.config, change.plan).parameters
     outlined = size_of_plan(model.config, method.outline(build_on_meta(model.config))).parameters
     assert left == planned
@@ -178,28 +189,28 @@ def test_a_cut_model_can_be_cut_by_every_method(
     pruned = cut(model, one_block.compress(model, evidence(model)))
     smaller = cut(pruned, method.compress(pruned, evidence(pruned)))
     removed = 1 - count_parameters(smaller) / count_parameters(pruned)
-    assert removed >= SPARSITY - TOLERANCE
+    assert removed >= method.sparsity - TOLERANCE
     assert torch.isfinite(logits(smaller, windows)).all()
 
 
 def test_a_sparsity_that_counts_as_nothing_changes_nothing(
-    method_name: str, tiny_model: Any, windows: Tensor, evidence: Callable[[Any], Evidence]
+    shrinking_name: str, tiny_model: Any, windows: Tensor, evidence: Callable[[Any], Evidence]
 ) -> None:
     """Removing whole blocks or sharing them cannot remove a thousandth; factoring and narrowing
     can."""
     model = tiny_model("llama")
-    method = METHODS[method_name](sparsity=0.001, **QUICK[method_name])
+    method = METHODS[shrinking_name](sparsity=0.001, **QUICK[shrinking_name])
     smaller = cut(model, method.compress(model, evidence(model)))
     removed = 1 - count_parameters(smaller) / count_parameters(model)
     assert 0 <= removed <= 0.001 + TOLERANCE
-    if method_name not in ("svd_llm", "basis_sharing", "modegpt"):
+    if shrinking_name not in ("svd_llm", "basis_sharing", "modegpt"):
         assert torch.equal(logits(smaller, windows), logits(model, windows))
 
 
 def test_a_sparsity_out_of_reach_is_refused_before_any_data(
-    method_name: str, tiny_model: Any
+    shrinking_name: str, tiny_model: Any
 ) -> None:
-    method = METHODS[method_name](sparsity=0.99, **QUICK[method_name])
+    method = METHODS[shrinking_name](sparsity=0.99, **QUICK[shrinking_name])
     model = build_on_meta(tiny_model("llama").config)
     with pytest.raises(InputError, match=r"can remove at most .* got sparsity 0\.99") as caught:
         method.outline(model)
@@ -211,16 +222,24 @@ def test_a_sparsity_out_of_reach_is_refused_before_any_data(
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, float("nan")])
-def test_a_sparsity_outside_0_and_1_is_refused(method_name: str, sparsity: float) -> None:
+def test_a_sparsity_outside_0_and_1_is_refused(shrinking_name: str, sparsity: float) -> None:
     with pytest.raises(ValidationError, match="sparsity"):
-        METHODS[method_name](sparsity=sparsity)
+        METHODS[shrinking_name](sparsity=sparsity)
+
+
+@pytest.mark.parametrize("name", sorted(GROWING))
+@pytest.mark.parametrize("sparsity", [0, -1, 0.1, float("nan")])
+def test_a_method_that_grows_a_model_refuses_to_shrink_it(name: str, sparsity: float) -> None:
+    with pytest.raises(ValidationError, match="sparsity"):
+        METHODS[name](sparsity=sparsity)
 
 
 def test_an_unknown_setting_or_method_is_refused_by_name(method_name: str) -> None:
+    asked = GROWING.get(method_name, 0.2)
     read = TypeAdapter(AnyMethod).validate_python
-    assert read({"name": method_name, "sparsity": 0.2}) == METHODS[method_name](sparsity=0.2)
+    assert read({"name": method_name, "sparsity": asked}) == METHODS[method_name](sparsity=asked)
     with pytest.raises(ValidationError, match="spasrity_x"):
-        read({"name": method_name, "sparsity": 0.2, "spasrity_x": 1})
+        read({"name": method_name, "sparsity": asked, "spasrity_x": 1})
     with pytest.raises(ValidationError, match=r"expected tags.*shortgpt"):
         read({"name": "shrotgpt", "sparsity": 0.2})
 

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from foldstack.compression.methods.basis_sharing import BasisSharing
 from foldstack.compression.methods.block_sharing import BlockSharing
+from foldstack.compression.methods.flexigpt import FlexiGpt
+from foldstack.compression.methods.flexigpt_extend import FlexiGptExtend
 from foldstack.compression.methods.laco import Laco
 from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.methods.mka import Mka
@@ -22,6 +24,8 @@ Registered = (
     | LlmStreamline
     | MoDeGpt
     | BlockSharing
+    | FlexiGpt
+    | FlexiGptExtend
     | Sleb
     | Uidl
     | Laco
