@@ -170,11 +170,13 @@ class SublayerOutput(nn.Module):
         self._handle: RemovableHandle | None = None
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        if self.kind == "scaled":
-            return (y * self.weight).to(y.dtype)
+        changed = y if self.kind == "scaled" else self.unit(y)
+        return (changed * self.weight).to(y.dtype)
+
+    def unit(self, y: torch.Tensor) -> torch.Tensor:
+        """(y - mean(y)) / std(y) per token, in float32 at least."""
         precise = y.to(torch.promote_types(y.dtype, torch.float32))
-        unit = nn.functional.layer_norm(precise, y.shape[-1:], eps=self.EPS)
-        return (unit * self.weight).to(y.dtype)
+        return nn.functional.layer_norm(precise, y.shape[-1:], eps=self.EPS)
 
     def after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Forward hook; being a method it goes with its module when a model is deep-copied."""
@@ -487,18 +489,23 @@ def _borrow_linears(owner: nn.Module, borrower: nn.Module, adapters: dict[str, i
         setattr(parent, attribute, linear)
 
 
+def sublayer_ends(block: Any) -> tuple[nn.Module, nn.Module]:
+    """The modules whose outputs are added to the residual: attention's, and the MLP's.
+
+    In gemma 2 and 3 they are the post-norms: a small gain before one would be normed away.
+    """
+    if hasattr(block, "post_feedforward_layernorm"):
+        return block.post_attention_layernorm, block.post_feedforward_layernorm
+    attention = block.attn if hasattr(block, "attn") else block.self_attn
+    return attention, block.mlp if hasattr(block, "mlp") else block.fc2
+
+
 def _change_outputs(block: Any, kind: str, hidden_size: int) -> None:
-    """Where each sub-layer's output is last seen before the residual: behind a post-norm (gemma),
-    or a small gain would be normed away."""
     block.attention_output = SublayerOutput(kind, hidden_size)
     block.mlp_output = SublayerOutput(kind, hidden_size)
-    if hasattr(block, "post_feedforward_layernorm"):
-        attention, mlp = block.post_attention_layernorm, block.post_feedforward_layernorm
-    else:
-        attention = block.attn if hasattr(block, "attn") else block.self_attn
-        mlp = getattr(block, "mlp", None)
+    attention, mlp = sublayer_ends(block)
     attention.register_forward_hook(block.attention_output.after)
-    if mlp is None:
+    if hasattr(block, "fc2"):
         block.register_forward_pre_hook(block.mlp_output.begin)
         block.register_forward_hook(block.mlp_output.end, always_call=True)
     else:

@@ -308,6 +308,45 @@ def test_a_virtual_block_sees_the_adapter_of_its_base(
     assert not any(isinstance(module, LoraLayer) for module in blocks.modules())
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("survivors", ["lora_merge", "none", "full"])
+def test_virtual_blocks_train_in_full_whatever_trains_besides(
+    tiny_model: ModelFactory, windows: Tensor, family: str, survivors: str
+) -> None:
+    model = virtual_model(tiny_model(family))
+    before = copy_of_state(model)
+    virtual = architecture_of(model).blocks(model)[1]
+    own = {name for name, p in model.named_parameters() if p in set(virtual.parameters())}
+    assert any("adapter" in name for name in own)
+    linears = {f"{name}.weight" for name in linear_names(model)} - own
+    settings = QUICK.model_copy(update={"train_survivors": survivors, "train_norms": False})
+    recover(model, windows, settings)
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == own | (set() if survivors == "none" else linears)
+    assert list(model.state_dict()) == list(before)
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("survivors", ["lora_merge", "none", "full"])
+def test_a_virtual_model_whose_recovery_fails_is_as_it_came(
+    tiny_model: ModelFactory, windows: Tensor, survivors: str
+) -> None:
+    model = virtual_model(tiny_model("llama")).to(torch.bfloat16)
+    before = copy_of_state(model)
+    settings = QUICK.model_copy(
+        update={"train_survivors": survivors, "virtual_learning_rate": 1e30}
+    )
+    with pytest.raises(InputError, match="diverged"):
+        recover(model, windows, settings)
+    assert_same_bytes(model.state_dict(), before)
+
+
+def test_nothing_to_train_is_refused(tiny_model: ModelFactory, windows: Tensor) -> None:
+    settings = QUICK.model_copy(update={"train_survivors": "none"})
+    with pytest.raises(InputError, match="trains virtual blocks alone, and this model has none"):
+        recover(tiny_model("llama"), windows, settings)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "shared"])
 def test_loss_goes_down_on_a_learnable_text(
     tiny_model: ModelFactory, shared_model: PreTrainedModel, windows: Tensor, family: str

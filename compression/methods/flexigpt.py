@@ -9,10 +9,11 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import base_config_of
+from foldstack.compression.gain_fitting import fit_gains
 from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, size_of_plan
-from foldstack.compression.surgery import Cut, plan_of
+from foldstack.compression.surgery import Cut, cut, plan_of
 from foldstack.compression.virtual_blocks import (
     Aggregate,
     Initial,
@@ -66,8 +67,11 @@ class FlexiGpt(Method):
     smaller side; by_width: a sixteenth of the hidden width, at most 256."""
     allocation: Literal["exact", "paper"] = "exact"
     """exact: raise the rank until the sparsity is just reached; paper: the rank as it is."""
-    g0: float = Field(default=1e-2, ge=0)
-    """Value that the gains of the normed outputs start with; at 0 the adapters get no gradient."""
+    g0: Annotated[float, Field(ge=0)] | Literal["fitted"] = "fitted"
+    """What the gains of the normed outputs start with. fitted: by least squares to the outputs of
+    the pruned block; the paper: a small number, such as 0.01; at 0 the adapters get no gradient."""
+    gain_windows: int = Field(default=32, ge=1)
+    """Calibration windows that gains are fitted on."""
     agg: Aggregate = "sum"
     """How the distances of a block's linears add up: as they are, or each relative to its norm."""
     init: Initial = "paper"
@@ -95,9 +99,14 @@ class FlexiGpt(Method):
         bases = nearest(block_distances(model, virtual, candidates, by_metric, self.agg))
         evidence.progress("flexigpt", 1, 2)
         tensors = adapters_of_difference(model, bases, ranks, self.init)
-        if self.outputs == "normed":
-            tensors |= gains(model, bases, self.g0)
         smaller = plan.borrow(bases, ranks, self.outputs)
+        if self.outputs == "normed":
+            start = gains(model, bases, 0.0 if self.g0 == "fitted" else self.g0)
+            if self.g0 == "fitted":
+                virtual_model = cut(model, Cut(smaller, inherits, tensors | start))
+                windows = evidence.calibration[: self.gain_windows]
+                start = fit_gains(model, virtual_model, bases, windows)
+            tensors |= start
         self._report(model, smaller, bases, ranks)
         evidence.progress("flexigpt", 2, 2)
         return Cut(smaller, inherits, tensors)
