@@ -39,8 +39,9 @@ def fit_gains(
         block, original = stream.blocks[position], originals[position]
         for name in ("attention_output", "mlp_output"):
             gain = _least_squares_gain(stream, block, original, name)
+            output: Any = block.get_submodule(name)
             with torch.no_grad():
-                block.get_submodule(name).weight.copy_(gain)
+                output.weight.copy_(gain)
             fitted[f"blocks.{position}.{name}.weight"] = gain
     return fitted
 
