@@ -55,9 +55,9 @@ class FlexiGpt(Method):
     Departs from the paper: k follows from the net sparsity of the whole model (the paper gives no
     rule); `allocation` exact gives what k blocks remove too much to the ranks of the adapters
     (paper: one fixed rank); gains start as the least-squares ones on calibration windows unless
-    `g0` is a number, as in the paper; the last block's output is taken before the final norm for block
-    influence. Silent there and chosen here: g0, input norms and biases from the pruned block, one
-    base per block by the sum over its linears.
+    `g0` is a number, as in the paper; the last block's output is taken before the final norm for
+    block influence. Silent there and chosen here: input norms and biases from the pruned block,
+    one base per block by the sum over its linears.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
