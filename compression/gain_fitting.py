@@ -1,6 +1,7 @@
 """Gains of virtual blocks by least squares, so that each comes near to the block it stands for."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +11,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.candidate_loss import mean_loss
 from foldstack.compression.modeling_foldstack import sublayer_ends
 from foldstack.compression.stream import BlockStream
+
+logger = logging.getLogger(__name__)
+
+
+def better_gains(
+    model: PreTrainedModel,
+    smaller: PreTrainedModel,
+    small: Mapping[str, Tensor],
+    windows: Int[Tensor, "windows tokens"],
+) -> dict[str, Tensor]:
+    """The fitted gains, or the small ones that `smaller` has where those give the lower loss.
+
+    Each gain fits its own block; where adapters express little of several blocks in a row, what
+    they make of each other's errors can be worse than a model without them.
+    """
+    with_small = _loss(smaller, windows)
+    positions = sorted({int(name.split(".")[1]) for name in small})
+    fitted = fit_gains(model, smaller, positions, windows)
+    with_fitted = _loss(smaller, windows)
+    logger.info("loss with fitted gains %.4f, with small ones %.4f", with_fitted, with_small)
+    return fitted if with_fitted < with_small else dict(small)
+
+
+def _loss(model: PreTrainedModel, windows: Int[Tensor, "windows tokens"]) -> float:
+    def loss_of(batch: Int[Tensor, " batch"]) -> Tensor:
+        tokens = windows[batch].to(model.device, torch.long)
+        loss: Tensor = model(tokens, labels=tokens, use_cache=False).loss
+        return loss
+
+    return mean_loss(loss_of, len(windows))
 
 
 def fit_gains(

@@ -9,7 +9,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import base_config_of
-from foldstack.compression.gain_fitting import fit_gains
+from foldstack.compression.gain_fitting import better_gains
 from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, size_of_plan
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # The paper's rank at its width of 4096, and in proportion below.
 _WIDTH_PER_RANK = 16
 _LARGEST_DEFAULT_RANK = 256
+# So near to the pruned model that its perplexity is the pruned model's to a few thousandths.
+_SMALL_GAIN = 0.01
 
 
 class FlexiGpt(Method):
@@ -54,10 +56,10 @@ class FlexiGpt(Method):
 
     Departs from the paper: k follows from the net sparsity of the whole model (the paper gives no
     rule); `allocation` exact gives what k blocks remove too much to the ranks of the adapters
-    (paper: one fixed rank); gains start as the least-squares ones on calibration windows unless
-    `g0` is a number, as in the paper; the last block's output is taken before the final norm for
-    block influence. Silent there and chosen here: input norms and biases from the pruned block,
-    one base per block by the sum over its linears.
+    (paper: one fixed rank); gains start as the least-squares ones on calibration windows where
+    those help, unless `g0` is a number, as in the paper; the last block's output is taken before
+    the final norm for block influence. Silent there and chosen here: input norms and biases from
+    the pruned block, one base per block by the sum over its linears.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
@@ -70,7 +72,8 @@ class FlexiGpt(Method):
     """exact: raise the rank until the sparsity is just reached; paper: the rank as it is."""
     g0: Annotated[float, Field(ge=0)] | Literal["fitted"] = "fitted"
     """What the gains of the normed outputs start with. fitted: by least squares to the outputs of
-    the pruned block; the paper: a small number, such as 0.01; at 0 the adapters get no gradient."""
+    the pruned block, or 0.01 where the model is better with that; the paper: a small number; at 0
+    the adapters get no gradient."""
     gain_windows: int = Field(default=32, ge=1)
     """Calibration windows that gains are fitted on."""
     agg: Aggregate = "sum"
@@ -102,11 +105,11 @@ class FlexiGpt(Method):
         tensors = adapters_of_difference(model, bases, ranks, self.init)
         smaller = plan.borrow(bases, ranks, self.outputs)
         if self.outputs == "normed":
-            start = gains(model, bases, 0.0 if self.g0 == "fitted" else self.g0)
+            start = gains(model, bases, _SMALL_GAIN if self.g0 == "fitted" else self.g0)
             if self.g0 == "fitted":
                 virtual_model = cut(model, Cut(smaller, inherits, tensors | start))
                 windows = evidence.calibration[: self.gain_windows]
-                start = fit_gains(model, virtual_model, bases, windows)
+                start = better_gains(model, virtual_model, start, windows)
             tensors |= start
         self._report(model, smaller, bases, ranks)
         evidence.progress("flexigpt", 2, 2)
