@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_FREE = ("ffn", "swiglu")
@@ -38,6 +39,14 @@ ATTENTION_OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj")
 MLP_UP_NAMES = ("mlp.gate_proj", "mlp.up_proj", "fc1", "mlp.c_fc")
 MLP_FUSED_NAMES = ("mlp.gate_up_proj",)
 MLP_DOWN_NAMES = ("mlp.down_proj", "fc2", "mlp.c_proj")
+QKV_NAMES = ("q_proj", "k_proj", "v_proj", *FUSED_QKV_NAMES)
+
+# The norms before attention and before the MLP, by family.
+PRE_NORM_NAMES = (
+    ("input_layernorm", "post_attention_layernorm"),
+    ("self_attn_layer_norm", "final_layer_norm"),
+    ("ln_1", "ln_2"),
+)
 
 
 class FoldstackConfig(PreTrainedConfig):
@@ -85,6 +94,7 @@ class FoldstackConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
+        """Width of what the head reads; in a sliced model the embeddings are narrower."""
         return self.base_config.hidden_size
 
     @property
@@ -240,6 +250,90 @@ class AttentionFreeBlock(nn.Module):
         return self.ffn(hidden_states)
 
 
+class RootMeanSquareNorm(nn.Module):
+    """x / sqrt(sum(x^2) / full_width + eps): the norm of a vector of which some coordinates may be
+    gone. It has no parameters: a gain would not commute with a change of basis."""
+
+    def __init__(self, full_width: int, eps: float) -> None:
+        super().__init__()
+        self.full_width, self.eps = full_width, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = precise.square().sum(-1, keepdim=True) / self.full_width
+        return (precise * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"full_width={self.full_width}, eps={self.eps}"
+
+
+class _Widened(nn.Module):
+    """Zeros up to `full_width`: GPT-2 reshapes what leaves its blocks to what enters them."""
+
+    def __init__(self, full_width: int) -> None:
+        super().__init__()
+        self.full_width = full_width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(x, (0, self.full_width - x.shape[-1]))
+
+
+class SlicedBlock(GradientCheckpointingLayer):
+    """A pre-norm block on a narrower residual stream: h = A x + attention(norm(x)), then
+    B h + mlp(norm(h)).
+
+    Attention and the MLP are the stock modules under their stock names, with narrower linears where
+    they read from the residual stream and write to it. A and B lead from one link's basis to the
+    next one's. Source: SliceGPT, arXiv 2401.15024, section 3.
+    """
+
+    def __init__(self, stock: Any, widths: dict[str, int], full_width: int) -> None:
+        super().__init__()
+        entering, middle, leaving = (widths[n] for n in ("entering", "middle", "leaving"))
+        self.entering = entering
+        for name, child in stock.named_children():
+            self.add_module(name, child)
+        self._attention_name = next(name for name in ATTENTION_NAMES if hasattr(stock, name))
+        self._norm_names = next(names for names in PRE_NORM_NAMES if hasattr(stock, names[0]))
+        for name in self._norm_names:
+            norm = getattr(stock, name)
+            # LayerNorm and the families' RMS norms have different names for it.
+            eps = getattr(norm, "eps", None) or norm.variance_epsilon
+            setattr(self, name, RootMeanSquareNorm(full_width, eps))
+        for names, inputs, outputs in (
+            ([f"{self._attention_name}.{name}" for name in QKV_NAMES], entering, None),
+            ([f"{self._attention_name}.{name}" for name in ATTENTION_OUTPUT_NAMES], None, middle),
+            ((*MLP_UP_NAMES, *MLP_FUSED_NAMES), middle, None),
+            (MLP_DOWN_NAMES, None, leaving),
+        ):
+            for name in names:
+                _resize(self, name, inputs, outputs)
+        self.attention_shortcut = nn.Linear(entering, middle, bias=False)
+        self.mlp_shortcut = nn.Linear(middle, leaving, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # GPT-2 passes these by position, and what only cross-attention reads.
+        kwargs |= dict(zip(("past_key_values", "attention_mask"), args, strict=False))
+        kwargs.pop("encoder_attention_mask", None)
+        hidden_states = hidden_states[..., : self.entering]  # the rest is padding (GPT-2)
+        before_attention, before_mlp = (getattr(self, name) for name in self._norm_names)
+        attention = getattr(self, self._attention_name)
+        attended = attention(hidden_states=before_attention(hidden_states), **kwargs)[0]
+        middle = self.attention_shortcut(hidden_states) + attended
+        return self.mlp_shortcut(middle) + self._mlp_of(before_mlp(middle))
+
+    @property
+    def mlp_norm(self) -> nn.Module:
+        return getattr(self, self._norm_names[1])
+
+    def _mlp_of(self, x: torch.Tensor) -> torch.Tensor:
+        parts: dict[str, Any] = dict(self.named_children())
+        if "mlp" in parts:
+            return parts["mlp"](x)
+        # OPT's is not a module of its own.
+        return parts["fc2"](parts["activation_fn"](parts["fc1"](x)))
+
+
 class NarrowAttention(nn.Module):
     """Causal self-attention with fewer coordinates per head than the stock module it stands for.
 
@@ -387,6 +481,11 @@ def restructure(
             continue
         stored_at = block_plan["weights_of"]
         _narrow(blocks[position], block_plan if stored_at is None else block_plans[stored_at])
+        sliced = block_plan.get("sliced")
+        if sliced is not None:
+            blocks[position] = SlicedBlock(blocks[position], sliced, model.config.hidden_size)
+            if position == 0:
+                _narrow_embeddings(model, blocks, sliced["entering"])
         for module in blocks[position].modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.layer_idx = attention_position  # type: ignore[assignment]  # in the KV cache
@@ -431,17 +530,34 @@ def _narrow(block: nn.Module, block_plan: dict[str, Any]) -> None:
 
 
 def _narrow_mlp_linear(block: nn.Module, name: str, width: int) -> None:
+    if name in MLP_DOWN_NAMES:
+        _resize(block, name, width, None)
+    else:
+        _resize(block, name, None, 2 * width if name in MLP_FUSED_NAMES else width)
+
+
+def _resize(block: nn.Module, name: str, in_features: int | None, out_features: int | None) -> None:
+    """Give a linear of a block another width; None leaves it, and so does another family's name."""
     parent_path, attribute = _split(name)
     parent = getattr(block, parent_path, None) if parent_path else block
     linear: Any = getattr(parent, attribute, None)
-    if linear is None:  # another family's name
+    if linear is None:
         return
-    out_features, in_features = linear_shape(linear)
-    if name in MLP_DOWN_NAMES:
-        in_features = width
-    else:
-        out_features = 2 * width if name in MLP_FUSED_NAMES else width
-    setattr(parent, attribute, _resized(linear, in_features, out_features, linear.bias is not None))
+    outputs, inputs = linear_shape(linear)
+    inputs, outputs = in_features or inputs, out_features or outputs
+    setattr(parent, attribute, _resized(linear, inputs, outputs, linear.bias is not None))
+
+
+def _narrow_embeddings(model: PreTrainedModel, blocks: nn.Module, width: int) -> None:
+    """All tables outside the blocks: tokens, and learned positions where there are any."""
+    inside = set(blocks.modules())
+    base: Any = model.base_model
+    if hasattr(base, "drop"):  # GPT-2's last step before its blocks
+        base.drop = nn.Sequential(base.drop, _Widened(model.config.hidden_size))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module not in inside:
+            module.weight = nn.Parameter(module.weight.new_zeros(module.num_embeddings, width))
+            module.embedding_dim = width
 
 
 def _resized(linear: Any, in_features: int, out_features: int, bias: bool) -> nn.Module:

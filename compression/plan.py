@@ -7,6 +7,7 @@ derive a new plan from the plan of the model that they are given (`keep`, `share
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -51,6 +52,21 @@ class NarrowHeads(_Record):
         return self
 
 
+class Sliced(_Record):
+    """A block of a narrower residual stream: how wide it is before, inside and after the block.
+
+    The basis differs from link to link, so each of the two residual links has a matrix of its own;
+    the norms have no parameters and divide by the base model's width (SliceGPT, 2401.15024).
+    """
+
+    entering: int = Field(ge=1)
+    """Coordinates that attention reads."""
+    middle: int = Field(ge=1)
+    """Coordinates that attention's output is added to, and that the MLP reads."""
+    leaving: int = Field(ge=1)
+    """Coordinates that the MLP's output is added to."""
+
+
 BlockKind = Literal["original", "layer", "ffn", "swiglu"]
 Outputs = Literal["plain", "normed", "scaled"]
 Rank = Annotated[int, Field(ge=1)]
@@ -91,6 +107,8 @@ class BlockPlan(_Record):
     """Inner width of the block's own MLP where it is not the base model's."""
     narrow_heads: NarrowHeads | None = None
     """Widths of the attention heads where they are not the base model's."""
+    sliced: Sliced | None = None
+    """Widths of the residual stream where they are not the base model's."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "BlockPlan":
@@ -104,6 +122,10 @@ class BlockPlan(_Record):
             raise ValueError(f"an {self.kind} block has no shared, factored or narrow linears")
         if attention_free and self.outputs != "plain":
             raise ValueError(f"an {self.kind} block has plain outputs, got {self.outputs}")
+        if self.sliced and (attention_free or self.weights_of is not None):
+            raise ValueError("a sliced block has attention and linears of its own")
+        if self.sliced and self.outputs != "plain":
+            raise ValueError(f"a sliced block has plain outputs, got {self.outputs}")
         if self.adapters and self.weights_of is None:
             raise ValueError("a block has adapters on linears that it borrows, not on its own")
         if self.weights_of is not None and any(self.forms.values()):
@@ -174,6 +196,21 @@ class Plan(_Record):
                     self._check_basis(position, name, form)
         return self
 
+    @model_validator(mode="after")
+    def _residual_widths_meet(self) -> "Plan":
+        widths = [block.sliced for block in self.blocks]
+        if not any(widths):
+            return self
+        for position, (before, after) in enumerate(pairwise(widths), start=1):
+            if before is None or after is None:
+                raise ValueError("either all blocks of a plan are sliced or none is")
+            if before.leaving != after.entering:
+                raise ValueError(
+                    f"position {position} is entered by {after.entering} coordinates, "
+                    f"{before.leaving} leave the block before it"
+                )
+        return self
+
     def _check_owner(self, position: int, owner: int) -> None:
         if not 0 <= owner < len(self.blocks):
             raise ValueError(
@@ -204,9 +241,15 @@ class Plan(_Record):
             and not block.linears
             and block.narrow_heads is None
             and block.outputs == "plain"
+            and block.sliced is None
             for block in self.blocks
         )
         return is_stock and len({block.mlp_width for block in self.blocks}) == 1
+
+    @property
+    def is_sliced(self) -> bool:
+        """True when the residual stream has a basis, and maybe a width, of its own at each link."""
+        return self.blocks[0].sliced is not None
 
     @property
     def removed_blocks(self) -> tuple[int, ...]:
@@ -225,11 +268,14 @@ class Plan(_Record):
         When an owner of shared weights goes, its first surviving borrower becomes the owner.
 
         Raises:
-            InputError: the owner goes, and a block with adapters on its linears stays.
+            InputError: the owner goes, and a block with adapters on its linears stays; or the
+                blocks are sliced, so that a removed one is missed between two bases.
         """
         kept = sorted(set(positions))
         if not kept:
             raise ValueError("a model keeps at least one block")
+        if len(kept) < len(self.blocks):
+            self._refuse_sliced("removed")
         new_position = {old: new for new, old in enumerate(kept)}
         heirs = self._heirs(kept)
         blocks, bases = [], []
@@ -264,6 +310,7 @@ class Plan(_Record):
         The earliest of the group stores the linears, whoever's they were: `owner` only says whose
         tensors they start from, which is the business of the cut.
         """
+        self._refuse_sliced("shared")
         group = sorted({owner, *members})
         for position in group:
             if self.owner(position) != position or not self.blocks[position].has_attention:
@@ -298,6 +345,7 @@ class Plan(_Record):
         Each of them adds adapters of `ranks`, by the linears' names, and treats its sub-layers'
         outputs as `outputs` says; its norms stay its own.
         """
+        self._refuse_sliced("borrowed")
         blocks = list(self.blocks)
         for position, base in bases.items():
             if self.owner(position) != position or not blocks[position].has_attention:
@@ -315,6 +363,7 @@ class Plan(_Record):
         The first occurrence of a position is what it was; every later one uses the linears of the
         first, adds adapters of `ranks` and treats its sub-layers' outputs as `outputs` says.
         """
+        self._refuse_sliced("repeated")
         first = {old: order.index(old) for old in dict.fromkeys(order)}
         if len(first) != len(self.blocks):
             raise ValueError(f"order names {len(first)} of {len(self.blocks)} positions")
@@ -381,6 +430,7 @@ class Plan(_Record):
 
         A layer has the widths of the block at `start`.
         """
+        self._refuse_sliced("replaced")
         if not 0 <= start < stop <= len(self.blocks):
             raise ValueError(f"run {start}..{stop} is not inside 0..{len(self.blocks)}")
         if kind == "original":
@@ -403,6 +453,34 @@ class Plan(_Record):
             )
         blocks[start] = replacement
         return kept._with_blocks(blocks)
+
+    def slice(self, widths: Sequence[Sliced]) -> "Plan":
+        """The plan in which block i works on a residual stream of `widths[i]`."""
+        self._refuse_sliced("sliced again")
+        for position, block in enumerate(self.blocks):
+            if not block.has_attention or block.weights_of is not None or block.outputs != "plain":
+                raise InputError(
+                    f"position {position} cannot be sliced: it is no plain block with linears of "
+                    "its own; slice before sharing, replacing or borrowing"
+                )
+            if block.linears:
+                raise InputError(
+                    f"position {position} has factored linears; slice before factoring"
+                )
+        return self._with_blocks(
+            [
+                block.model_copy(update={"sliced": sliced})
+                for block, sliced in zip(self.blocks, widths, strict=True)
+            ]
+        )
+
+    def _refuse_sliced(self, what: str) -> None:
+        """Neighbours of a sliced block would meet in different bases of the residual stream."""
+        if self.is_sliced:
+            raise InputError(
+                f"the blocks of a sliced model cannot be {what}: each works in a basis of its own; "
+                "do that before slicing"
+            )
 
     def _bases(self, position: int) -> dict[str, _Basis]:
         """For every factored linear stored at `position`: which basis its first factor is."""

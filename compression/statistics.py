@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from foldstack.compression.architectures import Architecture, architecture_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.stream import BlockStream
+from foldstack.compression.surgery import plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -247,11 +248,17 @@ def gather(
     (whole windows); with `folder`, Grams go straight to disk there.
 
     Raises:
-        InputError: a kind is unknown, or hidden states are not finite.
+        InputError: a kind is unknown, hidden states are not finite, or those of two boundaries
+            cannot be compared.
     """
     kinds = frozenset(kinds)
     if unknown := kinds - KINDS:
         raise InputError(f"statistics are {sorted(KINDS)}, got {sorted(unknown)}")
+    if "similarity" in kinds and plan_of(model).is_sliced:
+        raise InputError(
+            "the blocks of a sliced model cannot be compared: what enters and what leaves them is "
+            "in different bases; compare, rank and remove blocks before slicing"
+        )
     architecture = architecture_of(model)
     stream = BlockStream(model, windows, batch_size=batch_size)
     num_compared = min(len(windows), -(-similarity_tokens // windows.shape[1]))

@@ -72,7 +72,9 @@ class BlockStream:
                 hidden = _first_input(model, self.blocks, tokens)
             self.hidden.append(hidden.cpu())
 
-    def call(self, block: nn.Module, hidden: Hidden, position: int | None = None) -> Hidden:
+    def call(
+        self, block: nn.Module, hidden: Hidden, position: int | None = None
+    ) -> Float[Tensor, "batch tokens leaving"]:
         """`block` on some windows' hidden states with the model's own arguments for `position`.
 
         Any number of windows works, also one that no batch has.

@@ -33,7 +33,8 @@ class Cut:
         inherits: per position of `plan`, the position of the input model whose tensors it starts
             from; None when all of the block's tensors are new.
         tensors: the new and changed ones, as "blocks.<position>.<name inside the block>", for
-            example "blocks.3.self_attn.q_proj.first.weight".
+            example "blocks.3.self_attn.q_proj.first.weight"; those outside the blocks by the name
+            that the stock model has for them, for example "model.embed_tokens.weight".
     """
 
     plan: Plan
@@ -62,6 +63,8 @@ def config_for(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     Returns a stock config when `plan` is native, else a FoldstackConfig.
     """
     base = _executed_base(base_config_of(config), plan_of(config), plan)
+    if plan.is_sliced:
+        base.tie_word_embeddings = False  # only the embeddings are narrower
     if plan.is_native:
         width = plan.blocks[0].mlp_width
         if width is not None:
@@ -133,11 +136,12 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
     state, unused = {}, set(change.tensors)
     for name, placeholder in target.state_dict().items():
         place = _place(name, architecture.blocks_path)
-        if place is None:
+        given = name if place is None else place.name
+        if given in change.tensors:
+            unused.discard(given)
+            tensor = change.tensors[given]
+        elif place is None:
             tensor = source.outside_blocks(name)
-        elif place.name in change.tensors:
-            unused.discard(place.name)
-            tensor = change.tensors[place.name]
         else:
             tensor = source.in_block(change.inherits[place.position], place)
         if tensor.shape != placeholder.shape:
