@@ -14,6 +14,7 @@ from foldstack.compression.methods.mka import Mka
 from foldstack.compression.methods.modegpt import MoDeGpt
 from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.sleb import Sleb
+from foldstack.compression.methods.slicegpt import SliceGpt
 from foldstack.compression.methods.stack import Stack
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.compression.methods.uidl import Uidl
@@ -31,6 +32,7 @@ Registered = (
     | Laco
     | Mka
     | BasisSharing
+    | SliceGpt
     | Stack
 )  # fmt: skip
 
