@@ -26,7 +26,7 @@ from foldstack.compression.modeling_foldstack import PRE_NORM_NAMES, SlicedBlock
 from foldstack.compression.stream import BlockStream
 
 Basis = Float64[Tensor, "hidden _"]
-States = Float[Tensor, "batch tokens hidden"]
+States = Float[Tensor, "_ tokens hidden"]
 Choose = Callable[[int, Float64[Tensor, "hidden hidden"]], Basis]
 """The basis of a link, given the second moments of the signal there."""
 

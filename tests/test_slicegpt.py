@@ -12,6 +12,7 @@ from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE, Evidence
 from foldstack.compression.methods.slicegpt import SliceGpt
+from foldstack.compression.methods.stack import Stack
 from foldstack.compression.plan import Plan, Sliced
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.size import count_parameters, size_of, size_of_plan
@@ -212,3 +213,21 @@ def test_the_batch_size_of_windows_does_not_matter(tiny_model: Any, windows: Ten
     torch.testing.assert_close(
         logits(first, windows), logits(second, windows), rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("before", ["shortgpt", "modegpt"])
+def test_it_ends_a_stack(before: str, family: str, tiny_model: Any, windows: Tensor) -> None:
+    model = tiny_model(family)
+    steps = [{"name": before}, {"name": "slicegpt", "round_interval": 1}]
+    stack = Stack(sparsity=0.4, steps=steps)
+    smaller = cut(model, stack.compress(model, evidence(model, windows)))
+    assert plan_of(smaller).is_sliced
+    assert 1 - count_parameters(smaller) / count_parameters(model) >= 0.4 - TOLERANCE
+    assert torch.isfinite(logits(smaller, windows)).all()
+
+
+def test_nothing_follows_it_in_a_stack(tiny_model: Any) -> None:
+    steps = [{"name": "slicegpt"}, {"name": "svd_llm"}]
+    with pytest.raises(InputError, match="slicegpt must be the last step, svd_llm follows it"):
+        Stack(sparsity=0.4, steps=steps).outline(build_on_meta(tiny_model("llama").config))

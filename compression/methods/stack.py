@@ -120,6 +120,8 @@ class Stack(Method):
         for number in range(len(self.steps)):
             method = self._method(number, dense, count_parameters(current))
             if method is not None:
+                if plan_of(current).is_sliced:
+                    raise InputError(f"slicegpt must be the last step, {method.name} follows it")
                 current = build_on_meta(config_for(current.config, method.outline(current)))
         return plan_of(current)
 
@@ -177,8 +179,7 @@ def _as_cut(model: PreTrainedModel) -> Cut:
     path = f"{architecture_of(model).blocks_path}."
     state = stock_of(model).state_dict()
     tensors = {
-        f"blocks.{name.removeprefix(path)}": tensor
+        f"blocks.{name.removeprefix(path)}" if name.startswith(path) else name: tensor
         for name, tensor in state.items()
-        if name.startswith(path)
     }
     return Cut(plan, (None,) * len(plan.blocks), tensors)
