@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from foldstack.compression.architectures import architecture_of
-from foldstack.compression.modeling_foldstack import is_linear
+from foldstack.compression.modeling_foldstack import is_linear, linear_shape
 from foldstack.compression.surgery import plan_of
 
 Survivors = Literal["lora_merge", "none", "full"]
@@ -36,24 +36,46 @@ class FoldingLora(PeftLinear):
         self.fan_in_fan_out = self.is_target_conv_1d_layer = type(base_layer) is Conv1D
         self.has_dropout = isinstance(self.lora_dropout[adapter_name], nn.Dropout)
 
+    @property
+    def weight(self) -> Tensor:
+        """W + s B A as W is stored: what a linear that uses slices of this one takes."""
+        base: Any = self.get_base_layer()
+        if self.merged:
+            merged: Tensor = base.weight
+            return merged
+        with torch.autocast(base.weight.device.type, enabled=False):
+            weight = self._folded(base)
+        return weight.T if self.fan_in_fan_out else weight
+
     def forward(self, x: Tensor, *args: Any, **settings: Any) -> Tensor:
         base: Any = self.get_base_layer()
         if self.merged or self.has_dropout or base.weight.numel() > FOLD_UP_TO:
             result: Tensor = super().forward(x, *args, **settings)
             return result
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self._folded(base)
+        return F.linear(x, weight, base.bias)
+
+    def _folded(self, base: Any) -> Tensor:
+        """W + s B A as (out, in)."""
         first: Any = self.lora_A[_NAME].weight
         second: Any = self.lora_B[_NAME].weight
-        with torch.autocast(x.device.type, enabled=False):
-            weight = base.weight.T if self.fan_in_fan_out else base.weight
-            weight = torch.addmm(weight.to(first), second, first, alpha=self.scaling[_NAME])
-        return F.linear(x, weight, base.bias)
+        weight = base.weight.T if self.fan_in_fan_out else base.weight
+        return torch.addmm(weight.to(first), second, first, alpha=self.scaling[_NAME])
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Full names of the linears stored in the blocks of `model`; one shared by positions is one."""
+    """Full names of the linears stored in the blocks of `model`; one shared by positions is one.
+
+    A linear of which nothing is stored (all its slices are others') is none.
+    """
     blocks = architecture_of(model).blocks(model)
     (path,) = [name for name, module in model.named_modules() if module is blocks]
-    return [f"{path}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
+    return [
+        f"{path}.{name}"
+        for name, module in blocks.named_modules()
+        if is_linear(module) and all(linear_shape(module))
+    ]
 
 
 class Adapters:

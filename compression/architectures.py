@@ -45,7 +45,9 @@ class Architecture:
     def weight(self, module: nn.Module) -> Tensor:
         """The weight as (out, in), also for a Conv1D."""
         weight: Tensor = module.weight  # type: ignore[assignment]
-        return weight.T if type(module).__name__ == "Conv1D" else weight
+        # A linear put together from slices has a weight like those that it is put together from.
+        is_transposed = getattr(module, "is_conv1d", type(module).__name__ == "Conv1D")
+        return weight.T if is_transposed else weight
 
     def stored_weight(self, module: nn.Module, weight: Tensor) -> Tensor:
         """An (out, in) weight as `module` stores it."""

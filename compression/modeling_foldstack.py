@@ -210,6 +210,119 @@ class SublayerOutput(nn.Module):
             self._handle = None
 
 
+class SlicedLinear(nn.Module):
+    """y = W x + b, where some slices of W are stored here and the others at other positions.
+
+    W is put together at each call: memory is saved, arithmetic is not. What is stored is a linear
+    of the stock class, so that it trains and takes adapters like any other.
+    Source of the idea: head-wise shareable attention, arXiv 2402.11819.
+    """
+
+    def __init__(self, dense: Any, form: dict[str, Any]) -> None:
+        super().__init__()
+        self.form = form
+        self.along_out = form["axis"] == "out"
+        self.is_conv1d = type(dense).__name__ == "Conv1D"
+        self.shape = linear_shape(dense)
+        width = self.shape[0 if self.along_out else 1]
+        self.indices = slice_indices(form, width)
+        mine = zip(self.indices, form["slices"], strict=True)
+        self.own = sorted(i for indices, origin in mine if origin is None for i in indices)
+        """What of the whole is stored here, along the axis, in this order."""
+        self.lenders: tuple[Borrowed, ...] = ()
+        self._runs: list[tuple[int, int, int]] = []
+        dense.weight = nn.Parameter(self.own_part("weight", dense.weight.detach()))
+        if dense.bias is not None:
+            dense.bias = nn.Parameter(self.own_part("bias", dense.bias.detach()))
+        names = ("nf", "nx") if self.is_conv1d else ("out_features", "in_features")
+        setattr(dense, names[0 if self.along_out else 1], len(self.own))
+        self.stored: nn.Module = dense
+
+    def own_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What is stored here of the whole weight or bias."""
+        if name == "bias" and not self.along_out:
+            return whole
+        dim = 0 if name == "bias" else self._dim
+        return whole.index_select(
+            dim, torch.tensor(self.own, dtype=torch.long, device=whole.device)
+        )
+
+    @property
+    def _dim(self) -> int:
+        """Dimension of the stored weight that is cut; a Conv1D's is transposed."""
+        return int(self.along_out == self.is_conv1d)
+
+    def connect(self, lenders: dict[int, tuple[Borrowed, list[int]]]) -> None:
+        """Use the slices of these linears: by position, the linear and what it stores."""
+        self.lenders = tuple(lender for lender, _ in lenders.values())
+        stored = [self.own, *(indices for _, indices in lenders.values())]
+        place_in = [{index: place for place, index in enumerate(indices)} for indices in stored]
+        number = {position: 1 + k for k, position in enumerate(lenders)}
+        places = {}
+        for index, (mine, origin) in enumerate(zip(self.indices, self.form["slices"], strict=True)):
+            position, theirs = (None, index) if origin is None else origin
+            holder = 0 if position is None else number[position]
+            for my, their in zip(mine, self.indices[theirs], strict=True):
+                places[my] = holder, place_in[holder][their]
+        self._runs = _runs([places[i] for i in range(len(places))])
+
+    def _whole(self, name: str, dim: int) -> torch.Tensor:
+        tensors = [getattr(linear, name) for linear in (self.stored, *self._lending())]
+        parts = [tensors[k].narrow(dim, start, length) for k, start, length in self._runs]
+        return torch.cat(parts, dim)
+
+    def _lending(self) -> list[nn.Module]:
+        return [lender.target for lender in self.lenders]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole weight, as the stock class stores it."""
+        return self._whole("weight", self._dim)
+
+    @property
+    def bias(self) -> Any:
+        bias = self.stored.bias
+        return bias if bias is None or not self.along_out else self._whole("bias", 0)
+
+    @property
+    def borrowed_weights(self) -> int:
+        """How many of the weights are stored elsewhere."""
+        stored: Any = self.stored.weight
+        return self.shape[0] * self.shape[1] - stored.numel()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        return nn.functional.linear(x, weight.T if self.is_conv1d else weight, self.bias)
+
+
+def slice_indices(form: dict[str, Any], width: int) -> list[list[int]]:
+    """Per slice of a linear, which of its outputs or inputs are in it."""
+    parts = form["parts"] or [width]
+    count = len(form["slices"])
+    if sum(parts) != width or any(part % count for part in parts):
+        raise ValueError(f"{count} equal slices of parts {list(parts)} are not {width} wide")
+    starts = [sum(parts[:number]) for number in range(len(parts))]
+    return [
+        [
+            start + index * (part // count) + offset
+            for start, part in zip(starts, parts, strict=True)
+            for offset in range(part // count)
+        ]
+        for index in range(count)
+    ]
+
+
+def _runs(places: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(holder, place) one after another as (holder, first place, how many)."""
+    runs: list[tuple[int, int, int]] = []
+    for holder, place in places:
+        if runs and runs[-1][0] == holder and sum(runs[-1][1:]) == place:
+            runs[-1] = (holder, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((holder, place, 1))
+    return runs
+
+
 class _Ffn(nn.Module):
     """W2 relu(W1 x + b1) + b2."""
 
@@ -491,9 +604,17 @@ def restructure(
                 module.layer_idx = attention_position  # type: ignore[assignment]  # in the KV cache
         attention_position += 1
         for name, form in block_plan["linears"].items():
-            _factor_linear(blocks, position, name, form)
+            if form.get("kind") == "sliced":
+                parent, attribute = _split(name)
+                holder = blocks[position].get_submodule(parent)
+                setattr(holder, attribute, SlicedLinear(getattr(holder, attribute), form))
+            else:
+                _factor_linear(blocks, position, name, form)
     # An owner may come after its borrowers, so every linear has its form before any is borrowed.
     for position, block_plan in enumerate(block_plans):
+        for name, form in block_plan["linears"].items():
+            if form.get("kind") == "sliced":
+                _connect_slices(blocks, position, name)
         if block_plan["weights_of"] is not None:
             adapters = block_plan.get("adapters", {})
             _borrow_linears(blocks[block_plan["weights_of"]], blocks[position], adapters)
@@ -584,12 +705,33 @@ def _factor_linear(blocks: nn.ModuleList, position: int, name: str, form: dict[s
     setattr(parent, attribute, factored)
 
 
+def _connect_slices(blocks: nn.ModuleList, position: int, name: str) -> None:
+    linear = blocks[position].get_submodule(name)
+    assert isinstance(linear, SlicedLinear)
+    parent_path, attribute = _split(name)
+    lenders = {}
+    for origin in linear.form["slices"]:
+        if origin is None or origin[0] in lenders:
+            continue
+        holder = blocks[origin[0]].get_submodule(parent_path)
+        lender: Any = getattr(holder, attribute)
+        is_sliced = isinstance(lender, SlicedLinear)
+        if lender.shape != linear.shape if is_sliced else linear_shape(lender) != linear.shape:
+            raise ValueError(f"positions {position} and {origin[0]} have other shapes of {name}")
+        if is_sliced:
+            lenders[origin[0]] = Borrowed(lender, "stored"), lender.own
+        else:
+            everything = range(sum(map(len, linear.indices)))
+            lenders[origin[0]] = Borrowed(holder, attribute), list(everything)
+    linear.connect(lenders)
+
+
 def _borrow_linears(owner: nn.Module, borrower: nn.Module, adapters: dict[str, int]) -> None:
     linears = [
         name
         for name, module in owner.named_modules()
-        if isinstance(module, LowRankLinear)
-        or (is_linear(module) and not _inside_low_rank(owner, name))
+        if isinstance(module, (LowRankLinear, SlicedLinear))
+        or (is_linear(module) and not _inside_form(owner, name))
     ]
     assert set(adapters) <= set(linears), f"no linear {sorted(set(adapters) - set(linears))}"
     for name in linears:
@@ -628,8 +770,8 @@ def _change_outputs(block: Any, kind: str, hidden_size: int) -> None:
         mlp.register_forward_hook(block.mlp_output.after)
 
 
-def _inside_low_rank(block: nn.Module, name: str) -> bool:
-    return isinstance(block.get_submodule(_split(name)[0]), LowRankLinear)
+def _inside_form(block: nn.Module, name: str) -> bool:
+    return isinstance(block.get_submodule(_split(name)[0]), (LowRankLinear, SlicedLinear))
 
 
 class FoldstackForCausalLM(PreTrainedModel, GenerationMixin):

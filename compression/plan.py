@@ -3,7 +3,7 @@
 A plan is relative to a base model (a stock Hugging Face decoder). It holds no tensors, survives
 JSON, and is all that `modeling_foldstack.restructure` needs to build the model again. Methods
 derive a new plan from the plan of the model that they are given (`keep`, `share`, `borrow`,
-`repeat`, `factor`, `replace`), which is what makes methods stack.
+`repeat`, `factor`, `share_slices`, `replace`), which is what makes methods stack.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.sliced import Slice, Sliced, settle
 
 
 class _Record(BaseModel):
@@ -72,6 +73,7 @@ Outputs = Literal["plain", "normed", "scaled"]
 Rank = Annotated[int, Field(ge=1)]
 _Basis = tuple[Literal["old", "new"], int]
 """A first factor, told from others by where it was stored before a change or who brings it."""
+Form = LowRank | Sliced
 
 
 # What describes a block's linears, as it is where they are the base model's or another block's.
@@ -91,7 +93,7 @@ class BlockPlan(_Record):
     weights_of: int | None = None
     """Position, before or after it, whose linears this block uses instead of its own; its norms
     stay its own."""
-    linears: dict[str, LowRank] = {}
+    linears: dict[str, Form] = {}
     """Linears that are not dense, by their name inside the block."""
     adapters: dict[str, Rank] = {}
     """Rank of what this block alone adds to a linear that it borrows, by the linear's name:
@@ -167,6 +169,34 @@ def original_block(source: int) -> BlockPlan:
     return BlockPlan(source=source, stands_for=(source,))
 
 
+def _slices_moved(blocks: Sequence[BlockPlan], stored_at: Mapping[int, int]) -> list[BlockPlan]:
+    """The blocks of a new order whose slices still point to the old one, which `stored_at` maps."""
+    old_position = {new: old for old, new in stored_at.items()}
+    moved = list(blocks)
+    for name in sorted({name for block in blocks for name in block.linears}):
+        forms = {
+            position: form
+            for position, block in enumerate(blocks)
+            if isinstance(form := block.linears.get(name), Sliced)
+        }
+        for position, form in settle(forms, old_position, stored_at).items():
+            linears = {n: f for n, f in moved[position].linears.items() if n != name}
+            if form is not None:
+                linears[name] = form
+            moved[position] = moved[position].model_copy(update={"linears": linears})
+    return moved
+
+
+def _renumbered_slices(block: BlockPlan, new_position: Mapping[int, int]) -> dict[str, Form]:
+    """The forms of a block whose plan is put in another order."""
+    return {
+        name: form.with_origins([o and (new_position[o[0]], o[1]) for o in form.slices])
+        if isinstance(form, Sliced)
+        else form
+        for name, form in block.linears.items()
+    }
+
+
 class Plan(_Record):
     """The sequence of executed blocks of a model made from `base_model_type`."""
 
@@ -192,7 +222,9 @@ class Plan(_Record):
             if block.weights_of is not None:
                 self._check_owner(position, block.weights_of)
             for name, form in block.linears.items():
-                if form.basis_of is not None:
+                if isinstance(form, Sliced):
+                    self._check_slices(position, name, form)
+                elif form.basis_of is not None:
                     self._check_basis(position, name, form)
         return self
 
@@ -226,11 +258,31 @@ class Plan(_Record):
                 f"position {position} refers to {form.basis_of}, which does not come before it"
             )
         owner = self.blocks[form.basis_of].linears.get(name)
-        if owner is None or owner.basis_of is not None or owner.rank != form.rank:
+        rank = owner.rank if isinstance(owner, LowRank) and owner.basis_of is None else None
+        if rank != form.rank:
             raise ValueError(
                 f"position {position} shares the basis of {name} with position {form.basis_of}, "
                 f"which does not own one of rank {form.rank}"
             )
+
+    def _check_slices(self, position: int, name: str, form: Sliced) -> None:
+        if self.blocks[position].narrow_heads is not None:
+            raise ValueError(f"position {position} has narrow heads and slices of {name}")
+        for origin in form.slices:
+            if origin is None:
+                continue
+            lender, index = origin
+            self._check_owner(position, lender)
+            lent = self.blocks[lender].linears.get(name)
+            stores_it = 0 <= index < len(form.slices) and (
+                lent is None
+                or (isinstance(lent, Sliced) and lent.same_cut(form) and lent.slices[index] is None)
+            )
+            if lender == position or not stores_it or self.blocks[lender].narrow_heads is not None:
+                raise ValueError(
+                    f"position {position} uses slice {index} of {name} of position {lender}, which "
+                    "does not store one like that"
+                )
 
     @property
     def is_native(self) -> bool:
@@ -256,6 +308,28 @@ class Plan(_Record):
         """Base blocks whose own work nobody does any more, in order."""
         present = {source for block in self.blocks for source in block.stands_for}
         return tuple(source for source in range(self.base_num_blocks) if source not in present)
+
+    @property
+    def lenders(self) -> frozenset[tuple[int, str]]:
+        """Position and name of every linear of which another position uses slices."""
+        return frozenset(
+            (origin[0], name)
+            for block in self.blocks
+            for name, form in block.linears.items()
+            if isinstance(form, Sliced)
+            for origin in form.slices
+            if origin is not None
+        )
+
+    def _refuse_slices(self, positions: Iterable[int], what: str) -> None:
+        """Raises InputError when one of the positions lends slices to another."""
+        lending = {position for position, _ in self.lenders}
+        for position in positions:
+            if position in lending:
+                raise InputError(
+                    f"block {position} cannot {what}: other blocks use attention heads of its; "
+                    "do that before sharing heads"
+                )
 
     def owner(self, position: int) -> int:
         """Position that stores the linears that `position` uses."""
@@ -289,7 +363,8 @@ class Plan(_Record):
             }
             blocks.append(self.blocks[old].model_copy(update=stored))
             bases.append(self._bases(owner))
-        return self._with_blocks(blocks, bases)
+        stored_at = {owner: new_position[heir] for owner, heir in heirs.items()}
+        return self._with_blocks(_slices_moved(blocks, stored_at), bases)
 
     def _heirs(self, kept: Sequence[int]) -> dict[int, int]:
         """Who stores what each owner stored: itself if it stays, else its first borrower."""
@@ -312,6 +387,7 @@ class Plan(_Record):
         """
         self._refuse_sliced("shared")
         group = sorted({owner, *members})
+        self._refuse_slices(group, "share its linears as a whole")
         for position in group:
             if self.owner(position) != position or not self.blocks[position].has_attention:
                 raise ValueError(f"position {position} has no linears of its own to share")
@@ -320,7 +396,7 @@ class Plan(_Record):
                 raise InputError(f"position {position} has narrow heads; share before narrowing")
         forms = self.blocks[owner].forms
         for name, form in self.blocks[owner].linears.items():
-            if form.basis_of is not None and form.basis_of > group[0]:
+            if isinstance(form, LowRank) and (form.basis_of or 0) > group[0]:
                 raise ValueError(
                     f"position {group[0]} cannot use the linears of position {owner}: the basis of "
                     f"{name} is stored at position {form.basis_of}, which comes later"
@@ -347,6 +423,7 @@ class Plan(_Record):
         """
         self._refuse_sliced("borrowed")
         blocks = list(self.blocks)
+        self._refuse_slices(bases, "give up its linears")
         for position, base in bases.items():
             if self.owner(position) != position or not blocks[position].has_attention:
                 raise ValueError(f"position {position} has no linears of its own to give up")
@@ -372,7 +449,9 @@ class Plan(_Record):
             block = self.blocks[old]
             if new == first[old]:
                 weights_of = None if block.weights_of is None else first[block.weights_of]
-                blocks.append(block.model_copy(update={"weights_of": weights_of}))
+                linears = _renumbered_slices(block, first)
+                update = {"weights_of": weights_of, "linears": linears}
+                blocks.append(block.model_copy(update=update))
             elif block.weights_of is not None or not block.has_attention:
                 raise ValueError(f"position {old} has no linears of its own to repeat")
             else:
@@ -395,10 +474,32 @@ class Plan(_Record):
                 raise ValueError(
                     f"position {position} stores no linears; factor its owner's instead"
                 )
+            if (position, name) in self.lenders:
+                self._refuse_slices([position], f"factor {name}")
             linears = {**blocks[position].linears, name: LowRank(rank=rank)}
             blocks[position] = blocks[position].model_copy(update={"linears": linears})
             bases[position][name] = ("new", (basis_of or {}).get((position, name), position))
         return self._with_blocks(blocks, bases)
+
+    def share_slices(self, cuts: Mapping[str, Sliced], donors: Mapping[Slice, Slice]) -> "Plan":
+        """The plan in which each slice in `donors` is its donor's, in every linear of `cuts`.
+
+        `cuts` says by name how a linear is cut. No donor has a donor itself.
+        """
+        blocks = list(self.blocks)
+        for position in sorted({position for position, _ in donors}):
+            linears = dict(blocks[position].linears)
+            for name, cut in cuts.items():
+                form = linears.get(name, cut)
+                if self.owner(position) != position or not isinstance(form, Sliced):
+                    raise ValueError(f"position {position} has no dense {name} of its own to slice")
+                origins = [
+                    donors.get((position, index), origin)
+                    for index, origin in enumerate(form.slices)
+                ]
+                linears[name] = form.with_origins(origins)
+            blocks[position] = blocks[position].model_copy(update={"linears": linears})
+        return self._with_blocks(blocks)
 
     def narrow(
         self,
@@ -407,13 +508,16 @@ class Plan(_Record):
     ) -> "Plan":
         """The plan in which these positions have an MLP of that width, and heads of those."""
         mlp_widths, heads = mlp_widths or {}, heads or {}
+        self._refuse_slices(heads, "have narrower heads")
         blocks = list(self.blocks)
         for position in sorted({*mlp_widths, *heads}):
             block = blocks[position]
             if not block.has_attention or self.owner(position) != position:
                 raise ValueError(f"position {position} stores no linears to narrow")
             if block.linears:
-                raise ValueError(f"position {position} has factored linears; narrow before that")
+                raise ValueError(
+                    f"position {position} has factored or sliced linears; narrow before that"
+                )
             if any(other.adapters and other.weights_of == position for other in blocks):
                 raise ValueError(f"position {position} has borrowers with adapters of its widths")
             update = {
@@ -446,6 +550,7 @@ class Plan(_Record):
             narrow_heads=first.narrow_heads if kind == "layer" else None,
         )
         kept = self.keep([p for p in range(len(self.blocks)) if not start < p < stop])
+        kept._refuse_slices([start], "be replaced")  # what the others of the run lent has moved
         blocks = list(kept.blocks)
         if any(block.weights_of == start for block in blocks):
             raise ValueError(
@@ -487,6 +592,7 @@ class Plan(_Record):
         return {
             name: ("old", position if form.basis_of is None else form.basis_of)
             for name, form in self.blocks[position].linears.items()
+            if isinstance(form, LowRank)
         }
 
     def _all_bases(self) -> list[dict[str, _Basis]]:
@@ -505,8 +611,10 @@ class Plan(_Record):
         holders: dict[tuple[str, _Basis], int] = {}
         settled = []
         for position, block in enumerate(blocks):
-            linears = {}
+            linears = dict(block.linears)
             for name, form in block.linears.items():
+                if isinstance(form, Sliced):
+                    continue
                 holder = holders.setdefault((name, bases[position][name]), position)
                 basis_of = None if holder == position else holder
                 linears[name] = form.model_copy(update={"basis_of": basis_of})

@@ -8,7 +8,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, base_config_of
-from foldstack.compression.modeling_foldstack import Borrowed, is_linear, linear_shape
+from foldstack.compression.modeling_foldstack import (
+    Borrowed,
+    SlicedLinear,
+    is_linear,
+    linear_shape,
+)
 from foldstack.compression.plan import Plan
 from foldstack.compression.surgery import build_on_meta, config_for, plan_of
 
@@ -52,14 +57,13 @@ def size_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Size:
     element_bytes = (dtype or model.dtype).itemsize
     blocks = architecture.blocks(model)
     stored = [m for m in blocks.modules() if is_linear(m)]
-    executed = [linear for block in blocks for linear in _executed_linears(block)]
     head = model.get_output_embeddings()
     parameters = count_parameters(model)
     return Size(
         parameters=parameters,
         block_linear_parameters=sum(map(_num_weights, stored)),
         bytes=parameters * element_bytes,
-        flops_per_token=2 * sum(map(_num_weights, [*executed, head])),
+        flops_per_token=2 * (_num_weights(head) + sum(map(_executed_weights, blocks))),
         kv_bytes_per_token=_kv_elements_per_token(model.config) * element_bytes,
         num_blocks=len(blocks),
     )
@@ -70,15 +74,17 @@ def _num_weights(linear: nn.Module) -> int:
     return out_features * in_features
 
 
-def _executed_linears(block: nn.Module) -> list[nn.Module]:
-    """The linears that one token passes in this block, borrowed ones included."""
-    linears: list[nn.Module] = []
+def _executed_weights(block: nn.Module) -> int:
+    """Weights of the linears that one token passes in this block, borrowed ones included."""
+    weights = 0
     for module in block.modules():
         if isinstance(module, Borrowed):
-            linears += _executed_linears(module.target)
+            weights += _executed_weights(module.target)
+        elif isinstance(module, SlicedLinear):
+            weights += module.borrowed_weights
         elif is_linear(module):
-            linears.append(module)
-    return linears
+            weights += _num_weights(module)
+    return weights
 
 
 def _kv_elements_per_token(config: Any) -> int:
@@ -95,8 +101,11 @@ def _kv_elements_per_token(config: Any) -> int:
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[tuple[int, str], tuple[int, int]]:
-    """(out, in) of every stored linear that a method may factor: (position, name) to shape."""
-    architecture = architecture_of(model)
+    """(out, in) of every stored linear that a method may factor: (position, name) to shape.
+
+    One of which other positions use slices is none of them.
+    """
+    architecture, lenders = architecture_of(model), plan_of(model).lenders
     shapes = {}
     for position, block in enumerate(architecture.blocks(model)):
         for site in architecture.linears:
@@ -104,6 +113,6 @@ def linear_shapes(model: PreTrainedModel) -> dict[tuple[int, str], tuple[int, in
                 module = block.get_submodule(site.name)
             except AttributeError:  # an attention-free replacement has none of the family's linears
                 continue
-            if is_linear(module):
+            if is_linear(module) and (position, site.name) not in lenders:
                 shapes[position, site.name] = linear_shape(module)
     return shapes

@@ -17,8 +17,12 @@ from foldstack.compression.architectures import (
     stock_of,
 )
 from foldstack.compression.errors import InputError
-from foldstack.compression.modeling_foldstack import FoldstackConfig, FoldstackForCausalLM
-from foldstack.compression.plan import Plan
+from foldstack.compression.modeling_foldstack import (
+    FoldstackConfig,
+    FoldstackForCausalLM,
+    SlicedLinear,
+)
+from foldstack.compression.plan import LowRank, Plan
 
 # Config entries that hold one value per block; a survivor keeps its own.
 _PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -144,6 +148,7 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
             tensor = source.outside_blocks(name)
         else:
             tensor = source.in_block(change.inherits[place.position], place)
+            tensor = _own_slices(target, name, tensor)
         if tensor.shape != placeholder.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, its place {tuple(placeholder.shape)}"
@@ -170,6 +175,13 @@ class _Place:
         return f"blocks.{self.position}.{self.inside}"
 
 
+def _own_slices(target: nn.Module, name: str, whole: Tensor) -> Tensor:
+    """Of a linear with slices what it stores itself; of any other all of it."""
+    path, _, attribute = name.rpartition(".")
+    holder = target.get_submodule(path.removesuffix(".stored"))
+    return holder.own_part(attribute, whole) if isinstance(holder, SlicedLinear) else whole
+
+
 def _place(name: str, blocks_path: str) -> _Place | None:
     found = re.match(re.escape(blocks_path) + r"\.(\d+)\.(.+)", name)
     return None if found is None else _Place(int(found[1]), found[2])
@@ -182,6 +194,11 @@ class _Inherited:
         self.plan = plan_of(model)
         self.blocks_path = architecture.blocks_path
         self.tensors = stock_of(model).state_dict()
+        self.sliced = {
+            name: module
+            for name, module in stock_of(model).named_modules()
+            if isinstance(module, SlicedLinear)
+        }
         self.buffers = dict(stock_of(model).named_buffers())
         self.dtype = model.dtype
 
@@ -197,19 +214,28 @@ class _Inherited:
 
     def in_block(self, position: int | None, place: _Place) -> Tensor:
         for holder in () if position is None else self._holders(position, place.inside):
-            tensor = self.tensors.get(f"{self.blocks_path}.{holder}.{place.inside}")
+            inside = place.inside.replace(".stored.", ".")
+            tensor = self._whole(f"{self.blocks_path}.{holder}.{inside}")
             if tensor is not None:
                 return tensor
         raise ValueError(
             f"the change brings no tensor for {place.name}, and there is none to inherit"
         )
 
+    def _whole(self, name: str) -> Tensor | None:
+        """A tensor by its name without slices, put together where it has some."""
+        linear, _, attribute = name.rpartition(".")
+        if linear in self.sliced:
+            whole: Tensor | None = getattr(self.sliced[linear], attribute)
+            return whole
+        return self.tensors.get(name)
+
     def _holders(self, position: int, inside: str) -> Iterator[int]:
         yield position
         owner = self.plan.owner(position)
         yield owner
         form = self.plan.blocks[owner].linears.get(inside.removesuffix(".first.weight"))
-        if form is not None and form.basis_of is not None:
+        if isinstance(form, LowRank) and form.basis_of is not None:
             yield form.basis_of
 
 

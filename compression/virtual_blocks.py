@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import Architecture, architecture_of, base_config_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.modeling_foldstack import LowRankLinear, is_linear, linear_shape
-from foldstack.compression.plan import Plan
+from foldstack.compression.plan import LowRank, Plan
 from foldstack.compression.surgery import plan_of
 
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
@@ -171,7 +171,13 @@ def lenders(model: PreTrainedModel) -> list[int]:
 def borrowable(plan: Plan, positions: Sequence[int]) -> list[int]:
     """Those of `positions` that can give up their linears: plain, and nobody else uses theirs."""
     in_use = {block.weights_of for block in plan.blocks}
-    in_use |= {form.basis_of for block in plan.blocks for form in block.linears.values()}
+    in_use |= {position for position, _ in plan.lenders}
+    in_use |= {
+        form.basis_of
+        for block in plan.blocks
+        for form in block.linears.values()
+        if isinstance(form, LowRank)
+    }
     return [p for p in positions if p not in in_use and plan.blocks[p].outputs == "plain"]
 
 

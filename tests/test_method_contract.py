@@ -43,12 +43,14 @@ QUICK: dict[str, dict[str, Any]] = {
     "flexigpt": {},
     "flexigpt_extend": {},
     "slicegpt": {},
+    "direct_share": {},
 }
 # The same method with a structure that only a portable checkpoint holds.
 VARIANTS: dict[str, dict[str, Any]] = {
     "basis_sharing": {"update": "global", "group_size": 3, "coefficients": "paper"},
     "llm_streamline": {"epochs": 1, "replacement": "ffn"},
     "modegpt": {"allocation": "uniform", "value_subspace": "values", "pair_score": "sum"},
+    "direct_share": {"match": "product"},
     "flexigpt": {"allocation": "paper", "init": "balanced", "agg": "rel"},
     "slicegpt": {"widths": "explained_variance", "round_interval": 1, "orientation": "pca"},
 }
@@ -63,6 +65,8 @@ OUTLINE_SLACK = {"modegpt": TOLERANCE}
 SPARSITY = 0.25
 # Methods that add parameters, and the sparsity that their tests ask for.
 GROWING = {"flexigpt_extend": -0.16}
+# Methods that cannot remove as much, and what theirs ask for.
+MODEST = {"direct_share": 0.1}
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -77,7 +81,7 @@ def shrinking_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def method(method_name: str) -> Method:
-    sparsity = GROWING.get(method_name, SPARSITY)
+    sparsity = (GROWING | MODEST).get(method_name, SPARSITY)
     return METHODS[method_name](sparsity=sparsity, **QUICK[method_name])
 
 
@@ -160,9 +164,10 @@ def test_the_other_structures_of_a_method_hold_too(
     evidence: Callable[[Any], Evidence],
 ) -> None:
     model = tiny_model(family)
-    change = METHODS[name](sparsity=SPARSITY, **VARIANTS[name]).compress(model, evidence(model))
+    sparsity = MODEST.get(name, SPARSITY)
+    change = METHODS[name](sparsity=sparsity, **VARIANTS[name]).compress(model, evidence(model))
     smaller = cut(model, change)
-    assert 1 - count_parameters(smaller) / count_parameters(model) >= SPARSITY - TOLERANCE
+    assert 1 - count_parameters(smaller) / count_parameters(model) >= sparsity - TOLERANCE
     got = logits(smaller, windows)
     torch.testing.assert_close(cached_logits(smaller, windows), got, rtol=1e-4, atol=1e-4)
 

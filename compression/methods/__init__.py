@@ -6,6 +6,7 @@ from pydantic import Field
 
 from foldstack.compression.methods.basis_sharing import BasisSharing
 from foldstack.compression.methods.block_sharing import BlockSharing
+from foldstack.compression.methods.direct_share import DirectShare
 from foldstack.compression.methods.flexigpt import FlexiGpt
 from foldstack.compression.methods.flexigpt_extend import FlexiGptExtend
 from foldstack.compression.methods.laco import Laco
@@ -34,6 +35,7 @@ Registered = (
     | BasisSharing
     | SliceGpt
     | Stack
+    | DirectShare
 )  # fmt: skip
 
 AnyMethod = Annotated[Registered, Field(discriminator="name")]
