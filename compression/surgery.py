@@ -175,6 +175,15 @@ class _Place:
         return f"blocks.{self.position}.{self.inside}"
 
 
+def all_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor of a model as a cut names it."""
+    path = architecture_of(model).blocks_path
+    return {
+        name if (place := _place(name, path)) is None else place.name: tensor
+        for name, tensor in stock_of(model).state_dict().items()
+    }
+
+
 def _own_slices(target: nn.Module, name: str, whole: Tensor) -> Tensor:
     """Of a linear with slices what it stores itself; of any other all of it."""
     path, _, attribute = name.rpartition(".")

@@ -13,6 +13,7 @@ from foldstack.compression.methods.laco import Laco
 from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.methods.mka import Mka
 from foldstack.compression.methods.modegpt import MoDeGpt
+from foldstack.compression.methods.post_share import PostShare
 from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.sleb import Sleb
 from foldstack.compression.methods.slicegpt import SliceGpt
@@ -36,6 +37,7 @@ Registered = (
     | SliceGpt
     | Stack
     | DirectShare
+    | PostShare
 )  # fmt: skip
 
 AnyMethod = Annotated[Registered, Field(discriminator="name")]
