@@ -12,8 +12,8 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldstack.compression.head_slices import Slice
 from foldstack.compression.heads import Heads, HeadSizes, head_sizes, heads_of
-from foldstack.compression.sliced import Slice
 
 Match = Literal["qk", "q", "k", "v", "qkv", "product", "random"]
 

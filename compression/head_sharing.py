@@ -10,25 +10,25 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.head_matching import Match, choose_donors, cosines
+from foldstack.compression.head_slices import HeadSlices, Slice
 from foldstack.compression.heads import head_sizes
 from foldstack.compression.method import Method, smallest_reaching
 from foldstack.compression.plan import Plan
-from foldstack.compression.sliced import Slice, Sliced
 from foldstack.compression.surgery import plan_of
 
 logger = logging.getLogger(__name__)
 
 
-def head_cuts(model: PreTrainedModel) -> dict[str, Sliced]:
+def head_cuts(model: PreTrainedModel) -> dict[str, HeadSlices]:
     """How each linear of a block's attention is cut into groups of heads, by its name."""
     sizes, architecture = head_sizes(model), architecture_of(model)
     own = (None,) * sizes.kv_heads
     reading = [site.name for site in architecture.linears if site.reads == "attention_input"]
     keys = sizes.kv_heads * sizes.head_dim
     fused = (sizes.heads * sizes.head_dim, keys, keys) if len(reading) == 1 else ()
-    cuts = {name: Sliced(axis="out", slices=own, parts=fused) for name in reading}
+    cuts = {name: HeadSlices(axis="out", slices=own, parts=fused) for name in reading}
     (output,) = [s.name for s in architecture.linears if s.reads == "attention_output"]
-    return {**cuts, output: Sliced(axis="in", slices=own)}
+    return {**cuts, output: HeadSlices(axis="in", slices=own)}
 
 
 def groups_of_heads(model: PreTrainedModel) -> list[Slice]:
@@ -40,11 +40,13 @@ def groups_of_heads(model: PreTrainedModel) -> list[Slice]:
         if not block.has_attention or block.weights_of is not None or block.narrow_heads:
             continue
         forms = [block.linears.get(name, cut) for name, cut in cuts.items()]
-        if all(isinstance(form, Sliced) for form in forms):
+        if all(isinstance(form, HeadSlices) for form in forms):
             groups += [
                 (position, index)
                 for index in range(count)
-                if all(isinstance(form, Sliced) and form.slices[index] is None for form in forms)
+                if all(
+                    isinstance(form, HeadSlices) and form.slices[index] is None for form in forms
+                )
             ]
     return groups
 
@@ -121,7 +123,7 @@ def _lending(model: PreTrainedModel) -> set[Slice]:
         origin
         for block in plan_of(model).blocks
         for name in head_cuts(model)
-        if isinstance(form := block.linears.get(name), Sliced)
+        if isinstance(form := block.linears.get(name), HeadSlices)
         for origin in form.slices
         if origin is not None
     }

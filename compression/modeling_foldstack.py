@@ -604,7 +604,7 @@ def restructure(
                 module.layer_idx = attention_position  # type: ignore[assignment]  # in the KV cache
         attention_position += 1
         for name, form in block_plan["linears"].items():
-            if form.get("kind") == "sliced":
+            if form.get("kind") == "head_slices":
                 parent, attribute = _split(name)
                 holder = blocks[position].get_submodule(parent)
                 setattr(holder, attribute, SlicedLinear(getattr(holder, attribute), form))
@@ -613,7 +613,7 @@ def restructure(
     # An owner may come after its borrowers, so every linear has its form before any is borrowed.
     for position, block_plan in enumerate(block_plans):
         for name, form in block_plan["linears"].items():
-            if form.get("kind") == "sliced":
+            if form.get("kind") == "head_slices":
                 _connect_slices(blocks, position, name)
         if block_plan["weights_of"] is not None:
             adapters = block_plan.get("adapters", {})

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.sliced import Slice, Sliced, settle
+from foldstack.compression.head_slices import HeadSlices, Slice, settle
 
 
 class _Record(BaseModel):
@@ -73,7 +73,7 @@ Outputs = Literal["plain", "normed", "scaled"]
 Rank = Annotated[int, Field(ge=1)]
 _Basis = tuple[Literal["old", "new"], int]
 """A first factor, told from others by where it was stored before a change or who brings it."""
-Form = LowRank | Sliced
+Form = LowRank | HeadSlices
 
 
 # What describes a block's linears, as it is where they are the base model's or another block's.
@@ -177,7 +177,7 @@ def _slices_moved(blocks: Sequence[BlockPlan], stored_at: Mapping[int, int]) -> 
         forms = {
             position: form
             for position, block in enumerate(blocks)
-            if isinstance(form := block.linears.get(name), Sliced)
+            if isinstance(form := block.linears.get(name), HeadSlices)
         }
         for position, form in settle(forms, old_position, stored_at).items():
             linears = {n: f for n, f in moved[position].linears.items() if n != name}
@@ -191,7 +191,7 @@ def _renumbered_slices(block: BlockPlan, new_position: Mapping[int, int]) -> dic
     """The forms of a block whose plan is put in another order."""
     return {
         name: form.with_origins([o and (new_position[o[0]], o[1]) for o in form.slices])
-        if isinstance(form, Sliced)
+        if isinstance(form, HeadSlices)
         else form
         for name, form in block.linears.items()
     }
@@ -222,7 +222,7 @@ class Plan(_Record):
             if block.weights_of is not None:
                 self._check_owner(position, block.weights_of)
             for name, form in block.linears.items():
-                if isinstance(form, Sliced):
+                if isinstance(form, HeadSlices):
                     self._check_slices(position, name, form)
                 elif form.basis_of is not None:
                     self._check_basis(position, name, form)
@@ -265,7 +265,7 @@ class Plan(_Record):
                 f"which does not own one of rank {form.rank}"
             )
 
-    def _check_slices(self, position: int, name: str, form: Sliced) -> None:
+    def _check_slices(self, position: int, name: str, form: HeadSlices) -> None:
         if self.blocks[position].narrow_heads is not None:
             raise ValueError(f"position {position} has narrow heads and slices of {name}")
         for origin in form.slices:
@@ -276,7 +276,11 @@ class Plan(_Record):
             lent = self.blocks[lender].linears.get(name)
             stores_it = 0 <= index < len(form.slices) and (
                 lent is None
-                or (isinstance(lent, Sliced) and lent.same_cut(form) and lent.slices[index] is None)
+                or (
+                    isinstance(lent, HeadSlices)
+                    and lent.same_cut(form)
+                    and lent.slices[index] is None
+                )
             )
             if lender == position or not stores_it or self.blocks[lender].narrow_heads is not None:
                 raise ValueError(
@@ -316,7 +320,7 @@ class Plan(_Record):
             (origin[0], name)
             for block in self.blocks
             for name, form in block.linears.items()
-            if isinstance(form, Sliced)
+            if isinstance(form, HeadSlices)
             for origin in form.slices
             if origin is not None
         )
@@ -481,17 +485,19 @@ class Plan(_Record):
             bases[position][name] = ("new", (basis_of or {}).get((position, name), position))
         return self._with_blocks(blocks, bases)
 
-    def share_slices(self, cuts: Mapping[str, Sliced], donors: Mapping[Slice, Slice]) -> "Plan":
+    def share_slices(self, cuts: Mapping[str, HeadSlices], donors: Mapping[Slice, Slice]) -> "Plan":
         """The plan in which each slice in `donors` is its donor's, in every linear of `cuts`.
 
         `cuts` says by name how a linear is cut. No donor has a donor itself.
         """
+        if donors:
+            self._refuse_sliced("shared head by head")
         blocks = list(self.blocks)
         for position in sorted({position for position, _ in donors}):
             linears = dict(blocks[position].linears)
             for name, cut in cuts.items():
                 form = linears.get(name, cut)
-                if self.owner(position) != position or not isinstance(form, Sliced):
+                if self.owner(position) != position or not isinstance(form, HeadSlices):
                     raise ValueError(f"position {position} has no dense {name} of its own to slice")
                 origins = [
                     donors.get((position, index), origin)
@@ -613,7 +619,7 @@ class Plan(_Record):
         for position, block in enumerate(blocks):
             linears = dict(block.linears)
             for name, form in block.linears.items():
-                if isinstance(form, Sliced):
+                if isinstance(form, HeadSlices):
                     continue
                 holder = holders.setdefault((name, bases[position][name]), position)
                 basis_of = None if holder == position else holder

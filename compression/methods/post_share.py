@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.block_training import BatchLoss, Schedule, fit
 from foldstack.compression.head_sharing import HeadSharing, head_cuts
+from foldstack.compression.head_slices import Slice
 from foldstack.compression.method import Evidence, check_evidence
 from foldstack.compression.modeling_foldstack import slice_indices
-from foldstack.compression.sliced import Slice
 from foldstack.compression.surgery import Cut, all_tensors, cut
 
 

@@ -13,7 +13,7 @@ Slice = tuple[int, int]
 """A position, and the index of a slice of its linear."""
 
 
-class Sliced(BaseModel):
+class HeadSlices(BaseModel):
     """A linear y = W x + b cut along one axis into equal slices, some stored at other positions.
 
     Along the outputs, a slice has its part of b with it.
@@ -21,7 +21,7 @@ class Sliced(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    kind: Literal["sliced"] = "sliced"
+    kind: Literal["head_slices"] = "head_slices"
     axis: Literal["out", "in"]
     """Whether a slice is some of the outputs (rows of W) or some of the inputs (columns)."""
     slices: tuple[Slice | None, ...] = Field(min_length=1)
@@ -30,7 +30,7 @@ class Sliced(BaseModel):
     """Widths of what a fused linear computes (queries, keys, values): a slice is the same share of
     each. Empty when the linear is one part."""
 
-    def same_cut(self, other: "Sliced") -> bool:
+    def same_cut(self, other: "HeadSlices") -> bool:
         """True when both are cut in the same way, whoever stores which slice."""
         return (self.axis, self.parts, len(self.slices)) == (
             other.axis,
@@ -45,13 +45,13 @@ class Sliced(BaseModel):
             for index, origin in enumerate(self.slices)
         ]
 
-    def with_origins(self, origins: Sequence[Slice | None]) -> "Sliced":
+    def with_origins(self, origins: Sequence[Slice | None]) -> "HeadSlices":
         return self.model_copy(update={"slices": tuple(origins)})
 
 
 def settle(
-    forms: Mapping[int, Sliced], old_position: Mapping[int, int], stored_at: Mapping[int, int]
-) -> dict[int, Sliced | None]:
+    forms: Mapping[int, HeadSlices], old_position: Mapping[int, int], stored_at: Mapping[int, int]
+) -> dict[int, HeadSlices | None]:
     """The forms of one linear in a new order of positions; None where all slices are own ones.
 
     A slice whose position is gone passes to the first that uses it.
@@ -62,7 +62,7 @@ def settle(
         stored_at: by old position, where what it stored is now; gone ones are missing.
     """
     first_user: dict[Slice, Slice] = {}
-    settled: dict[int, Sliced | None] = {}
+    settled: dict[int, HeadSlices | None] = {}
     for position, form in sorted(forms.items()):
         origins: list[Slice | None] = []
         for index, root in enumerate(form.roots(old_position[position])):

@@ -10,18 +10,21 @@ from transformers import AutoModelForCausalLM
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.head_sharing import head_cuts
+from foldstack.compression.head_slices import HeadSlices
 from foldstack.compression.method import Evidence
 from foldstack.compression.methods import METHODS
 from foldstack.compression.plan import NarrowHeads, Plan
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.recovery import Recovery, recover
 from foldstack.compression.size import count_parameters, linear_shapes, size_of, size_of_plan
-from foldstack.compression.sliced import Sliced
 from foldstack.compression.statistics import KINDS, gather
 from foldstack.compression.surgery import Cut, cut, plan_of
 
 Q, O = "self_attn.q_proj", "self_attn.o_proj"  # noqa: E741
-TWO = {Q: Sliced(axis="out", slices=(None, None)), O: Sliced(axis="in", slices=(None, None))}
+TWO = {
+    Q: HeadSlices(axis="out", slices=(None, None)),
+    O: HeadSlices(axis="in", slices=(None, None)),
+}
 DONORS = {(1, 0): (0, 1), (2, 0): (0, 1), (2, 1): (1, 1), (3, 0): (1, 1), (3, 1): (0, 0)}
 
 
