@@ -18,6 +18,7 @@ from foldstack.compression.method import TOLERANCE, Evidence, Method
 from foldstack.compression.methods import METHODS, AnyMethod
 from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.recovery import Recovery, recover
 from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.statistics import KINDS, gather
 from foldstack.compression.surgery import build_on_meta, cut
@@ -117,6 +118,26 @@ def cached_logits(model: Any, windows: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+NUM_NEW = 4
+
+
+def generated(model: Any, prompt: Tensor) -> list[int]:
+    """What the stock `generate` writes, greedily and without an end."""
+    written = model.generate(
+        prompt, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0
+    )
+    return list(written[0, prompt.shape[1] :].tolist())
+
+
+def greedy(model: Any, prompt: Tensor) -> list[int]:
+    """The same by whole forward passes; id 0 ends a text, which `generate` was told not to do."""
+    tokens = prompt
+    for _ in range(NUM_NEW):
+        best = logits(model, tokens)[:, -1:, 1:].argmax(-1) + 1
+        tokens = torch.cat([tokens, best], dim=1)
+    return list(tokens[0, prompt.shape[1] :].tolist())
+
+
 def test_it_shrinks_reloads_decodes_and_leaves_its_input_alone(
     method: Method,
     architecture: str,
@@ -149,6 +170,7 @@ def test_it_shrinks_reloads_decodes_and_leaves_its_input_alone(
     assert torch.isfinite(got).all()
     assert (got - logits(model, windows)).abs().max() > 1e-3  # the tensors really changed
     torch.testing.assert_close(cached_logits(smaller, windows), got, rtol=1e-4, atol=1e-4)
+    assert generated(smaller, windows[:1, :8]) == greedy(smaller, windows[:1, :8])
 
     smaller.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -171,6 +193,28 @@ def test_the_other_structures_of_a_method_hold_too(
     assert 1 - count_parameters(smaller) / count_parameters(model) >= sparsity - TOLERANCE
     got = logits(smaller, windows)
     torch.testing.assert_close(cached_logits(smaller, windows), got, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+def test_what_it_made_can_be_trained_back(
+    method: Method,
+    family: str,
+    tiny_model: Any,
+    windows: Tensor,
+    evidence: Callable[[Any], Evidence],
+) -> None:
+    """Adapters find the stored weights whatever form they have, and merge without a trace."""
+    model = tiny_model(family)
+    smaller = cut(model, method.compress(model, evidence(model)))
+    before, names = logits(smaller, windows), smaller.state_dict().keys()
+    with torch.no_grad():
+        start = float(smaller(windows, labels=windows).loss)
+    settings = Recovery(steps=8, batch_size=4, learning_rate=1e-2, lora_rank=4)
+    recover(smaller, windows.repeat(8, 1), settings)
+    assert smaller.state_dict().keys() == names
+    assert (logits(smaller, windows) - before).abs().max() > 1e-3
+    with torch.no_grad():
+        assert float(smaller(windows, labels=windows).loss) < start
 
 
 def test_a_bfloat16_model_stays_one(
