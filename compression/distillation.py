@@ -1,6 +1,7 @@
 """Next-token loss and distillation from a teacher, in bounded memory whatever the vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from foldstack.compression.architectures import base_config_of
+from foldstack.compression.architectures import architecture_of, base_config_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.plan import Plan
 
 FIGURES = ("loss", "cross_entropy", "divergence")
 
@@ -93,6 +95,73 @@ def last_hidden_state(
     finally:
         handle.remove()
     return seen[0]
+
+
+@contextmanager
+def block_outputs(model: PreTrainedModel, positions: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside, every call of `model` leaves the outputs of these blocks in the dictionary; that of
+    the last block is the one before the final norm."""
+    blocks = architecture_of(model).blocks(model)
+    seen: dict[int, Tensor] = {}
+
+    def keep(position: int, output: Any) -> None:
+        seen[position] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        blocks[position].register_forward_hook(
+            lambda _block, _inputs, output, position=position: keep(position, output)
+        )
+        for position in positions
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tail_pairs(student: Plan, teacher: Plan, num_blocks: int) -> tuple[tuple[int, int], ...]:
+    """(student position, teacher position) of the last `num_blocks` blocks of the student.
+
+    A block belongs to the teacher's block that does the last of the base blocks that it stands for,
+    the student's last block to the teacher's last one.
+
+    Raises:
+        InputError: the teacher lacks a base block that the student has.
+    """
+    position_of = {
+        source: position
+        for position, block in enumerate(teacher.blocks)
+        for source in block.stands_for
+    }
+    last = len(student.blocks) - 1
+    pairs = []
+    for position in range(max(0, last + 1 - num_blocks), last):
+        source = student.blocks[position].stands_for[-1]
+        if source not in position_of:
+            raise InputError(
+                f"tail distillation needs a teacher that has every block of the student; block "
+                f"{position} of the student is block {source} of the base model, which the "
+                f"teacher of {len(teacher.blocks)} blocks lacks"
+            )
+        pairs.append((position, position_of[source]))
+    return (*pairs, (last, len(teacher.blocks) - 1))
+
+
+def hidden_distance(
+    student: Float[Tensor, "tokens hidden"], teacher: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, ""]:
+    """Mean over tokens of (1 - cos(u, v)) + |u - v|^2 / |v|^2, at least in float32; 0 for u = v.
+
+    FoldGPT's tail-layer distillation (arXiv 2407.00928), reconstructed; taken per token, so that
+    the few tokens with huge hidden states do not hide the others.
+    """
+    u, v = (
+        hidden.to(torch.promote_types(hidden.dtype, torch.float32)) for hidden in (student, teacher)
+    )
+    size = v.square().sum(-1)
+    error = (u - v).square().sum(-1) / size.clamp_min(torch.finfo(v.dtype).eps * size.mean())
+    return (1 - F.cosine_similarity(u, v, dim=-1) + error).mean()
 
 
 @dataclass(frozen=True)

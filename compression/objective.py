@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +12,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from foldstack.compression.distillation import FIGURES as BLEND_FIGURES
 from foldstack.compression.distillation import (
-    FIGURES,
     Blend,
     Head,
     Reference,
+    block_outputs,
     head_of,
+    hidden_distance,
     last_hidden_state,
 )
+
+FIGURES = (*BLEND_FIGURES, "tail_distance")
 
 
 class _Float32Attention(TorchFunctionMode):
@@ -49,6 +54,18 @@ def _in_float32(argument: Any) -> Any:
     return argument.float() if is_half else argument
 
 
+@dataclass(frozen=True)
+class Tail:
+    """Adds weight * mean over pairs of `hidden_distance` to the loss (FoldGPT, arXiv 2407.00928).
+
+    Args:
+        pairs: positions in the student and in the teacher whose outputs are to agree.
+    """
+
+    weight: float
+    pairs: tuple[tuple[int, int], ...]
+
+
 class Objective(nn.Module):
     """Token windows to the loss of the student, beside a teacher that is not part of the module."""
 
@@ -59,6 +76,7 @@ class Objective(nn.Module):
         blend: Blend,
         teacher: PreTrainedModel | None = None,
         autocast_to: torch.dtype | None = None,
+        tail: Tail | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -67,22 +85,42 @@ class Objective(nn.Module):
         self._teacher = None if teacher is None else (teacher, head_of(teacher))
         self._blend = blend
         self._autocast_to = autocast_to
+        self._tail = tail
 
     def forward(
         self, tokens: Int[Tensor, "batch tokens"], use_teacher: bool = True
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "3"]]:
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "4"]]:
         """The loss to minimise, and the values of FIGURES."""
         targets = tokens[:, 1:].reshape(-1)
         dtype = self._autocast_to
+        pairs = () if self._tail is None or not use_teacher else self._tail.pairs
         with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not None):
-            with self._attention(tokens):
+            with (
+                self._attention(tokens),
+                block_outputs(self.student, [own for own, _ in pairs]) as outputs,
+            ):
                 hidden = _predicting(last_hidden_state(self.student, tokens))
             if self._teacher is None or not use_teacher:
-                return self._blend(hidden, targets, self._head)
+                loss, figures = self._blend(hidden, targets, self._head)
+                return loss, F.pad(figures, (0, 1))
             teacher, teacher_head = self._teacher
-            with torch.no_grad():
-                reference = _predicting(last_hidden_state(teacher, tokens))
-            return self._blend(hidden, targets, self._head, Reference(reference, teacher_head))
+            with (
+                torch.no_grad(),
+                block_outputs(teacher, [its for _, its in pairs]) as teacher_outputs,
+            ):
+                seen = Reference(_predicting(last_hidden_state(teacher, tokens)), teacher_head)
+            reference = seen if self._blend.distillation else None
+            loss, figures = self._blend(hidden, targets, self._head, reference)
+            if self._tail is None:
+                return loss, F.pad(figures, (0, 1))
+            distances = [
+                hidden_distance(_predicting(outputs[own]), _predicting(teacher_outputs[its]))
+                for own, its in pairs
+            ]
+            distance = torch.stack(distances).mean()
+            loss = loss + self._tail.weight * distance
+            figures = torch.cat([loss.detach()[None], figures[1:], distance.detach()[None]])
+            return loss, figures
 
     def _attention(self, tokens: Tensor) -> AbstractContextManager[object]:
         needs_it = self._autocast_to is not None and tokens.device.type == "cpu"

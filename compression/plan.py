@@ -383,8 +383,10 @@ class Plan(_Record):
             heirs.setdefault(owner, owner if owner in kept else old)
         return heirs
 
-    def share(self, owner: int, members: Iterable[int]) -> "Plan":
+    def share(self, owner: int, members: Iterable[int], outputs: Outputs = "plain") -> "Plan":
         """The plan in which `members` use the linears of `owner`; their norms stay their own.
+
+        Where `outputs` is not plain, all of the group treat their sub-layers' outputs as it says.
 
         The earliest of the group stores the linears, whoever's they were: `owner` only says whose
         tensors they start from, which is the business of the cut.
@@ -406,12 +408,14 @@ class Plan(_Record):
                     f"{name} is stored at position {form.basis_of}, which comes later"
                 )
         blocks, bases = list(self.blocks), self._all_bases()
+        changed = {} if outputs == "plain" else {"outputs": outputs}
         for position in group:
             is_first = position == group[0]
             blocks[position] = blocks[position].model_copy(
                 update={
                     "weights_of": None if is_first else group[0],
                     **(forms if is_first else _NO_FORMS),
+                    **changed,
                 }
             )
         bases[group[0]] = self._bases(owner)

@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldstack.compression.architectures import base_config_of
 from foldstack.compression.digest import digest_json
-from foldstack.compression.distillation import FIGURES, Blend, head_of
+from foldstack.compression.distillation import Blend, head_of, tail_pairs
 from foldstack.compression.errors import InputError
-from foldstack.compression.objective import Objective, mean_loss
+from foldstack.compression.objective import FIGURES, Objective, Tail, mean_loss
 from foldstack.compression.surgery import plan_of
 from foldstack.compression.training_loop import (
     Checkpoints,
@@ -50,7 +51,8 @@ class Recovery(BaseModel):
     block that borrows from it and is merged into it at the end.
 
     Sources: LoRA, arXiv 2106.09685, equation 3; distillation, arXiv 1503.02531, section 2; virtual
-    blocks, arXiv 2501.14713, section 4.1 and appendix A.
+    blocks, arXiv 2501.14713, section 4.1 and appendix A; distillation of the tail, FoldGPT, arXiv
+    2407.00928.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -91,12 +93,22 @@ class Recovery(BaseModel):
     """Weight of the divergence from the teacher; the next-token loss has the rest."""
     temperature: float = Field(default=1.0, gt=0)
     """Both distributions are softened by it in the divergence."""
+    tail_distillation: float = Field(default=0.0, ge=0)
+    """Weight of the distance to the teacher's hidden states after the last blocks, added to the
+    loss; the paper's form of FoldGPT wants 1."""
+    tail_blocks: int = Field(default=4, ge=1)
+    """Number of last blocks whose outputs are compared, each with that of its block in the teacher,
+    the last with the teacher's last."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast; auto takes it where the hardware multiplies bfloat16 faster."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between two checkpoints."""
     seed: int = 0
     """Of the adapters' start, the order of the windows and the dropout."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distillation > 0 or self.tail_distillation > 0
 
     @property
     def schedule(self) -> Schedule:
@@ -116,7 +128,7 @@ class RecoveryResult:
     """A recovered model, and how it came about.
 
     Args:
-        history: one row per optimizer step: step, loss, cross_entropy, divergence,
+        history: one row per optimizer step: step, loss, cross_entropy, divergence, tail_distance,
             learning_rate_fraction, gradient_norm.
         tokens: tokens trained on.
         seconds: spent in steps, those before an interruption included.
@@ -172,7 +184,7 @@ def recover(
     with _ONE_AT_A_TIME, _random_numbers(settings.seed):
         accelerator = _accelerator(settings)
         model.to(accelerator.device)
-        if settings.distillation == 0:
+        if not settings.needs_teacher:
             teacher = None
         if teacher is not None:
             teacher.to(accelerator.device).eval()
@@ -209,7 +221,7 @@ def _recover(
     batch_size = settings.batch_size
     try:
         blend = Blend(settings.distillation, settings.temperature)
-        objective = Objective(model, head, blend, teacher, dtype)
+        objective = Objective(model, head, blend, teacher, dtype, _tail(model, teacher, settings))
         before = None if validation is None else mean_loss(objective, validation, batch_size)
         training = Training(
             objective=accelerator.prepare(objective),
@@ -236,6 +248,15 @@ def _recover(
     result = RecoveryResult(model, history, tokens, seconds, before, after)
     logger.log(logging.WARNING if result.is_worse else logging.INFO, result.summary)
     return result
+
+
+def _tail(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Recovery
+) -> Tail | None:
+    if teacher is None or settings.tail_distillation == 0:
+        return None
+    pairs = tail_pairs(plan_of(model), plan_of(teacher), settings.tail_blocks)
+    return Tail(settings.tail_distillation, pairs)
 
 
 def autocast_dtype(
@@ -332,10 +353,29 @@ def _check(
         raise InputError(
             f"distillation {settings.distillation} needs a teacher; give one or set distillation: 0"
         )
+    if settings.tail_distillation > 0:
+        _check_tail(model, settings, teacher)
     if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
         raise InputError(
             "teacher and student must share a tokenizer; their vocabularies have "
             f"{teacher.config.vocab_size} and {model.config.vocab_size} tokens"
+        )
+
+
+def _check_tail(
+    model: PreTrainedModel, settings: Recovery, teacher: PreTrainedModel | None
+) -> None:
+    if teacher is None:
+        raise InputError(
+            f"tail_distillation {settings.tail_distillation} needs a teacher; give one or set "
+            "tail_distillation: 0"
+        )
+    sizes = [base_config_of(each.config).hidden_size for each in (teacher, model)]
+    bases = [plan_of(each).base_num_blocks for each in (teacher, model)]
+    if sizes[0] != sizes[1] or bases[0] != bases[1]:
+        raise InputError(
+            "tail_distillation compares hidden states of one base model; teacher and student have "
+            f"hidden sizes {sizes[0]} and {sizes[1]} and come from {bases[0]} and {bases[1]} blocks"
         )
 
 

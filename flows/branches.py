@@ -243,7 +243,7 @@ class _BranchBuilder:
             compressed=compressed,
             windows=self.recovery_windows.artifact(self.store),
             settings=settings,
-            teacher=self.model if settings.distillation else None,
+            teacher=self.model if settings.needs_teacher else None,
             dtype=self.config.model.dtype,
             execution=self.execution,
             name=variant.label,

@@ -181,7 +181,7 @@ def _flops(
             schedule, windows = config.recovery, config.recovery.windows
             tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
             tokens *= windows.window_tokens
-            teacher = dense if schedule.distillation else 0
+            teacher = dense if schedule.needs_teacher else 0
             return float(tokens) * (TRAINING_FACTOR * mine + teacher)
         case "evaluate_model":
             return float(mine) * calibration

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.group_sharing import best_windows, window_score
 from foldstack.compression.method import Evidence
-from foldstack.compression.methods.block_sharing import (
-    BlockSharing,
-    best_windows,
-    window_score,
-)
+from foldstack.compression.methods.block_sharing import BlockSharing
 from foldstack.compression.ranking import Ranking, rank_blocks
 from foldstack.compression.size import count_parameters, size_of, size_of_plan
 from foldstack.compression.statistics import gather

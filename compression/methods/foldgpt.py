@@ -1,0 +1,127 @@
+"""FoldGPT-style removal and sharing: blocks whose gates close go, neighbours of the rest share."""
+
+import logging
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.gates import GateTraining, overlap, train_gates
+from foldstack.compression.group_sharing import GroupSharing
+from foldstack.compression.method import (
+    TOLERANCE,
+    Evidence,
+    check_evidence,
+    smallest_reaching,
+    unreachable,
+)
+from foldstack.compression.plan import Plan
+from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.statistics import gather
+from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of
+
+logger = logging.getLogger(__name__)
+
+
+class FoldGpt(GroupSharing):
+    """Remove the blocks whose trained gates close, then let groups of the others share weights.
+
+    FoldGPT (Liu et al. 2024, arXiv 2407.00928), reconstructed: its formulas are not public, so this
+    is FoldGPT-style and its numbers are not FoldGPT's. First, a gate per block is trained together
+    with all others until as many are closed as blocks must go (see `gates`); those go, whole. Then
+    groups of neighbours among what is left use one set of linear weights (see `GroupSharing`), the
+    kept gates weighing one of the candidate means. Removal saves parameters, computation and KV
+    cache, sharing saves parameters alone.
+
+    n is the smallest number of blocks that holds `removal_portion` of what must go, and larger
+    where sharing among the others cannot reach the rest; the smallest number of groups follows.
+
+    Departs from the paper: training of weights comes after (recovery is its own stage, its
+    `tail_distillation` is the paper's); every block counts the same in the gates' budget.
+    """
+
+    name: Literal["foldgpt"] = "foldgpt"
+    removal_portion: float = Field(default=0.5, ge=0, le=1)
+    """Fraction of what is removed that goes as whole blocks, at least; sharing takes the rest. 1:
+    only removal; 0: only sharing."""
+    gate_runs: int = Field(default=1, ge=1)
+    """Trainings of the gates with seeds of their own, whose gates are averaged."""
+    gates: GateTraining = GateTraining()
+    """How the gates train."""
+
+    def outline(self, model: PreTrainedModel) -> Plan:
+        # Which blocks go is not known yet: the deepest ones stand in.
+        deepest = tuple(reversed(range(len(plan_of(model).blocks))))
+        pruned = self._pruned(model, deepest[: self._num_removed(model, deepest)])
+        sharing = self._sharing(model, pruned)
+        return plan_of(pruned) if sharing is None else sharing.sharing_outline(pruned)
+
+    def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
+        check_evidence(model, evidence)
+        num_blocks = len(plan_of(model).blocks)
+        deepest = tuple(reversed(range(num_blocks)))
+        count = self._num_removed(model, deepest)
+        gates = self._gates(model, evidence, count)
+        order = sorted(range(num_blocks), key=lambda position: (gates[position], position))
+        if count:  # counted again: blocks of a model that was cut before differ in size
+            count = self._num_removed(model, order)
+        survivors = tuple(sorted(order[count:]))
+        self._tell(evidence, order[:count])
+        pruning = Cut(plan_of(model).keep(survivors), survivors)
+        sharing = self._sharing(model, self._pruned(model, order[:count]))
+        if sharing is None:
+            return pruning
+        pruned = cut(model, pruning) if count else model
+        if count:
+            statistics = gather(pruned, evidence.calibration, self.needs)
+            evidence = replace(evidence, statistics=statistics, ranking=rank_blocks(statistics))
+        shared = sharing.share_groups(pruned, evidence, [gates[old] for old in survivors])
+        return Cut(shared.plan, survivors, shared.tensors)
+
+    def _num_removed(self, model: PreTrainedModel, order: Sequence[int]) -> int:
+        """How many of `order` go, so that sharing among the others reaches the sparsity."""
+        self.stretches(model)  # refuses settings that make no groups
+        if self.removal_portion == 0:
+            return 0
+        plan, most = plan_of(model), len(order) - 1
+
+        def without(count: int) -> Plan:
+            return plan.keep(order[count:])
+
+        what = f"{most} of {len(order)} blocks"
+        farthest = 1 - size_of_plan(model.config, without(most)).parameters / count_parameters(
+            model
+        )
+        if farthest < self.sparsity - TOLERANCE:
+            raise InputError(unreachable(self, farthest, what))
+        part = self.model_copy(update={"sparsity": self.sparsity * self.removal_portion})
+        least = smallest_reaching(part, model, without, most, what)
+        return next(n for n in range(least, len(order)) if self._reaches(model, order[:n]))
+
+    def _reaches(self, model: PreTrainedModel, gone: Sequence[int]) -> bool:
+        pruned = self._pruned(model, gone)
+        sharing = self._sharing(model, pruned)
+        if sharing is None:
+            return True
+        if self.removal_portion == 1:
+            return False
+        try:
+            sharing.sharing_outline(pruned)
+        except InputError:
+            return False
+        return True
+
+    def _sharing(self, model: PreTrainedModel, pruned: PreTrainedModel) -> "FoldGpt | None":
+        """This method for what is left to remove of `pruned`; None if nothing is."""
+        left = count_parameters(pruned)
+        rest = 1 - count_parameters(model) * (1 - self.sparsity) / left
+        return self.model_copy(update={"sparsity": rest}) if rest > TOLERANCE else None
+
+    def _pruned(self, model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
+        """The model without these blocks, on the meta device."""
+        plan = plan_of(model)
+        kept = plan.keep(p for p in range(len(plan.blocks)) if p not in gone)
+        return build_on_meta(config_for(model.config, kept))
