@@ -4,69 +4,128 @@ With x^(i) the input of block i and f_i the block, its residual adds included,
 
     x^(i+1) = x^(i) + g_i (f_i(x^(i)) - x^(i)),     g_i = t_i^2 / (t_i^2 + eps)
 
-so g = 1 is the model and g_i = 0 the model without block i. All t are trained together on
+so that g = 1 is the model, and g_i = 0 the model without block i. All t train together, and nothing
+else does, to lower
 
-    next-token loss + price * e + penalty / 2 * e^2,     e = sum of g - (blocks to keep)
+    next-token loss + pull * sum of g_i (1 - g_i)     with sum of g = number of blocks to keep
 
-and nothing else is: what a gate costs is seen with the others partly closed, which scores of single
-blocks cannot see. The price rises by dual_rate * e a step. eps stays until the budget is met, then
-falls geometrically, which drives the gates to 0 and 1.
+What a gate costs is thus seen with the others partly closed, which scores of single blocks cannot
+see. The pull, 0 at first, grows until every gate is at 0 or at 1.
 
-Block gates, joint training and the budget: FoldGPT (Liu et al. 2024, arXiv 2407.00928), whose
-formulas are not public; the polarised form is that of GDP (Guo et al. 2021, arXiv 2109.02220).
+Block gates trained together, polarisation and a budget: FoldGPT (Liu et al. 2024, arXiv
+2407.00928), whose formulas are not public; the polarised form: GDP (Guo et al. 2021, arXiv
+2109.02220).
+
+What this adds, because gates that follow a penalised budget by Adam found no good set:
+- eps is not a schedule: each step solves it for the budget, which then holds exactly. Falling by
+  itself, eps opens every gate and polarises nothing, and a price on open gates swings.
+- To shrink all blocks alike costs next to nothing, since what follows them is a norm: only
+  differences between gates tell. The gradient with respect to the gates is taken per window, and
+  that of the open model on the same window is subtracted and its mean over all windows added (a
+  control variate), which takes out 0.97 of the variance at the start.
 """
 
+import hashlib
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.candidate_loss import windows_of
+from foldstack.compression.digest import digest_json
 from foldstack.compression.distillation import Blend, head_of
+from foldstack.compression.errors import InputError
 from foldstack.compression.objective import Objective
+from foldstack.compression.training_loop import Checkpoints, History, Schedule
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[str, int, int], None]
+
+_BETAS = (0.9, 0.99)
+_CHECKPOINT_EVERY = 10
+# Bounds of log(t^2 / eps) between which the budget is solved for: gates of 1e-13.
+_FARTHEST = 30.0
+_HALVINGS = 60
+
 
 class GateTraining(BaseModel):
+    """How long and how fast block gates train."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    steps: int = 100
-    batch_tokens: int = 1024
-    learning_rate: float = 0.05
-    eps_start: float = 0.1
-    eps_end: float = 1e-4
-    hold: float = 0.5
-    dual_rate: float = 0.05
-    penalty: float = 0.1
-    polarisation: Literal["anneal", "prox"] = "anneal"
-    betas: tuple[float, float] = (0.9, 0.99)
-    seed: int = 0
+    steps: int = Field(default=100, ge=1)
+    """Optimizer steps of one training."""
+    tokens: int = Field(default=16_384, ge=1)
+    """Calibration tokens to train on, in whole windows from the first one."""
+    batch_tokens: int = Field(default=1_024, ge=1)
+    """Tokens per step, in whole windows."""
+    learning_rate: float = Field(default=0.15, gt=0)
+    """Of log t^2, by Adam."""
+    hold: float = Field(default=0.25, ge=0, lt=1)
+    """Fraction of the steps without pull."""
+    first_pull: float = Field(default=1.0, gt=0)
+    """Pull after that, times the size of the loss's gradient with respect to a gate."""
+    last_pull: float = Field(default=200.0, gt=0)
+    """Pull at nine tenths of the steps, to which it rises geometrically."""
+
+    def pull(self, step: int) -> float:
+        """Of step `step`, counted from 0, in units of the gradient."""
+        done = step / self.steps
+        if done < self.hold:
+            return 0.0
+        rise = min(1.0, (done - self.hold) / max(0.9 - self.hold, 1e-9))
+        return self.first_pull * (self.last_pull / self.first_pull) ** rise
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a training of gates ended with.
+
+    Args:
+        values: mean gate of each block over the last tenth of the steps.
+        history: one row per step: step, loss, pull.
+    """
+
+    values: tuple[float, ...]
+    history: History
+
+    def order(self) -> tuple[int, ...]:
+        """The blocks from the most to the least removable; ties go to the earlier block."""
+        return tuple(sorted(range(len(self.values)), key=lambda block: (self.values[block], block)))
 
 
 @contextmanager
-def gated(model: nn.Module, gates: Callable[[], Float[Tensor, " blocks"]]) -> Iterator[None]:
-    """Inside, block i puts out x + g_i (f_i(x) - x); exactly f_i(x) at 1 and exactly x at 0."""
+def gated(model: nn.Module, gates: Float[Tensor, "*windows blocks"]) -> Iterator[None]:
+    """Inside, block i puts out x + g_i (f_i(x) - x): exactly f_i(x) at 1 and exactly x at 0.
+
+    Nothing in `model` changes. Gates may differ between the windows of a batch. Not for decoding
+    from a cache, which a closed block would still fill.
+    """
+    blocks = architecture_of(model).blocks(model)
+    assert gates.shape[-1] == len(blocks), f"{gates.shape[-1]} gates for {len(blocks)} blocks"
 
     def hook_of(position: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def mix(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            mixed = torch.lerp(before, after, gates()[position].to(after.dtype))
+            gate = gates[..., position, None, None].to(after)
+            mixed = torch.lerp(before, after, gate)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
-        return hook
+        return mix
 
-    blocks = architecture_of(model).blocks(model)
     handles = [
         block.register_forward_hook(hook_of(position), with_kwargs=True)
         for position, block in enumerate(blocks)
@@ -78,55 +137,199 @@ def gated(model: nn.Module, gates: Callable[[], Float[Tensor, " blocks"]]) -> It
             handle.remove()
 
 
-def train_gates(model, windows, num_removed, s: GateTraining, log=None):
-    L = len(architecture_of(model).blocks(model))
-    keep = L - num_removed
-    flags = {p: p.requires_grad for p in model.parameters()}
-    for p in flags:
-        p.requires_grad_(False)
-    t = torch.ones(L, requires_grad=True)
-    opt = torch.optim.Adam([t], lr=s.learning_rate, betas=s.betas)
-    obj = Objective(model, head_of(model), Blend(0.0))
-    price = 0.0
-    eps = s.eps_start
-    hist = []
-    gen = torch.Generator().manual_seed(s.seed)
-    per = max(1, s.batch_tokens // windows.shape[1])
-    order = torch.randperm(len(windows), generator=gen).tolist()
-    met_at = None
-    for step in range(s.steps):
-        if met_at is None and step >= s.hold * s.steps:
-            met_at = step
-        if met_at is not None:
-            frac = (step - met_at) / max(1, s.steps * 0.9 - 1 - met_at)
-            eps = s.eps_start * (s.eps_end / s.eps_start) ** min(1, frac)
-        if len(order) < per:
-            order = order + torch.randperm(len(windows), generator=gen).tolist()
-        idx, order = order[:per], order[per:]
-        g = t**2 / (t**2 + eps)
-        with gated(model, lambda: g):
-            ce, _ = obj(windows[idx])
-        e = g.sum() - keep
-        loss = ce + price * e + s.penalty / 2 * e**2
-        opt.zero_grad()
-        loss.backward()
-        cost = None
-        for gr in opt.param_groups:
-            gr["lr"] = s.learning_rate * (math.sqrt(eps / s.eps_start)) ** 0.5
-        opt.step()
-        with torch.no_grad():
-            t.clamp_(0.1 * math.sqrt(eps), 1.0)
-        price = max(0.0, price + s.dual_rate * float(e.detach()))
-        if met_at is None and float(e.detach()) <= 0.1:
-            met_at = step
-        hist.append(g.detach().clone())
-        if log and (step % log == 0 or step == s.steps - 1):
-            print(
-                step,
-                f"ce {float(ce):.3f} e {float(e):.2f} price {price:.2f} eps {eps:.1e}",
-                " ".join(f"{v:.2f}" for v in g.tolist()),
-                flush=True,
+def gates_of(log_t2: Float[Tensor, " blocks"], num_kept: int) -> Float[Tensor, " blocks"]:
+    """t^2 / (t^2 + eps), with the eps for which the gates add up to `num_kept`."""
+    low, high = (float(edge) for edge in (log_t2.min() - _FARTHEST, log_t2.max() + _FARTHEST))
+    for _ in range(_HALVINGS):  # the larger eps is, the smaller is the sum
+        log_eps = (low + high) / 2
+        if float(torch.sigmoid(log_t2 - log_eps).sum()) > num_kept:
+            low = log_eps
+        else:
+            high = log_eps
+    return torch.sigmoid(log_t2 - log_eps)
+
+
+def along_budget(
+    gates: Float[Tensor, " blocks"], gradient: Float[Tensor, " blocks"]
+) -> Float[Tensor, " blocks"]:
+    """The gradient with respect to log t^2 of what has this gradient with respect to the gates.
+
+    eps follows t so that the sum of the gates stays: with w = g (1 - g), dg_i = w_i (dlog t_i^2 -
+    dlog eps), and dlog eps is the mean of dlog t^2 weighted by w.
+    """
+    weight = gates * (1 - gates)
+    total = weight.sum().clamp_min(torch.finfo(gates.dtype).tiny)
+    return weight * (gradient - (weight * gradient).sum() / total)
+
+
+def train_gates(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows tokens"],
+    num_kept: int,
+    settings: GateTraining,
+    *,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Gates:
+    """Train the gates of `model` until `num_kept` of them are open; `model` stays as it is.
+
+    Deterministic given the seed, which decides the order of the windows. With `work`, a folder, a
+    killed run continues there. Memory grows with batch_tokens: the activations of all blocks.
+
+    Raises:
+        InputError: there is no block to remove or none to keep, or the loss is not finite.
+    """
+    num_blocks = len(architecture_of(model).blocks(model))
+    if not 0 < num_kept < num_blocks:
+        raise InputError(f"gates keep 1 to {num_blocks - 1} of {num_blocks} blocks, got {num_kept}")
+    windows = windows_of(windows, settings.tokens)
+    run = _Run(model, windows, num_kept, settings, seed, work)
+    with _frozen(model):
+        run.open_gradients(progress)
+        while run.step < settings.steps:
+            run.take_step()
+            if progress is not None:
+                progress("train gates", run.step, settings.steps)
+    last = run.gates[-math.ceil(settings.steps / 10) :]
+    return Gates(tuple(torch.stack(last).mean(0).tolist()), run.history)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class _Run:
+    """A training's state, in memory and on disk."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        num_kept: int,
+        settings: GateTraining,
+        seed: int,
+        work: Path | None,
+    ) -> None:
+        self.model, self.windows, self.num_kept, self.settings = model, windows, num_kept, settings
+        self.objective = Objective(model, head_of(model), Blend(0.0))
+        batch = min(len(windows), max(1, settings.batch_tokens // windows.shape[1]))
+        self.schedule = Schedule(
+            steps=settings.steps,
+            batch_size=batch,
+            gradient_accumulation=1,
+            warmup_fraction=0.0,
+            min_fraction=1.0,
+            max_grad_norm=1.0,
+            seed=seed,
+        )
+        num_blocks = len(architecture_of(model).blocks(model))
+        self.log_t2, self.mean, self.square = torch.zeros(3, num_blocks, dtype=torch.float64)
+        self.open = torch.empty(0, num_blocks, dtype=torch.float64)
+        self.sizes: list[float] = []
+        self.gates: list[Tensor] = []
+        self.history: History = []
+        self.checkpoints = None
+        if work is not None:
+            key = _key(model, windows, num_kept, settings, seed)
+            self.checkpoints = Checkpoints(work, digest_json(key), every=_CHECKPOINT_EVERY)
+            self._resume()
+
+    @property
+    def step(self) -> int:
+        return len(self.history)
+
+    def open_gradients(self, progress: Progress | None) -> None:
+        """The gradient of every window's loss at the open gates, unless a killed run had it."""
+        if len(self.open):
+            return
+        indices = torch.arange(len(self.windows)).split(self.schedule.batch_size)
+        ones = torch.ones_like(self.log_t2)
+        parts = []
+        for number, batch in enumerate(indices, start=1):
+            parts.append(self._gradients(batch, ones)[1])
+            if progress is not None:
+                progress("gradients of open gates", number, len(indices))
+        self.open = torch.cat(parts)
+
+    def take_step(self) -> None:
+        """One step of Adam on log t^2, and a checkpoint when one is due."""
+        settings, step = self.settings, self.step
+        (batch,) = self.schedule.windows_of(step, len(self.windows))
+        gates = gates_of(self.log_t2, self.num_kept)
+        loss, gradients = self._gradients(batch, gates)
+        gradient = (gradients - self.open[batch]).mean(0) + self.open.mean(0)
+        if step <= settings.hold * settings.steps:
+            self.sizes.append(float((gradient - gradient.median()).abs().median()))
+        pull = settings.pull(step) * sum(self.sizes) / len(self.sizes)
+        slope = along_budget(gates, gradient + pull * (1 - 2 * gates))
+        self.mean.lerp_(slope, 1 - _BETAS[0])
+        self.square.lerp_(slope**2, 1 - _BETAS[1])
+        mean, square = (
+            moment / (1 - beta ** (step + 1))
+            for moment, beta in zip((self.mean, self.square), _BETAS, strict=True)
+        )
+        tiny = torch.finfo(square.dtype).tiny
+        self.log_t2 -= settings.learning_rate * mean / (square.sqrt() + tiny)
+        self.gates.append(gates)
+        self.history.append({"step": step + 1, "loss": loss, "pull": pull})
+        self._save()
+
+    def _gradients(self, batch: Tensor, gates: Tensor) -> tuple[float, Tensor]:
+        """The mean loss, and every window's gradient with respect to its gates, in float64."""
+        tokens = self.windows[batch].to(self.model.device, torch.long)
+        of_windows = gates.float().expand(len(batch), -1).to(tokens.device)
+        of_windows = of_windows.clone().requires_grad_(True)
+        with gated(self.model, of_windows):
+            loss, _ = self.objective(tokens)
+        (gradients,) = torch.autograd.grad(loss, of_windows)
+        if not (torch.isfinite(loss) and torch.isfinite(gradients).all()):
+            raise InputError(
+                f"the loss of the gated model must be finite, got {float(loss.detach())} at step "
+                f"{self.step + 1}; use a model in float32 or bfloat16"
             )
-    for p, f in flags.items():
-        p.requires_grad_(f)
-    return torch.stack(hist)
+        return float(loss.detach()), len(batch) * gradients.double().cpu()
+
+    def _save(self) -> None:
+        if self.checkpoints is None or self.step % self.checkpoints.every:
+            return
+        tensors = {
+            "log_t2": self.log_t2,
+            "mean": self.mean,
+            "square": self.square,
+            "open": self.open,
+            "gates": torch.stack(self.gates),
+        }
+        self.checkpoints.write(tensors, self.history, sizes=self.sizes)
+
+    def _resume(self) -> None:
+        saved = None if self.checkpoints is None else self.checkpoints.newest()
+        if saved is None:
+            return
+        self.log_t2, self.mean, self.square, self.open = (
+            saved.tensors[name] for name in ("log_t2", "mean", "square", "open")
+        )
+        self.gates = list(saved.tensors["gates"])
+        self.history, self.sizes = saved.record["history"], saved.record["sizes"]
+
+
+def _key(
+    model: PreTrainedModel, windows: Tensor, num_kept: int, settings: GateTraining, seed: int
+) -> list[Any]:
+    """Tells runs apart: the settings, the data, and the model by a sum per parameter."""
+    sums = {name: float(p.detach().double().sum()) for name, p in model.named_parameters()}
+    content = hashlib.sha256(windows.to(torch.int64).cpu().numpy().tobytes()).hexdigest()
+    return [settings.model_dump(mode="json"), seed, num_kept, content, sums]
+
+
+def mean_jaccard(sets: Sequence[frozenset[int]]) -> float:
+    """Mean over pairs of |a and b| / |a or b|: how much the sets agree; 1 for fewer than two."""
+    agreements = [len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2)]
+    return sum(agreements) / len(agreements) if agreements else 1.0

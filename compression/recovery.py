@@ -20,6 +20,7 @@ from foldstack.compression.digest import digest_json
 from foldstack.compression.distillation import Blend, head_of, tail_pairs
 from foldstack.compression.errors import InputError
 from foldstack.compression.objective import FIGURES, Objective, Tail, mean_loss
+from foldstack.compression.plan import Plan
 from foldstack.compression.surgery import plan_of
 from foldstack.compression.training_loop import (
     Checkpoints,
@@ -167,6 +168,7 @@ def recover(
     settings: Recovery,
     *,
     teacher: PreTrainedModel | None = None,
+    plan: Plan | None = None,
     validation: Int[Tensor, "validation_windows validation_tokens"] | None = None,
     work: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -175,12 +177,14 @@ def recover(
 
     The model keeps its class and its tensors' names. With `work`, checkpoints go there, and a run
     of the same model, data and settings goes on from the newest. On an exception the model is as
-    it came. Runs in one process wait for each other.
+    it came. Runs in one process wait for each other. `plan` says which base blocks are left, which
+    a stock model without them cannot say by itself; without it that is `plan_of(model)`.
 
     Raises:
         InputError: the loss is no longer finite, or settings, data and models do not fit together.
     """
     _check(model, windows, settings, teacher)
+    tail = _tail(plan or plan_of(model), model, settings, teacher)
     with _ONE_AT_A_TIME, _random_numbers(settings.seed):
         accelerator = _accelerator(settings)
         model.to(accelerator.device)
@@ -188,7 +192,9 @@ def recover(
             teacher = None
         if teacher is not None:
             teacher.to(accelerator.device).eval()
-        return _recover(model, windows, settings, teacher, validation, work, progress, accelerator)
+        return _recover(
+            model, windows, settings, teacher, tail, validation, work, progress, accelerator
+        )
 
 
 def _recover(
@@ -196,6 +202,7 @@ def _recover(
     windows: Tensor,
     settings: Recovery,
     teacher: PreTrainedModel | None,
+    tail: Tail | None,
     validation: Tensor | None,
     work: Path | None,
     progress: Callable[[str, int, int], None] | None,
@@ -206,7 +213,7 @@ def _recover(
     dtype = autocast_dtype(settings.precision, accelerator.device)
     checkpoints = None
     if work is not None:
-        digest = _digest(model, windows, settings, teacher, dtype)
+        digest = _digest(model, windows, settings, teacher, tail, dtype)
         checkpoints = Checkpoints(work, digest, settings.checkpoint_every)
     head = head_of(model)
     adapters = Adapters(
@@ -221,7 +228,7 @@ def _recover(
     batch_size = settings.batch_size
     try:
         blend = Blend(settings.distillation, settings.temperature)
-        objective = Objective(model, head, blend, teacher, dtype, _tail(model, teacher, settings))
+        objective = Objective(model, head, blend, teacher, dtype, tail)
         before = None if validation is None else mean_loss(objective, validation, batch_size)
         training = Training(
             objective=accelerator.prepare(objective),
@@ -251,11 +258,23 @@ def _recover(
 
 
 def _tail(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Recovery
+    plan: Plan, model: PreTrainedModel, settings: Recovery, teacher: PreTrainedModel | None
 ) -> Tail | None:
-    if teacher is None or settings.tail_distillation == 0:
+    if settings.tail_distillation == 0:
         return None
-    pairs = tail_pairs(plan_of(model), plan_of(teacher), settings.tail_blocks)
+    if teacher is None:
+        raise InputError(
+            f"tail_distillation {settings.tail_distillation} needs a teacher; give one or set "
+            "tail_distillation: 0"
+        )
+    sizes = [base_config_of(each.config).hidden_size for each in (teacher, model)]
+    bases = [each.base_num_blocks for each in (plan_of(teacher), plan)]
+    if sizes[0] != sizes[1] or bases[0] != bases[1]:
+        raise InputError(
+            "tail_distillation compares hidden states of one base model; teacher and student have "
+            f"hidden sizes {sizes[0]} and {sizes[1]} and come from {bases[0]} and {bases[1]} blocks"
+        )
+    pairs = tail_pairs(plan, plan_of(teacher), settings.tail_blocks)
     return Tail(settings.tail_distillation, pairs)
 
 
@@ -353,29 +372,10 @@ def _check(
         raise InputError(
             f"distillation {settings.distillation} needs a teacher; give one or set distillation: 0"
         )
-    if settings.tail_distillation > 0:
-        _check_tail(model, settings, teacher)
     if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
         raise InputError(
             "teacher and student must share a tokenizer; their vocabularies have "
             f"{teacher.config.vocab_size} and {model.config.vocab_size} tokens"
-        )
-
-
-def _check_tail(
-    model: PreTrainedModel, settings: Recovery, teacher: PreTrainedModel | None
-) -> None:
-    if teacher is None:
-        raise InputError(
-            f"tail_distillation {settings.tail_distillation} needs a teacher; give one or set "
-            "tail_distillation: 0"
-        )
-    sizes = [base_config_of(each.config).hidden_size for each in (teacher, model)]
-    bases = [plan_of(each).base_num_blocks for each in (teacher, model)]
-    if sizes[0] != sizes[1] or bases[0] != bases[1]:
-        raise InputError(
-            "tail_distillation compares hidden states of one base model; teacher and student have "
-            f"hidden sizes {sizes[0]} and {sizes[1]} and come from {bases[0]} and {bases[1]} blocks"
         )
 
 
@@ -384,6 +384,7 @@ def _digest(
     windows: Tensor,
     settings: Recovery,
     teacher: PreTrainedModel | None,
+    tail: Tail | None,
     dtype: torch.dtype | None,
 ) -> str:
     """Of all that the outcome depends on, the weights represented by some values of each tensor."""
@@ -391,6 +392,7 @@ def _digest(
         {
             "settings": settings.model_dump(mode="json", exclude={"checkpoint_every", "precision"}),
             "autocast": str(dtype),
+            "tail": None if tail is None else tail.pairs,
             "windows": hashlib.sha256(windows.to(torch.int64).cpu().numpy().tobytes()).hexdigest(),
             "model": _sample(model),
             "teacher": None if teacher is None else _sample(teacher),

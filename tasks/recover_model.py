@@ -56,13 +56,14 @@ class RecoverModel(ComputedStage):
         model = open_model(self.compressed, self.dtype, self.execution)
         teacher = open_model(self.teacher, self.dtype, self.execution) if self.teacher else None
         windows = Windows.load(self.windows.open()).tokens
-        result = recover(
-            model, windows, self.settings, teacher=teacher, work=work, progress=progress
-        )
         out, source = folder / MODEL_FOLDER, model_folder(self.compressed)
+        plan = load_plan(source)
+        result = recover(
+            model, windows, self.settings, teacher=teacher, plan=plan, work=work, progress=progress
+        )
         recovered = result.model.cpu().eval()
         size = size_of(recovered)
-        grade = save_model(recovered, out, tokenizer_from=source, plan=load_plan(source))
+        grade = save_model(recovered, out, tokenizer_from=source, plan=plan)
         card = load_facts(self.compressed.folder / CARD_FILE)
         card = card.then(f"Trained back: {self.settings!r}", **{self.stage: self.fingerprint})
         save_facts(folder / CARD_FILE, card)

@@ -29,6 +29,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "svd_llm": {"update": "closed_form"},
     "llm_streamline": {"epochs": 1, "replacement": "layer"},
     "block_sharing": {"keep_head": 1, "keep_tail": 0, "leader_windows": 2},
+    "foldgpt": {"keep_head": 1, "keep_tail": 0, "leader_windows": 2, "gates": {"steps": 10}},
     "modegpt": {},
     "sleb": {},
     "uidl": {},
@@ -50,6 +51,7 @@ QUICK: dict[str, dict[str, Any]] = {
 # The same method with a structure that only a portable checkpoint holds.
 VARIANTS: dict[str, dict[str, Any]] = {
     "basis_sharing": {"update": "global", "group_size": 3, "coefficients": "paper"},
+    "foldgpt": {"removal_portion": 0, "keep_head": 0, "keep_tail": 0, "scale_outputs": True},
     "llm_streamline": {"epochs": 1, "replacement": "ffn"},
     "modegpt": {"allocation": "uniform", "value_subspace": "values", "pair_score": "sum"},
     "direct_share": {"match": "product"},

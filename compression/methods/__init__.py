@@ -9,6 +9,7 @@ from foldstack.compression.methods.block_sharing import BlockSharing
 from foldstack.compression.methods.direct_share import DirectShare
 from foldstack.compression.methods.flexigpt import FlexiGpt
 from foldstack.compression.methods.flexigpt_extend import FlexiGptExtend
+from foldstack.compression.methods.foldgpt import FoldGpt
 from foldstack.compression.methods.laco import Laco
 from foldstack.compression.methods.llm_streamline import LlmStreamline
 from foldstack.compression.methods.mka import Mka
@@ -27,6 +28,7 @@ Registered = (
     | LlmStreamline
     | MoDeGpt
     | BlockSharing
+    | FoldGpt
     | FlexiGpt
     | FlexiGptExtend
     | Sleb

@@ -1,6 +1,7 @@
 """FoldGPT-style removal and sharing: blocks whose gates close go, neighbours of the rest share."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.gates import GateTraining, overlap, train_gates
+from foldstack.compression.gates import GateTraining, mean_jaccard, train_gates
 from foldstack.compression.group_sharing import GroupSharing
 from foldstack.compression.method import (
     TOLERANCE,
@@ -62,24 +63,73 @@ class FoldGpt(GroupSharing):
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         num_blocks = len(plan_of(model).blocks)
-        deepest = tuple(reversed(range(num_blocks)))
-        count = self._num_removed(model, deepest)
+        count = self._num_removed(model, tuple(reversed(range(num_blocks))))
         gates = self._gates(model, evidence, count)
         order = sorted(range(num_blocks), key=lambda position: (gates[position], position))
         if count:  # counted again: blocks of a model that was cut before differ in size
             count = self._num_removed(model, order)
         survivors = tuple(sorted(order[count:]))
-        self._tell(evidence, order[:count])
         pruning = Cut(plan_of(model).keep(survivors), survivors)
         sharing = self._sharing(model, self._pruned(model, order[:count]))
         if sharing is None:
-            return pruning
-        pruned = cut(model, pruning) if count else model
-        if count:
-            statistics = gather(pruned, evidence.calibration, self.needs)
-            evidence = replace(evidence, statistics=statistics, ranking=rank_blocks(statistics))
-        shared = sharing.share_groups(pruned, evidence, [gates[old] for old in survivors])
-        return Cut(shared.plan, survivors, shared.tensors)
+            change = pruning
+        else:
+            shared = sharing._share_after(model, pruning, evidence, gates)
+            change = Cut(shared.plan, survivors, shared.tensors)
+        self._tell(model, evidence, order[:count], change)
+        return change
+
+    def _share_after(
+        self, model: PreTrainedModel, pruning: Cut, evidence: Evidence, gates: Sequence[float]
+    ) -> Cut:
+        """Share among the blocks that `pruning` leaves; their statistics are gathered anew."""
+        survivors = [position for position in pruning.inherits if position is not None]
+        importance = [gates[position] for position in survivors]
+        if len(survivors) == len(gates):
+            return self.share_groups(model, evidence, importance)
+        pruned = cut(model, pruning)
+        statistics = gather(pruned, evidence.calibration, self.needs, progress=evidence.progress)
+        evidence = replace(evidence, statistics=statistics, ranking=rank_blocks(statistics))
+        return self.share_groups(pruned, evidence, importance)
+
+    def _gates(self, model: PreTrainedModel, evidence: Evidence, count: int) -> list[float]:
+        """The gate of every block, a mean over the runs; block influence where no block goes."""
+        if count == 0:
+            return list(evidence.ranking.scores["block_influence"])
+        num_blocks = len(plan_of(model).blocks)
+        runs = [
+            train_gates(
+                model,
+                evidence.calibration,
+                num_blocks - count,
+                self.gates,
+                seed=self.seed * self.gate_runs + run,
+                work=None if evidence.work is None else evidence.work / f"gates-{run}",
+                progress=evidence.progress,
+            )
+            for run in range(self.gate_runs)
+        ]
+        if self.gate_runs > 1:
+            agreement = mean_jaccard([frozenset(run.order()[:count]) for run in runs])
+            logger.info("mean Jaccard index of the runs' removed blocks: %.2f", agreement)
+        means = [sum(values) / len(runs) for values in zip(*(r.values for r in runs), strict=True)]
+        logger.info("gates: %s", " ".join(f"{value:.3f}" for value in means))
+        return means
+
+    def _tell(
+        self, model: PreTrainedModel, evidence: Evidence, gone: Sequence[int], change: Cut
+    ) -> None:
+        """Both cuts apart, in what is stored and in depth, and what block influence says."""
+        dense = count_parameters(model)
+        removed = 1 - count_parameters(self._pruned(model, gone)) / dense
+        stored = 1 - size_of_plan(model.config, change.plan).parameters / dense
+        by_influence = set(evidence.ranking.order()[: len(gone)])
+        logger.info(
+            "foldgpt removes blocks %s (%.1f%% of the parameters, %d of %d blocks; %d of them are "
+            "among the %d of least block influence) and shares away %.1f%%",
+            sorted(gone), 100 * removed, len(gone), len(plan_of(model).blocks),
+            len(by_influence & set(gone)), len(gone), 100 * (stored - removed),
+        )  # fmt: skip
 
     def _num_removed(self, model: PreTrainedModel, order: Sequence[int]) -> int:
         """How many of `order` go, so that sharing among the others reaches the sparsity."""
