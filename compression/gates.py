@@ -19,10 +19,13 @@ Block gates trained together, polarisation and a budget: FoldGPT (Liu et al. 202
 What this adds, because gates that follow a penalised budget by Adam found no good set:
 - eps is not a schedule: each step solves it for the budget, which then holds exactly. Falling by
   itself, eps opens every gate and polarises nothing, and a price on open gates swings.
+- A block that is cheap to close by half may be dear to close: relaxed gates rank it wrongly. At
+  first every window therefore has gates of its own, with logistic noise added to log t^2, most of
+  which are near 0 or 1; the noise fades while the pull grows.
 - To shrink all blocks alike costs next to nothing, since what follows them is a norm: only
   differences between gates tell. The gradient with respect to the gates is taken per window, and
   that of the open model on the same window is subtracted and its mean over all windows added (a
-  control variate), which takes out 0.97 of the variance at the start.
+  control variate), which without noise takes out 0.97 of the variance at the start.
 """
 
 import hashlib
@@ -47,7 +50,7 @@ from foldstack.compression.digest import digest_json
 from foldstack.compression.distillation import Blend, head_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.objective import Objective
-from foldstack.compression.training_loop import Checkpoints, History, Schedule
+from foldstack.compression.training_loop import Checkpoints, History, Schedule, derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ class GateTraining(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=80, ge=1)
     """Optimizer steps of one training."""
     tokens: int = Field(default=16_384, ge=1)
     """Calibration tokens to train on, in whole windows from the first one."""
@@ -79,6 +82,12 @@ class GateTraining(BaseModel):
     """Pull after that, times the size of the loss's gradient with respect to a gate."""
     last_pull: float = Field(default=200.0, gt=0)
     """Pull at nine tenths of the steps, to which it rises geometrically."""
+    noise: float = Field(default=3.0, ge=0)
+    """Scale of the noise on log t^2 in the first half of the steps; it is gone at nine tenths."""
+
+    def noise_at(self, step: int) -> float:
+        """Scale of the noise in step `step`, counted from 0."""
+        return self.noise * max(0.0, min(1.0, (0.9 - step / self.steps) / 0.4))
 
     def pull(self, step: int) -> float:
         """Of step `step`, counted from 0, in units of the gradient."""
@@ -137,29 +146,30 @@ def gated(model: nn.Module, gates: Float[Tensor, "*windows blocks"]) -> Iterator
             handle.remove()
 
 
-def gates_of(log_t2: Float[Tensor, " blocks"], num_kept: int) -> Float[Tensor, " blocks"]:
-    """t^2 / (t^2 + eps), with the eps for which the gates add up to `num_kept`."""
-    low, high = (float(edge) for edge in (log_t2.min() - _FARTHEST, log_t2.max() + _FARTHEST))
+def gates_of(
+    log_t2: Float[Tensor, "*windows blocks"], num_kept: int
+) -> Float[Tensor, "*windows blocks"]:
+    """t^2 / (t^2 + eps), with the eps of each window for which its gates add up to `num_kept`."""
+    low = log_t2.amin(-1, keepdim=True) - _FARTHEST
+    high = log_t2.amax(-1, keepdim=True) + _FARTHEST
     for _ in range(_HALVINGS):  # the larger eps is, the smaller is the sum
         log_eps = (low + high) / 2
-        if float(torch.sigmoid(log_t2 - log_eps).sum()) > num_kept:
-            low = log_eps
-        else:
-            high = log_eps
+        is_over = torch.sigmoid(log_t2 - log_eps).sum(-1, keepdim=True) > num_kept
+        low, high = torch.where(is_over, log_eps, low), torch.where(is_over, high, log_eps)
     return torch.sigmoid(log_t2 - log_eps)
 
 
 def along_budget(
-    gates: Float[Tensor, " blocks"], gradient: Float[Tensor, " blocks"]
-) -> Float[Tensor, " blocks"]:
+    gates: Float[Tensor, "*windows blocks"], gradient: Float[Tensor, "*windows blocks"]
+) -> Float[Tensor, "*windows blocks"]:
     """The gradient with respect to log t^2 of what has this gradient with respect to the gates.
 
     eps follows t so that the sum of the gates stays: with w = g (1 - g), dg_i = w_i (dlog t_i^2 -
     dlog eps), and dlog eps is the mean of dlog t^2 weighted by w.
     """
     weight = gates * (1 - gates)
-    total = weight.sum().clamp_min(torch.finfo(gates.dtype).tiny)
-    return weight * (gradient - (weight * gradient).sum() / total)
+    total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    return weight * (gradient - (weight * gradient).sum(-1, keepdim=True) / total)
 
 
 def train_gates(
@@ -263,13 +273,14 @@ class _Run:
         """One step of Adam on log t^2, and a checkpoint when one is due."""
         settings, step = self.settings, self.step
         (batch,) = self.schedule.windows_of(step, len(self.windows))
-        gates = gates_of(self.log_t2, self.num_kept)
+        gates = gates_of(self.log_t2 + self._noise(len(batch)), self.num_kept)
         loss, gradients = self._gradients(batch, gates)
-        gradient = (gradients - self.open[batch]).mean(0) + self.open.mean(0)
+        gradients = gradients - self.open[batch] + self.open.mean(0)
         if step <= settings.hold * settings.steps:
-            self.sizes.append(float((gradient - gradient.median()).abs().median()))
+            mean = gradients.mean(0)
+            self.sizes.append(float((mean - mean.median()).abs().median()))
         pull = settings.pull(step) * sum(self.sizes) / len(self.sizes)
-        slope = along_budget(gates, gradient + pull * (1 - 2 * gates))
+        slope = along_budget(gates, gradients + pull * (1 - 2 * gates)).mean(0)
         self.mean.lerp_(slope, 1 - _BETAS[0])
         self.square.lerp_(slope**2, 1 - _BETAS[1])
         mean, square = (
@@ -278,9 +289,17 @@ class _Run:
         )
         tiny = torch.finfo(square.dtype).tiny
         self.log_t2 -= settings.learning_rate * mean / (square.sqrt() + tiny)
-        self.gates.append(gates)
+        self.gates.append(gates_of(self.log_t2, self.num_kept))
         self.history.append({"step": step + 1, "loss": loss, "pull": pull})
         self._save()
+
+    def _noise(self, num_windows: int) -> Tensor:
+        """Logistic noise, the same for the same seed and step."""
+        seed = derived_seed(self.schedule.seed, "gates", self.step)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (num_windows, len(self.log_t2))
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return self.settings.noise_at(self.step) * torch.logit(uniform, eps=1e-4)
 
     def _gradients(self, batch: Tensor, gates: Tensor) -> tuple[float, Tensor]:
         """The mean loss, and every window's gradient with respect to its gates, in float64."""

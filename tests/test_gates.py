@@ -234,6 +234,11 @@ def test_a_model_without_a_finite_loss_is_refused(
         train_gates(model, windows, 3, QUICK)
 
 
+def test_the_noise_is_gone_before_the_end() -> None:
+    schedule = GateTraining(steps=10, noise=2)
+    assert [schedule.noise_at(step) for step in (0, 5, 7, 9)] == pytest.approx([2, 2, 1, 0])
+
+
 def test_the_pull_rises_geometrically() -> None:
     schedule = GateTraining(steps=100, hold=0.1, first_pull=1, last_pull=10_000)
     assert [schedule.pull(step) for step in (0, 9)] == [0, 0]
