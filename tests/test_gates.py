@@ -145,11 +145,12 @@ def test_gradient_agrees_with_finite_differences(tiny_model: ModelFactory, windo
 # --- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_kept", [3, 4])
+@pytest.mark.parametrize(("num_kept", "noise"), [(3, 0.0), (4, 0.0), (4, 3.0)])
 def test_training_ends_at_0_and_1_on_budget(
-    trained: PreTrainedModel, windows: Tensor, num_kept: int
+    trained: PreTrainedModel, windows: Tensor, num_kept: int, noise: float
 ) -> None:
-    found = train_gates(trained, windows, num_kept, QUICK).values
+    settings = QUICK.model_copy(update={"noise": noise})
+    found = train_gates(trained, windows, num_kept, settings).values
     assert sum(found) / 5 == pytest.approx(num_kept / 5, abs=0.02)
     assert all(value < 0.1 or value > 0.95 for value in found)
     assert sum(value > 0.5 for value in found) == num_kept
