@@ -21,8 +21,8 @@ What this adds, because gates that follow a penalised budget by Adam found no go
   itself, eps opens every gate and polarises nothing, and a price on open gates swings.
 - A block that is cheap to close by half may be dear to close, so that relaxed gates rank it wrongly
   (seen in a model of five blocks). With `noise` every window at first has gates of its own, with
-  logistic noise added to log t^2, most of them near 0 or 1; it fades while the pull grows. It is off
-  unless asked for: on a model of twelve blocks it only made the set depend on the seed.
+  logistic noise added to log t^2, most of them near 0 or 1; it fades while the pull grows. It is
+  off unless asked for: on a model of twelve blocks it made the set depend on the seed.
 - To shrink all blocks alike costs next to nothing, since what follows them is a norm: only
   differences between gates tell. The gradient with respect to the gates is taken per window, and
   that of the open model on the same window is subtracted and its mean over all windows added (a
