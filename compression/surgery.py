@@ -16,13 +16,14 @@ from foldstack.compression.architectures import (
     base_config_of,
     stock_of,
 )
+from foldstack.compression.block_plan import LowRank
 from foldstack.compression.errors import InputError
 from foldstack.compression.modeling_foldstack import (
     FoldstackConfig,
     FoldstackForCausalLM,
     SlicedLinear,
 )
-from foldstack.compression.plan import LowRank, Plan
+from foldstack.compression.plan import Plan
 
 # Config entries that hold one value per block; a survivor keeps its own.
 _PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers")

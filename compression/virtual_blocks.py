@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import Architecture, architecture_of, base_config_of
+from foldstack.compression.block_plan import LowRank
 from foldstack.compression.errors import InputError
 from foldstack.compression.modeling_foldstack import LowRankLinear, is_linear, linear_shape
-from foldstack.compression.plan import LowRank, Plan
+from foldstack.compression.plan import Plan
 from foldstack.compression.surgery import plan_of
 
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]

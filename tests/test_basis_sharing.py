@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foldstack.compression.adapters import Adapters
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.block_plan import LowRank
 from foldstack.compression.errors import InputError
 from foldstack.compression.low_rank import updated_directions
 from foldstack.compression.method import Evidence
@@ -19,7 +20,7 @@ from foldstack.compression.methods import METHODS
 from foldstack.compression.methods.basis_sharing import BasisSharing, Group
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.compression.modeling_foldstack import LowRankLinear
-from foldstack.compression.plan import LowRank, Plan
+from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.size import count_parameters, linear_shapes, size_of, size_of_plan
 from foldstack.compression.statistics import gather

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.block_plan import NarrowHeads
 from foldstack.compression.errors import InputError
 from foldstack.compression.head_matching import choose_donors, cosines
 from foldstack.compression.head_sharing import groups_of_heads, head_cuts
 from foldstack.compression.heads import head_sizes, heads_of, stored_heads
 from foldstack.compression.method import Evidence
 from foldstack.compression.methods.direct_share import DirectShare
-from foldstack.compression.plan import NarrowHeads, Plan
+from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.statistics import gather

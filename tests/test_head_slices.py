@@ -8,12 +8,13 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.block_plan import NarrowHeads
 from foldstack.compression.errors import InputError
 from foldstack.compression.head_sharing import head_cuts
 from foldstack.compression.head_slices import HeadSlices
 from foldstack.compression.method import Evidence
 from foldstack.compression.methods import METHODS
-from foldstack.compression.plan import NarrowHeads, Plan
+from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.recovery import Recovery, recover
 from foldstack.compression.size import count_parameters, linear_shapes, size_of, size_of_plan

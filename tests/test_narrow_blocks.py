@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from foldstack.compression.adapters import linear_names
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.block_plan import NarrowHeads
 from foldstack.compression.checkpoint import check_reload, save_model
 from foldstack.compression.modeling_foldstack import FoldstackForCausalLM, NarrowAttention
-from foldstack.compression.plan import NarrowHeads
 from foldstack.compression.size import size_of, size_of_plan
 from foldstack.compression.surgery import Cut, cut, plan_of
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from foldstack.compression.block_plan import BlockPlan, LowRank, NarrowHeads
 from foldstack.compression.errors import InputError
-from foldstack.compression.plan import BlockPlan, LowRank, NarrowHeads, Plan
+from foldstack.compression.plan import Plan
 
 NUM_BLOCKS = 6
 Q, UP = "self_attn.q_proj", "mlp.up_proj"

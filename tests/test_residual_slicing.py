@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from foldstack.compression.adapters import Adapters
+from foldstack.compression.block_plan import Sliced
 from foldstack.compression.errors import InputError
 from foldstack.compression.modeling_foldstack import RootMeanSquareNorm
-from foldstack.compression.plan import Plan, Sliced
+from foldstack.compression.plan import Plan
 from foldstack.compression.residual_slicing import (
     check_sliceable,
     principal_basis,

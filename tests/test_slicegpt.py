@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.block_plan import Sliced
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE, Evidence
 from foldstack.compression.methods.slicegpt import SliceGpt
 from foldstack.compression.methods.stack import Stack
-from foldstack.compression.plan import Plan, Sliced
+from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.size import count_parameters, size_of, size_of_plan
 from foldstack.compression.statistics import KINDS, gather

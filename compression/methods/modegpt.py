@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.block_plan import NarrowHeads
 from foldstack.compression.errors import InputError
 from foldstack.compression.heads import (
     Heads,
@@ -43,7 +44,7 @@ from foldstack.compression.method import (
     check_evidence,
     unreachable,
 )
-from foldstack.compression.plan import NarrowHeads, Plan
+from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, linear_shapes
 from foldstack.compression.surgery import Cut, plan_of
 

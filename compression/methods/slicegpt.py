@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import base_config_of
+from foldstack.compression.block_plan import Sliced
 from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
-from foldstack.compression.plan import Plan, Sliced
+from foldstack.compression.plan import Plan
 from foldstack.compression.residual_slicing import (
     check_sliceable,
     principal_basis,
