@@ -14,12 +14,12 @@ from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import Evidence
 from foldstack.compression.methods.block_sharing import BlockSharing
-from foldstack.compression.methods.foldgpt import FoldGpt
+from foldstack.compression.methods.foldgpt import FoldGpt, loss_without
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.recovery import Recovery, recover
 from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.statistics import gather
-from foldstack.compression.surgery import build_on_meta, cut, plan_of
+from foldstack.compression.surgery import Cut, build_on_meta, cut, plan_of
 
 QUICK: dict[str, Any] = {"gates": {"steps": 10}, "leader_windows": 2}
 
@@ -113,6 +113,26 @@ def test_removal_alone_is_native_and_keeps_every_tensor(
     for new, old in enumerate(change.inherits):
         for name, tensor in model.model.layers[old].state_dict().items():
             assert torch.equal(smaller.model.layers[new].state_dict()[name], tensor)
+
+
+def test_the_set_that_is_missed_least_goes(tiny_model: Any, windows: Tensor) -> None:
+    """Never one that costs more than the set of least block influence."""
+    model = tiny_model("llama", num_hidden_layers=6)
+    evidence = evidence_of(model, windows)
+    by_influence = evidence.ranking.order()[:2]
+    losses = {}
+    for selection in ("lowest_loss", "mean_gate"):
+        method = FoldGpt(
+            sparsity=share_of_blocks(model, 2), removal_portion=1, selection=selection, **QUICK
+        )
+        kept = method.compress(model, evidence).inherits
+        losses[selection] = loss_without(model, evidence, set(range(6)) - set(kept))
+    assert losses["lowest_loss"] <= loss_without(model, evidence, by_influence)
+    plan = plan_of(model).keep(p for p in range(6) if p not in by_influence)
+    survivors = tuple(block.source for block in plan.blocks)
+    with torch.no_grad():
+        expected = cut(model, Cut(plan, survivors))(windows, labels=windows).loss
+    assert loss_without(model, evidence, by_influence) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_both_cuts_store_what_the_plan_says_once(
