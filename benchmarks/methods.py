@@ -55,6 +55,7 @@ PAPER_FORMS = (
     "llm_streamline replacement=none",
     "llm_streamline replacement=layer loss=llm",
     "llm_streamline replacement=ffn",
+    "llm_streamline initial=paper learning_rate=2e-4",
 )
 RECOVERY_BATCH = 8
 

@@ -11,14 +11,14 @@ rate), the best state is a copy (the initial one counts too), and what trains is
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -121,7 +121,7 @@ def fit(
     run = _Run(student, optimizer, checkpoints, key=_key(student, schedule, num_windows))
     per_epoch = -(-len(split.train) // schedule.batch_size)
     if not run.resume():
-        run.record_validation(_mean_loss(loss_of, split.validation, schedule.batch_size))
+        run.record_validation(mean_loss(loss_of, split.validation, schedule.batch_size))
     while (epoch := len(run.training.train_losses)) < schedule.epochs:
         generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + epoch + 1)
         order = split.train[torch.randperm(len(split.train), generator=generator)]
@@ -141,13 +141,18 @@ def fit(
                 progress("train replacement", step + 1, per_epoch * schedule.epochs)
         run.training.num_steps += per_epoch
         run.training.train_losses.append(total / len(split.train))
-        run.record_validation(_mean_loss(loss_of, split.validation, schedule.batch_size))
+        run.record_validation(mean_loss(loss_of, split.validation, schedule.batch_size))
         run.save()
     student.load_state_dict(run.best)
     return run.training
 
 
-def _mean_loss(loss_of: BatchLoss, windows: Int[Tensor, " n"], batch_size: int) -> float:
+def mean_loss(loss_of: BatchLoss, windows: Int[Tensor, " n"], batch_size: int) -> float:
+    """Mean loss of these windows, without gradients.
+
+    Raises:
+        InputError: it is not finite.
+    """
     with torch.no_grad():
         batches = torch.split(windows, batch_size)
         total = math.fsum(float(loss_of(batch)) * len(batch) for batch in batches)
@@ -215,29 +220,6 @@ def _key(student: nn.Module, schedule: Schedule, num_windows: int) -> list[Any]:
     """Tells runs apart: the settings, and where the student starts."""
     start = {name: float(p.detach().double().sum()) for name, p in student.named_parameters()}
     return [schedule.model_dump(mode="json"), num_windows, start]
-
-
-def least_squares_map(
-    pairs: Iterable[tuple[States, States]], *, ridge: float = 1e-6
-) -> tuple[Float64[Tensor, "hidden hidden"], Float64[Tensor, " hidden"]]:
-    """The matrix and bias that map inputs to targets with the least squared error, in float64.
-
-    (X^T X + lambda I)^-1 X^T Y on centred X and Y, with lambda the share `ridge` of the mean of the
-    diagonal: the closed-form baseline of a replacement, and a start for one.
-    """
-    num_rows, x_sum, y_sum, gram, crossed = 0, *[torch.zeros((), dtype=torch.float64)] * 4
-    for inputs, targets in pairs:
-        x, y = (states.double().flatten(0, -2) for states in (inputs, targets))
-        num_rows += len(x)
-        x_sum, y_sum = x_sum + x.sum(0), y_sum + y.sum(0)
-        gram, crossed = gram + x.T @ x, crossed + x.T @ y
-    x_mean, y_mean = x_sum / num_rows, y_sum / num_rows
-    gram = gram - num_rows * torch.outer(x_mean, x_mean)
-    crossed = crossed - num_rows * torch.outer(x_mean, y_mean)
-    floor = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    gram.diagonal().add_(floor)
-    matrix = torch.linalg.solve(gram, crossed).T
-    return matrix, y_mean - matrix @ x_mean
 
 
 def regression_loss(
