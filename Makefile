@@ -21,6 +21,10 @@ UV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS='$(PIP_FIND_LINKS)') \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Empty, which is unset to Python: where it is set, every process of a run would compile its imports
+# anew, which takes longer than what most of them do.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Nobody is told about our runs.
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -35,7 +39,8 @@ help: ## List the targets
 install: $(INSTALLED) ## Make the environment in .venv
 
 # torch first and with pip itself, which knows where this machine takes it from; then the rest with
-# uv, which takes seconds where pip takes minutes, and with pip if uv cannot.
+# uv, which takes seconds where pip takes minutes, and with pip if uv cannot. At last what a run
+# imports is compiled, once and not by several of its processes at the same time.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else "foldstack needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: try `make PYTHON=python3.12`" % v)'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
@@ -45,6 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    && $(UV) pip install --quiet --python $(BIN)/python -c $(PINS) -e '.[dev]'; } \
 	  || { echo 'uv could not install the packages: pip does it, which takes minutes'; \
 	    $(BIN)/python -m pip install --quiet --no-compile -c $(PINS) -e '.[dev]'; }
+	$(BIN)/python -W ignore -c 'import foldstack.flows.sweep, lm_eval.models.huggingface, mlflow, peft, prefect.server.api.server'
 	@touch $@
 
 demo: $(INSTALLED) ## Compress the reference model with every method and print the comparison
