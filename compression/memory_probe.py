@@ -1,17 +1,20 @@
 """Peak memory of a model: load it and run it once in a process of its own.
 
-Run as `python -m foldstack.compression.memory_probe` it reads a request as JSON from standard
-input, imports everything once, and forks for each model, so that each starts from the same memory.
+Run as `python -m foldstack.compression.memory_probe` it imports everything once and then reads one
+request as JSON from each line of standard input. It forks for each model, so that each starts from
+the same memory. Whoever asks keeps it for the next time: its imports take longer than the answers.
 """
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 STATUS = Path("/proc/self/status")
 
@@ -31,6 +34,7 @@ def peak_memory(
     Raises:
         RuntimeError: a model could not be loaded and run in a process of its own.
     """
+    global _probe
     import torch
 
     request = {
@@ -44,35 +48,88 @@ def peak_memory(
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "foldstack.compression.memory_probe"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    answers = finished.stdout.split()
-    if finished.returncode != 0 or len(answers) != len(folders):
-        said = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        raise RuntimeError(f"memory cannot be measured: {said[-1]}")
-    return dict(zip(folders, map(int, answers), strict=True))
+    if _probe is None:
+        _probe = _Probe()
+    try:
+        peaks = _probe.ask(request)
+    except BaseException:
+        end_probe()  # it may be in the middle of its answer
+        raise
+    return dict(zip(folders, peaks, strict=True))
 
 
-def answer(request: Mapping[str, Any]) -> None:
-    """Print the peak of each model of a request, one per line."""
+def end_probe() -> None:
+    """End the process that measures, if there is one."""
+    global _probe
+    if _probe is not None:
+        _probe.end()
+    _probe = None
+
+
+class _Probe:
+    """The process that measures, as seen by the one that asks."""
+
+    def __init__(self) -> None:
+        self._complaints: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  `end` closes it
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "foldstack.compression.memory_probe"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+        )
+
+    def ask(self, request: Mapping[str, Any]) -> list[int]:
+        """The peak of each folder of a request, in bytes."""
+        asking, answering = self._process.stdin, self._process.stdout
+        assert asking is not None
+        assert answering is not None
+        with suppress(BrokenPipeError):  # then it is gone, and there is no answer
+            asking.write(json.dumps(request) + "\n")
+            asking.flush()
+        line = answering.readline()
+        if not line:
+            raise RuntimeError(f"memory cannot be measured: {self._last_words()}")
+        return [int(peak) for peak in line.split()]
+
+    def end(self) -> None:
+        """It has nothing to lose."""
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._complaints.seek(0)
+        said = self._complaints.read().strip().splitlines()
+        return said[-1] if said else f"exit code {code}"
+
+
+_probe: _Probe | None = None
+atexit.register(end_probe)
+
+
+def answer(request: Mapping[str, Any]) -> list[int]:
+    """The peak of each model of a request, each measured in a fork of this process."""
     from foldstack.compression.checkpoint import load_config
     from foldstack.compression.surgery import build_on_meta
 
-    for folder in request["folders"]:
-        build_on_meta(load_config(Path(folder)))  # imports the model's code: not its memory
+    peaks = []
+    for folder in map(Path, request["folders"]):
+        build_on_meta(load_config(folder))  # imports the model's code: not its memory
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            sys.stdout.write(f"{_peak_of(Path(folder), request)}\n")
-            sys.stdout.flush()
+            os.write(writing, str(_peak_of(folder, request)).encode())
             os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as result:
+            peak = result.read()
         _, status = os.waitpid(child, 0)
         if status != 0:
             sys.exit(f"{folder} could not be run, exit status {os.waitstatus_to_exitcode(status)}")
+        peaks.append(int(peak))
+    return peaks
 
 
 def _peak_of(folder: Path, request: Mapping[str, Any]) -> int:
@@ -143,4 +200,6 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    answer(json.load(sys.stdin))
+    for line in sys.stdin:
+        sys.stdout.write(" ".join(map(str, answer(json.loads(line)))) + "\n")
+        sys.stdout.flush()
