@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from foldstack.compression.errors import InputError
+from foldstack.flows.quick_imports import importing
 
 if TYPE_CHECKING:
     from foldstack.flows.run_config import RunConfig
@@ -62,8 +63,9 @@ def run(
 
     # The server needs seconds to start: it does so while the libraries are imported here.
     with _output_for_result() as output, TemporaryServer() as server:
-        from foldstack.flows.command_run import exit_code, run_command
-        from foldstack.flows.terminal import console_on, print_result
+        with importing():
+            from foldstack.flows.command_run import exit_code, run_command
+            from foldstack.flows.terminal import console_on, print_result
 
         comparison = run_command(_load(config, overrides), server, _command_line())
         code = exit_code(comparison)

@@ -14,6 +14,7 @@ from rich.console import Console
 from foldstack.compression.errors import InputError
 from foldstack.flows.comparison import Comparison
 from foldstack.flows.prefect_server import TemporaryServer, cancel_flow_run
+from foldstack.flows.quick_imports import importing
 from foldstack.flows.run_config import RunConfig
 from foldstack.flows.terminal import Display, console_on, display_on
 from foldstack.tasks.worker_pool import end_workers, worker_processes
@@ -39,7 +40,8 @@ def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Compa
     ):
         layout = lay_out(config)
         check(layout)
-        from foldstack.flows.sweep import SweepFailed, run_sweep
+        with importing():
+            from foldstack.flows.sweep import SweepFailed, run_sweep
 
         server.ready()
         try:

@@ -17,14 +17,16 @@ split on every machine and in every Python version that has it.
 """
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
-TEST_SUITES = frozenset({"test", "tests", "idle_test"})
-IGNORED_FOLDERS = TEST_SUITES | {
+IGNORED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
     "site-packages",
     "dist-packages",
     "__pycache__",
@@ -44,25 +46,22 @@ def stdlib_modules() -> dict[str, str]:
     Raises:
         FileNotFoundError: this Python has no standard library as source files.
     """
-    modules = _read(lambda folders: not IGNORED_FOLDERS.intersection(folders))
-    if not modules:
-        raise FileNotFoundError(f"no source files under {sysconfig.get_path('stdlib')}")
-    return modules
-
-
-def _read(wanted: Callable[[set[str]], bool]) -> dict[str, str]:
     root = Path(sysconfig.get_path("stdlib"))
     modules: dict[str, str] = {}
-    for file in root.rglob("*.py"):
-        path = file.relative_to(root)
-        if not wanted(set(path.parts[:-1])) or path.name.startswith(IGNORED_PREFIXES):
-            continue
-        try:
-            text = file.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if text.strip():
-            modules[path.as_posix()] = text
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = set(subfolders) - IGNORED_FOLDERS  # installed packages are many
+        for name in files:
+            file = Path(folder, name)
+            if file.suffix != ".py" or name.startswith(IGNORED_PREFIXES):
+                continue
+            try:
+                text = file.read_bytes().decode("utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+            if text.strip():
+                modules[file.relative_to(root).as_posix()] = text
+    if not modules:
+        raise FileNotFoundError(f"no source files under {root}")
     return dict(sorted(modules.items()))
 
 
