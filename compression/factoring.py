@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.grams import summed_inputs
 from foldstack.compression.low_rank import updated_directions
 from foldstack.compression.method import Evidence
 from foldstack.compression.modeling_foldstack import AdaptedLinear, LowRankLinear
 from foldstack.compression.plan import Plan
-from foldstack.compression.statistics import Statistics, gram_hooks
+from foldstack.compression.statistics import Statistics
 from foldstack.compression.stream import BlockStream
 from foldstack.compression.surgery import plan_of
 
@@ -100,7 +101,7 @@ def _fitted(
     architecture, plan = architecture_of(model), plan_of(model)
     position, block = stream.position, stream.blocks[stream.position]
     owner = plan.owner(position)
-    with gram_hooks(block, architecture) as deviated:
+    with summed_inputs(block, architecture) as deviated:
         for _ in stream.outputs(block):
             pass
     fitted = {}
@@ -108,7 +109,7 @@ def _fitted(
         if site.name not in factors:
             continue
         dense = stream.blocks[owner].get_submodule(site.name)
-        gram = deviated[site.reads].double()
+        gram = deviated.grams[site.reads].double()
         for user in users_of(plan, owner):
             if user != position:
                 gram = gram + evidence.statistics.gram(user, site.reads).to(gram.device)

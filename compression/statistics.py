@@ -10,26 +10,24 @@ Everything is a sum over tokens, so the statistics of two shards of the data add
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float64, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foldstack.compression.architectures import Architecture, architecture_of
+from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.grams import summed_inputs
+from foldstack.compression.hidden_states import MEMORY_BYTES
+from foldstack.compression.mapped_memory import release
+from foldstack.compression.similarity import SIMILARITY_TOKENS, Boundaries, Similarity
 from foldstack.compression.stream import BlockStream
 from foldstack.compression.surgery import plan_of
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["similarity", "gram"]
 KINDS: frozenset[str] = frozenset({"similarity", "gram"})
@@ -37,37 +35,6 @@ Progress = Callable[[str, int, int], None]
 GramKey = tuple[int, str]
 
 INPUT_SUMS_FILE = "input_sums.safetensors"
-
-# Cosine of a pair in which one hidden state is exactly zero: ShortGPT's released code replaces such
-# a NaN by 0.5 before it averages.
-COSINE_OF_ZERO = 0.5
-# Tokens whose hidden states at all boundaries are compared at once, in float64.
-TOKENS_AT_ONCE = 512
-# The hidden states of this many tokens are kept at every boundary: 18 GB of CPU memory for an 8B
-# model in bfloat16; the mean cosine does not move in the third digit beyond it.
-SIMILARITY_TOKENS = 65_536
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """Sums over tokens and windows for all pairs of boundaries."""
-
-    num_tokens: int
-    cosine_sum: Float64[Tensor, "boundaries boundaries"]
-    num_windows: int
-    last_token_angle_sum: Float64[Tensor, "boundaries boundaries"]
-    skip_first_token: bool
-
-    def __add__(self, other: "Similarity") -> "Similarity":
-        if self.skip_first_token != other.skip_first_token:
-            raise InputError("statistics with and without the first token do not add up")
-        return Similarity(
-            num_tokens=self.num_tokens + other.num_tokens,
-            cosine_sum=self.cosine_sum + other.cosine_sum,
-            num_windows=self.num_windows + other.num_windows,
-            last_token_angle_sum=self.last_token_angle_sum + other.last_token_angle_sum,
-            skip_first_token=self.skip_first_token,
-        )
 
 
 @dataclass(frozen=True)
@@ -122,7 +89,7 @@ class Statistics:
         return self.similarity_sums
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """The statistics of both shards of the data together.
+        """The statistics of both shards of the data together; their Grams are added when asked for.
 
         Raises:
             InputError: the two are not about the same model and the same kinds.
@@ -137,15 +104,11 @@ class Statistics:
         similarity = None
         if self.similarity_sums is not None and other.similarity_sums is not None:
             similarity = self.similarity_sums + other.similarity_sums
-        grams = {
-            key: (self.gram(*key) + other.gram(*key)).to(self.grams[key].dtype)
-            for key in self.grams
-        }
         return Statistics(
             num_blocks=self.num_blocks,
             num_tokens=self.num_tokens + other.num_tokens,
             similarity_sums=similarity,
-            grams=grams,
+            grams=_AddedGrams(self.grams, other.grams),
             input_sums={
                 key: total + other.input_sum(*key) for key, total in self.input_sums.items()
             },
@@ -229,6 +192,23 @@ class _GramFiles(Mapping[GramKey, Tensor]):
         return len(self._keys)
 
 
+class _AddedGrams(Mapping[GramKey, Tensor]):
+    """Grams of two shards, added one at a time."""
+
+    def __init__(self, one: Mapping[GramKey, Tensor], other: Mapping[GramKey, Tensor]) -> None:
+        self._one, self._other = one, other
+
+    def __getitem__(self, key: GramKey) -> Tensor:
+        one = self._one[key]
+        return one.double().add_(self._other[key]).to(one.dtype)
+
+    def __iter__(self) -> Iterator[GramKey]:
+        return iter(self._one)
+
+    def __len__(self) -> int:
+        return len(self._one)
+
+
 def gather(
     model: nn.Module,
     windows: Int[Tensor, "windows tokens"],
@@ -239,13 +219,16 @@ def gather(
     skip_first_token: bool = True,
     similarity_tokens: int = SIMILARITY_TOKENS,
     folder: Path | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    work: Path | None = None,
 ) -> Statistics:
-    """The statistics of `kinds` over `windows`, in one pass that holds one block's Grams at a time.
+    """The statistics of `kinds` over `windows`, in one pass that holds one block and its Grams.
 
     `skip_first_token` leaves the first token of each window out of the mean cosine: it attends to
     itself alone, is often an attention sink with a hidden state of its own size, and says nothing
     about text. The papers count it. `similarity_tokens` limits what the cosines are averaged over
-    (whole windows); with `folder`, Grams go straight to disk there.
+    (whole windows); with `folder`, Grams go straight to disk there. Hidden states beyond
+    `memory_bytes`, those on their way and those that are compared each, are in files in `work`.
 
     Raises:
         InputError: a kind is unknown, hidden states are not finite, or those of two boundaries
@@ -259,168 +242,45 @@ def gather(
             "the blocks of a sliced model cannot be compared: what enters and what leaves them is "
             "in different bases; compare, rank and remove blocks before slicing"
         )
-    architecture = architecture_of(model)
-    stream = BlockStream(model, windows, batch_size=batch_size)
+    room: dict[str, Any] = {"memory_bytes": memory_bytes, "folder": work}
+    stream = BlockStream(model, windows, batch_size=batch_size, **room)
     num_compared = min(len(windows), -(-similarity_tokens // windows.shape[1]))
-    boundaries: list[Tensor] = []
+    boundaries = Boundaries(num_compared, len(stream.blocks) + 1, **room)
     grams: dict[GramKey, Tensor] = {}
     input_sums: dict[GramKey, Tensor] = {}
-    while True:
+    for position, block in enumerate(stream.blocks):
         if "similarity" in kinds:
-            boundaries.append(_first_windows(stream.hidden, num_compared))
-        if stream.position == len(stream.blocks):
-            break
+            boundaries.add(stream.states)
         if "gram" in kinds:
-            of_block, sums = _pass_with_grams(stream, architecture)
-            input_sums |= {(stream.position - 1, reads): total for reads, total in sums.items()}
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                save_file(of_block, _gram_file(folder, stream.position - 1))
-            for reads, gram in of_block.items():
-                # On disk only: what is kept of it here is its key.
-                grams[stream.position - 1, reads] = gram if folder is None else gram.new_empty(0)
+            with summed_inputs(block, architecture_of(model)) as sums:
+                stream.advance()
+            input_sums |= {(position, reads): total for reads, total in sums.inputs.items()}
+            grams |= _stored(sums.grams, position, folder)
         else:
             stream.advance()
+        release(block)
         if progress is not None:
             progress("gather statistics", stream.position, len(stream.blocks))
+    similarity = None
+    if "similarity" in kinds:
+        boundaries.add(stream.states)
+        similarity = boundaries.compare(skip_first_token=skip_first_token)
     return Statistics(
         num_blocks=len(stream.blocks),
         num_tokens=windows.numel(),
-        similarity_sums=_similarity(boundaries, skip_first_token) if boundaries else None,
+        similarity_sums=similarity,
         grams=grams if folder is None else _GramFiles(folder, grams),
         input_sums=input_sums,
     )
 
 
-def _first_windows(
-    hidden: list[Tensor], num_windows: int
-) -> Float[Tensor, "windows tokens hidden"]:
-    batches, left = [], num_windows
-    for batch in hidden:
-        batches.append(batch[:left])
-        left -= len(batches[-1])
-    return torch.cat(batches)
-
-
-def _pass_with_grams(
-    stream: BlockStream, architecture: Architecture
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Advance the stream by one block; the Gram and the sum of each distinct input of its
-    linears."""
-    block = stream.blocks[stream.position]
-    input_sums: dict[str, Tensor] = {}
-
-    def add(reads: str, rows: Tensor) -> None:
-        total = rows.sum(0, dtype=torch.float64).cpu()
-        input_sums[reads] = input_sums[reads] + total if reads in input_sums else total
-
-    with gram_hooks(block, architecture) as sums, _input_hooks(block, architecture, add):
-        stream.advance()
-    return {reads: total.cpu() for reads, total in sums.items()}, input_sums
-
-
-@contextmanager
-def gram_hooks(block: nn.Module, architecture: Architecture) -> Iterator[dict[str, Tensor]]:
-    """Inside, every call of `block` adds its inputs' X^T X to what is yielded, by `reads`.
-
-    A product is taken in float32 (or the block's own precision, if higher) per batch and the
-    batches add up in float64; at the end they are rounded to the precision of the products, so that
-    sums kept in memory and sums read from disk are equal.
-    """
-    sums: dict[str, Tensor] = {}
-    precision = torch.float32
-
-    def add(reads: str, rows: Tensor) -> None:
-        nonlocal precision
-        precision = torch.promote_types(rows.dtype, torch.float32)
-        rows = rows.to(precision)
-        product = (rows.T @ rows).double()
-        sums[reads] = sums[reads] + product if reads in sums else product
-
-    try:
-        with _input_hooks(block, architecture, add):
-            yield sums
-    finally:
-        sums.update({reads: total.to(precision) for reads, total in sums.items()})
-
-
-@contextmanager
-def _input_hooks(
-    block: nn.Module, architecture: Architecture, see: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Inside, `see(reads, rows)` gets each distinct input of the block's linears, a row a token."""
-    present = dict(block.named_modules())
-    readers = {
-        site.reads: present[site.name] for site in architecture.linears if site.name in present
-    }
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], reads: str) -> None:
-        see(reads, args[0].detach().reshape(-1, args[0].shape[-1]))
-
-    handles = [
-        module.register_forward_pre_hook(partial(hook, reads=reads))
-        for reads, module in readers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _similarity(
-    boundaries: list[Float[Tensor, "windows tokens hidden"]], skip_first_token: bool
-) -> Similarity:
-    num_windows, num_tokens, _ = boundaries[0].shape
-    first = 1 if skip_first_token and num_tokens > 1 else 0
-    count = len(boundaries)
-    cosine_sum = torch.zeros(count, count, dtype=torch.float64)
-    angle_sum = torch.zeros(count, count, dtype=torch.float64)
-    windows_at_once = max(1, TOKENS_AT_ONCE // num_tokens)
-    for start in range(0, num_windows, windows_at_once):
-        hidden = torch.stack([b[start : start + windows_at_once] for b in boundaries]).double()
-        cosine_sum += summed_cosines(hidden[:, :, first:].flatten(1, 2))
-        angle_sum += summed_angles(hidden[:, :, -1])
-    return Similarity(
-        num_tokens=num_windows * (num_tokens - first),
-        cosine_sum=cosine_sum,
-        num_windows=num_windows,
-        last_token_angle_sum=angle_sum,
-        skip_first_token=skip_first_token,
-    )
-
-
-def summed_cosines(
-    hidden: Float64[Tensor, "boundaries tokens hidden"],
-) -> Float64[Tensor, "boundaries boundaries"]:
-    """Sum over tokens of cos(x^(a), x^(b)): one product of the rows of all tokens laid end to
-    end."""
-    unit, is_zero = _directions(hidden)
-    rows = unit.flatten(1)
-    some = (~is_zero).double()
-    pairs_with_zero = hidden.shape[1] - some @ some.T
-    return rows @ rows.T + COSINE_OF_ZERO * pairs_with_zero
-
-
-def summed_angles(
-    hidden: Float64[Tensor, "boundaries windows hidden"],
-) -> Float64[Tensor, "boundaries boundaries"]:
-    """Sum over windows of arccos(cos(x^(a), x^(b))) / pi."""
-    unit, is_zero = _directions(hidden)
-    cosine = torch.einsum("awh,bwh->wab", unit, unit).clamp(-1, 1)
-    has_zero = is_zero.T[:, :, None] | is_zero.T[:, None, :]
-    return (torch.where(has_zero, COSINE_OF_ZERO, cosine).arccos() / torch.pi).sum(0)
-
-
-def _directions(
-    hidden: Float64[Tensor, "boundaries tokens hidden"],
-) -> tuple[Float64[Tensor, "boundaries tokens hidden"], Bool[Tensor, "boundaries tokens"]]:
-    norm = hidden.norm(dim=-1)
-    if not torch.isfinite(norm).all():
-        boundary = int((~torch.isfinite(norm)).any(dim=1).nonzero()[0])
-        raise InputError(
-            f"hidden states must be finite, got NaN or infinity at the input of block {boundary}; "
-            "run the model in float32 or bfloat16"
-        )
-    is_zero = norm == 0
-    return hidden / torch.where(is_zero, torch.ones_like(norm), norm)[..., None], is_zero
+def _stored(
+    grams: Mapping[str, Tensor], position: int, folder: Path | None
+) -> dict[GramKey, Tensor]:
+    """The Grams of a block; of those that go to a file only the keys are kept."""
+    of_block = {reads: gram.cpu() for reads, gram in grams.items()}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(of_block, _gram_file(folder, position))
+        of_block = {reads: gram.new_empty(0) for reads, gram in of_block.items()}
+    return {(position, reads): gram for reads, gram in of_block.items()}

@@ -1,14 +1,16 @@
 """Run a model's blocks one after another over all windows, each block once for the whole data.
 
-Between blocks only the hidden states live, on the CPU: whoever needs activations of every block
-(Grams, a sequential compression) holds one block's at a time, whatever the depth. The arguments
-that a block takes besides the hidden states (its attention mask, position embeddings, position ids)
-are what the model itself passes, recorded, so nothing here knows an architecture.
+Between blocks only the hidden states live, on the CPU or in a file: whoever needs activations of
+every block (Grams, a sequential compression) holds one block's at a time, whatever the depth. The
+arguments that a block takes besides the hidden states (its attention mask, position embeddings,
+position ids) are what the model itself passes, recorded, so nothing here knows an architecture.
 """
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 
 from foldstack.compression.architectures import architecture_of, base_config_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.hidden_states import MEMORY_BYTES, HiddenStates
+from foldstack.compression.surgery import plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +40,20 @@ class BlockStream:
     """
 
     def __init__(
-        self, model: nn.Module, windows: Int[Tensor, "windows tokens"], *, batch_size: int = 8
+        self,
+        model: nn.Module,
+        windows: Int[Tensor, "windows tokens"],
+        *,
+        batch_size: int = 8,
+        memory_bytes: int = MEMORY_BYTES,
+        folder: Path | None = None,
     ) -> None:
         """Embed all windows.
+
+        Args:
+            memory_bytes: what the hidden states before and behind a block may take of memory
+                together; beyond that they are in files.
+            folder: where those are; by default where the system keeps temporary files.
 
         Raises:
             InputError: there are no windows, or they are longer than the model's positions.
@@ -57,20 +72,19 @@ class BlockStream:
         self.model = model
         self.blocks = architecture_of(model).blocks(model)
         self.windows = windows
+        self.batch_size = batch_size
         self.position = 0
+        self._memory_bytes = memory_bytes // 2
+        self._folder = folder or Path(tempfile.gettempdir())
         self._returns_tuple = _returns_tuple(model, self.blocks, windows)
         self._arguments: dict[int, list[Arguments]] = {}
-        self.hidden: list[Tensor] = []
+        self.states = self._kept(map(self._embedded, torch.split(windows, batch_size)))
+        """The input of block `position`."""
+
+    @property
+    def hidden(self) -> list[Hidden]:
         """The input of block `position`, per batch, on the CPU."""
-        for tokens in torch.split(windows, batch_size):
-            if len(tokens) not in self._arguments:
-                arguments, hidden = _recorded_arguments(
-                    model, self.blocks, tokens, self._returns_tuple
-                )
-                self._arguments[len(tokens)] = arguments
-            else:
-                hidden = _first_input(model, self.blocks, tokens)
-            self.hidden.append(hidden.cpu())
+        return list(torch.split(self.states.all, self.batch_size))
 
     def call(
         self, block: nn.Module, hidden: Hidden, position: int | None = None
@@ -94,11 +108,34 @@ class BlockStream:
             with torch.no_grad():
                 output = self.call(block, hidden)
             yield output
+            self.states.let_go()
 
     def advance(self, block: nn.Module | None = None) -> None:
         """Pass the block at `position`, or `block` in its place, and stand before the next one."""
-        self.hidden = [output.cpu() for output in self.outputs(block)]
+        self.states = self._kept(self.outputs(block))
         self.position += 1
+
+    def _kept(self, batches: Iterable[Hidden]) -> HiddenStates:
+        states, start = None, 0
+        for batch in batches:
+            if states is None:
+                shape = (len(self.windows), *batch.shape[1:])
+                states = HiddenStates(
+                    shape, batch.dtype, memory_bytes=self._memory_bytes, folder=self._folder
+                )
+            states.all[start : start + len(batch)] = batch
+            states.let_go()
+            start += len(batch)
+        assert states is not None
+        return states
+
+    def _embedded(self, tokens: Int[Tensor, "batch tokens"]) -> Hidden:
+        if len(tokens) in self._arguments:
+            return _first_input(self.model, self.blocks, tokens)
+        self._arguments[len(tokens)], hidden = _recorded_arguments(
+            self.model, self.blocks, tokens, self._returns_tuple
+        )
+        return hidden
 
     def _arguments_for(self, num_windows: int) -> list[Arguments]:
         if num_windows not in self._arguments:
@@ -224,23 +261,34 @@ def _first_input(
 def _returns_tuple(
     model: nn.Module, blocks: nn.ModuleList, windows: Int[Tensor, "windows tokens"]
 ) -> list[bool]:
-    """Per block, whether its forward returns a tuple; seen on two tokens of one window."""
-    seen: dict[int, bool] = {}
-    handles = [
-        block.register_forward_hook(
-            lambda _module, _args, output, position=position: seen.update(
-                {position: isinstance(output, tuple)}
-            )
-        )
-        for position, block in enumerate(blocks)
-    ]
-    try:
-        with torch.no_grad():
-            model(windows[:1, :2].to(_device_of(model), torch.long), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [seen[position] for position in range(len(blocks))]
+    """Per block, whether its forward returns a tuple; seen on two tokens of one window.
+
+    One block of each class is run and says it for all, so that the weights of the others are not
+    read. In a sliced model, whose hidden states change their width, all are.
+    """
+    seen: dict[type[nn.Module], bool] = {}
+    run_all = plan_of(model).is_sliced
+    forwards = [block.forward for block in blocks]
+
+    def forward_of(position: int) -> Callable[..., Any]:
+        kind = type(blocks[position])
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if run_all or kind not in seen:
+                output = forwards[position](*args, **kwargs)
+                seen[kind] = isinstance(output, tuple)
+            else:
+                hidden, _, _ = _take_hidden(args, kwargs)
+                output = (hidden,) if seen[kind] else hidden
+            if position == len(blocks) - 1:
+                raise _PrefixDone
+            return output
+
+        return forward
+
+    with _replaced_forwards(blocks, forward_of):
+        _run_until_done(model, windows[:1, :2])
+    return [seen[type(block)] for block in blocks]
 
 
 def _run_until_done(model: nn.Module, tokens: Int[Tensor, "batch tokens"]) -> None:

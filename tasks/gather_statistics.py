@@ -45,6 +45,7 @@ class GatherStatistics(ComputedStage):
             batch_size=self.batch_size,
             progress=progress,
             folder=folder,
+            work=work,
         )
         statistics.save(folder)
         return {"tokens": statistics.num_tokens, "blocks": statistics.num_blocks}

@@ -8,7 +8,8 @@ import torch
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.ranking import Ranking, plot, rank_blocks
-from foldstack.compression.statistics import Similarity, Statistics, gather
+from foldstack.compression.similarity import Similarity
+from foldstack.compression.statistics import Statistics, gather
 
 
 def statistics_of(cosine: list[list[float]], angle: list[list[float]]) -> Statistics:

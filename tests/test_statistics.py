@@ -7,15 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from foldstack.compression import grams
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
-from foldstack.compression.statistics import (
-    Statistics,
-    gather,
-    gram_hooks,
-    summed_angles,
-    summed_cosines,
-)
+from foldstack.compression.grams import summed_inputs
+from foldstack.compression.similarity import summed_angles, summed_cosines
+from foldstack.compression.statistics import Statistics, gather
 
 
 @pytest.fixture
@@ -97,11 +94,40 @@ def test_a_gram_is_the_sum_over_all_tokens(
     assert statistics.num_tokens == windows.numel()
 
 
-def test_shards_add_up(tiny_model: Any, windows: Tensor) -> None:
+def test_a_gram_wider_than_a_strip_is_whole(
+    tiny_model: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    expected = gather(model, windows, {"gram"})
+    monkeypatch.setattr(grams, "STRIP_ROWS", 12)  # neither 32 nor 56 is a multiple
+    in_strips = gather(model, windows, {"gram"})
+    for key in expected.grams:
+        torch.testing.assert_close(in_strips.gram(*key), expected.gram(*key), rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_in_files_give_the_same(
+    tiny_model: Any, windows: Tensor, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    kinds = {"similarity", "gram"}
+    in_memory = gather(model, windows, kinds, batch_size=2)
+    in_files = gather(model, windows, kinds, batch_size=2, memory_bytes=0, work=tmp_path)
+    assert not list(tmp_path.iterdir())  # they have no names, so that a killed run leaves none
+    assert torch.equal(in_files.similarity, in_memory.similarity)
+    assert torch.equal(in_files.last_token_angle, in_memory.last_token_angle)
+    for key in in_memory.grams:
+        assert torch.equal(in_files.gram(*key), in_memory.gram(*key))
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_shards_add_up(tiny_model: Any, windows: Tensor, tmp_path: Path, on_disk: bool) -> None:
     model = tiny_model("llama")
     kinds = {"similarity", "gram"}
     whole = gather(model, windows, kinds)
     parts = gather(model, windows[:2], kinds) + gather(model, windows[2:], kinds)
+    if on_disk:
+        parts.save(tmp_path)
+        parts = Statistics.load(tmp_path)
     assert parts.num_tokens == whole.num_tokens
     torch.testing.assert_close(parts.similarity, whole.similarity, rtol=0, atol=1e-6)
     torch.testing.assert_close(parts.last_token_angle, whole.last_token_angle, rtol=0, atol=1e-6)
@@ -138,7 +164,7 @@ def test_grams_of_a_float64_block_stay_float64(tiny_model: Any, windows: Tensor)
 
 def test_hooks_are_gone_afterwards(tiny_model: Any, windows: Tensor) -> None:
     model = tiny_model("llama")
-    with gram_hooks(architecture_of(model).blocks(model)[0], architecture_of(model)):
+    with summed_inputs(architecture_of(model).blocks(model)[0], architecture_of(model)):
         pass
     gather(model, windows, {"gram"})
     assert all(not module._forward_pre_hooks for module in model.modules())

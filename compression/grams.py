@@ -1,0 +1,94 @@
+"""Sums over tokens of what enters a block's linears: the Gram matrix X^T X, and X itself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from foldstack.compression.architectures import Architecture
+
+# A Gram is symmetric: it is summed in strips of so many rows, each from the diagonal on, which
+# costs little more than half of the whole product.
+STRIP_ROWS = 512
+
+
+@dataclass
+class InputSums:
+    """Sums by what a linear reads; one entry serves all linears that read the same."""
+
+    grams: dict[str, Float[Tensor, "n n"]] = field(default_factory=dict)
+    """Rounded at the end to the precision in which the products were taken."""
+    inputs: dict[str, Float64[Tensor, " n"]] = field(default_factory=dict)
+    """Sum of x, which outputs with a bias need."""
+
+
+@contextmanager
+def summed_inputs(block: nn.Module, architecture: Architecture) -> Iterator[InputSums]:
+    """Inside, every call of `block` adds its inputs to what is yielded, which is whole afterwards.
+
+    A product is taken in float32 (or the block's own precision, if higher) per batch, and the
+    batches add up in float64; at the end they are rounded to the precision of the products, so that
+    sums kept in memory and sums read from disk are equal.
+    """
+    sums = InputSums()
+    precision = torch.float32
+
+    def add(reads: str, rows: Float[Tensor, "tokens n"]) -> None:
+        nonlocal precision
+        precision = torch.promote_types(rows.dtype, torch.float32)
+        rows = rows.to(precision)
+        if reads not in sums.grams:
+            size, device = rows.shape[1], rows.device
+            sums.grams[reads] = torch.zeros(size, size, dtype=torch.float64, device=device)
+            sums.inputs[reads] = torch.zeros(size, dtype=torch.float64)
+        _add_upper_product(sums.grams[reads], rows)
+        sums.inputs[reads] += rows.sum(0, dtype=torch.float64).cpu()
+
+    try:
+        with _input_hooks(block, architecture, add):
+            yield sums
+    finally:
+        for reads, upper in sums.grams.items():
+            sums.grams[reads] = _mirrored(upper.to(precision))
+
+
+def _add_upper_product(total: Float64[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
+    """Add X^T X to `total`, above the diagonal and in the square on it of every strip."""
+    for start in range(0, len(total), STRIP_ROWS):
+        strip = slice(start, start + STRIP_ROWS)
+        total[strip, start:] += rows[:, strip].T @ rows[:, start:]
+
+
+def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    for start in range(0, len(upper), STRIP_ROWS):
+        stop = start + STRIP_ROWS
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    return upper
+
+
+@contextmanager
+def _input_hooks(
+    block: nn.Module, architecture: Architecture, see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside, `see(reads, rows)` gets each distinct input of the block's linears, a row a token."""
+    present = dict(block.named_modules())
+    readers = {
+        site.reads: present[site.name] for site in architecture.linears if site.name in present
+    }
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], reads: str) -> None:
+        see(reads, args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    handles = [
+        module.register_forward_pre_hook(partial(hook, reads=reads))
+        for reads, module in readers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
