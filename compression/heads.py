@@ -79,15 +79,16 @@ def _sites(architecture: Architecture, reads: str) -> list[str]:
 
 
 def heads_of(model: PreTrainedModel, position: int, sizes: HeadSizes) -> Heads:
-    """The projections of the block at `position`, in float64."""
+    """The projections of the block at `position`, in float64, where the model computes."""
     architecture = architecture_of(model)
     block = architecture.blocks(model)[position]
     modules: list[Any] = [
         block.get_submodule(name) for name in _sites(architecture, "attention_input")
     ]
-    weight = torch.cat([architecture.weight(m).detach().double() for m in modules])
+    there: dict[str, Any] = {"device": model.device, "dtype": torch.float64}
+    weight = torch.cat([architecture.weight(m).detach().to(**there) for m in modules])
     has_bias = modules[0].bias is not None
-    bias = torch.cat([m.bias.detach().double() for m in modules]) if has_bias else None
+    bias = torch.cat([m.bias.detach().to(**there) for m in modules]) if has_bias else None
     counts = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
     rows = [count * sizes.head_dim for count in counts]
     query, key, value = (
@@ -100,7 +101,7 @@ def heads_of(model: PreTrainedModel, position: int, sizes: HeadSizes) -> Heads:
         biases = [part.unflatten(0, (count, -1)) for part, count in parts]
     query_bias, key_bias, value_bias = biases
     output: Any = block.get_submodule(_sites(architecture, "attention_output")[0])
-    read = architecture.weight(output).detach().double()
+    read = architecture.weight(output).detach().to(**there)
     return Heads(
         query=query,
         key=key,
@@ -109,7 +110,7 @@ def heads_of(model: PreTrainedModel, position: int, sizes: HeadSizes) -> Heads:
         query_bias=query_bias,
         key_bias=key_bias,
         value_bias=value_bias,
-        output_bias=None if output.bias is None else output.bias.detach().double(),
+        output_bias=None if output.bias is None else output.bias.detach().to(**there),
     )
 
 

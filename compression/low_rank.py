@@ -199,34 +199,42 @@ def shared_factors(
 
 
 def uniform_ranks(
-    shapes: Mapping[Key, tuple[int, int]], removed_fraction: float, *, spend_leftover: bool = True
+    shapes: Mapping[Key, tuple[int, int]],
+    removed_fraction: float,
+    *,
+    spend_leftover: bool = True,
+    multiple: int = 1,
 ) -> dict[Key, int]:
     """A rank for every (out, in) shape, removing the same fraction of each.
 
     arXiv 2403.07378, section 4.2: k = floor(m n (1 - R) / (m + n)), at least 1. The floors remove
     more than was asked; `spend_leftover` gives what they left over to the linears with the largest
     remainders, one rank each, so that the whole lands within one rank of the asked size. A rank k
-    with k (m + n) >= m n says that the linear is better kept dense.
+    with k (m + n) >= m n says that the linear is better kept dense. Ranks from `multiple` on are
+    multiples of it, and a rank to spend is that many.
     """
     kept = 1 - removed_fraction
     exact = {key: m * n * kept / (m + n) for key, (m, n) in shapes.items()}
+    steps = {key: multiple if value >= multiple else 1 for key, value in exact.items()}
     # 1e-9 keeps a rank that is whole in exact arithmetic from falling to the integer below.
-    ranks = {key: max(1, int(value + 1e-9)) for key, value in exact.items()}
+    ranks = {
+        key: max(1, int(value / steps[key] + 1e-9) * steps[key]) for key, value in exact.items()
+    }
     if not spend_leftover:
         return ranks
     budget = kept * sum(m * n for m, n in shapes.values())
     left = budget - sum(rank * sum(shapes[key]) for key, rank in ranks.items())
-    for key in sorted(shapes, key=lambda key: ranks[key] - exact[key]):
+    for key in sorted(shapes, key=lambda key: (ranks[key] - exact[key]) / steps[key]):
         m, n = shapes[key]
-        price = min((ranks[key] + 1) * (m + n), m * n) - ranks[key] * (m + n)
+        price = min((ranks[key] + steps[key]) * (m + n), m * n) - ranks[key] * (m + n)
         if price <= left + 1e-6:
-            ranks[key] += 1
+            ranks[key] += steps[key]
             left -= price
     return ranks
 
 
 def ranks_by_loss(
-    losses: Mapping[Key, float], shape: tuple[int, int], total_rank: int
+    losses: Mapping[Key, float], shape: tuple[int, int], total_rank: int, multiple: int = 1
 ) -> dict[Key, int]:
     """Ranks for linears of one shape with the sum `total_rank`, larger where more would be lost.
 
@@ -237,8 +245,8 @@ def ranks_by_loss(
 
     (the printed a_w is multiplied by the loss; what is meant is the score). No R_w exceeds
     `LARGEST_RATIO`, what that cuts off is spread over the others, and ranks are rounded so that
-    their sum stays. The score has a pole at L = 1 and follows the scale of the inputs: a loss below
-    e counts as e.
+    their sum stays; all are multiples of `multiple`, as `total_rank` is. The score has a pole at
+    L = 1 and follows the scale of the inputs: a loss below e counts as e.
     """
     m, n = shape
     per_rank = (m + n) / (m * n)
@@ -250,8 +258,10 @@ def ranks_by_loss(
     for key in sorted(scores, key=lambda key: -scores[key]):
         left = sum(score for other, score in scores.items() if other not in ratios)
         ratios[key] = min(most, (removed - sum(ratios.values())) * scores[key] / left)
-    exact = {key: (1 - ratios[key]) / per_rank for key in losses}
-    return _rounded(exact, total_rank, largest=max(1, (m * n - 1) // (m + n)))
+    exact = {key: (1 - ratios[key]) / per_rank / multiple for key in losses}
+    largest = max(1, (m * n - 1) // (m + n) // multiple)
+    rounded = _rounded(exact, total_rank // multiple, largest)
+    return {key: units * multiple for key, units in rounded.items()}
 
 
 def _rounded(exact: Mapping[Key, float], total: int, largest: int) -> dict[Key, int]:

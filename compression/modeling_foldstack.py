@@ -530,6 +530,8 @@ class NarrowAttention(nn.Module):
         attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self._eager)
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
+        if query.shape[2] > 1:
+            query, key, value = self._of_one_width(query, key, value)
         output, weights = attend(
             self,
             query,
@@ -541,7 +543,7 @@ class NarrowAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        output = output[..., : self.v_dim].reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.resid_dropout(getattr(self, self._output_name)(output)), weights
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -556,6 +558,12 @@ class NarrowAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _of_one_width(self, *heads: torch.Tensor) -> list[torch.Tensor]:
+        """With zeros up to one width, without which the fused kernels refuse and the whole matrix
+        of scores is written to memory. One query alone has a row of them: not worth the copies."""
+        width = max(self.qk_dim, self.v_dim)
+        return [nn.functional.pad(x, (0, width - x.shape[-1])) for x in heads]
 
     def _of_kept_pairs(self, table: torch.Tensor) -> torch.Tensor:
         """A table [batch, tokens, rotary] of all frequencies as [batch, kv_heads, tokens, kept]."""

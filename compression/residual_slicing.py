@@ -24,6 +24,7 @@ from foldstack.compression.architectures import architecture_of, base_config_of,
 from foldstack.compression.errors import InputError
 from foldstack.compression.modeling_foldstack import PRE_NORM_NAMES, SlicedBlock
 from foldstack.compression.stream import BlockStream
+from foldstack.compression.surgery import as_stored
 
 Basis = Float64[Tensor, "hidden _"]
 States = Float[Tensor, "_ tokens hidden"]
@@ -73,8 +74,10 @@ class FusedBlock:
         self.biases: dict[str, Tensor] = {}
         for site in self.architecture.linears:
             linear: Any = self.stock.get_submodule(site.name)
-            weight = self.architecture.weight(linear).detach().double()
-            bias: Any = None if linear.bias is None else linear.bias.detach().double()
+            weight = self.architecture.weight(linear).detach().to(model.device).double()
+            bias: Any = None
+            if linear.bias is not None:
+                bias = linear.bias.detach().to(model.device).double()
             if site.reads in norms:
                 gain, shift = _affine(model, self.stock.get_submodule(norms[site.reads]))
                 bias = bias if shift is None else bias + weight @ shift
@@ -128,11 +131,11 @@ def _affine(model: PreTrainedModel, norm: Any) -> tuple[Tensor | float, Tensor |
     """Gain and shift of a norm; no shift where it has none."""
     if norm.weight is None:
         return 1.0, None
-    gain = norm.weight.detach().double()
+    gain = norm.weight.detach().to(model.device).double()
     if base_config_of(model.config).model_type == "gemma":
         gain = 1 + gain
     shift = getattr(norm, "bias", None)
-    return gain, None if shift is None else shift.detach().double()
+    return gain, None if shift is None else shift.detach().to(model.device).double()
 
 
 def principal_basis(
@@ -144,12 +147,15 @@ def principal_basis(
 
 
 def second_moments(
-    batches: Iterable[States], *, skip_first_token: bool = False
+    batches: Iterable[States],
+    device: torch.device | str = "cpu",
+    *,
+    skip_first_token: bool = False,
 ) -> Float64[Tensor, "hidden hidden"]:
-    """Sum over all tokens of x^T x, not centred, in float64."""
+    """Sum over all tokens of x^T x, not centred, in float64, on `device`."""
     total: Any = 0
     for states in batches:
-        x = states[:, int(skip_first_token) :].flatten(0, -2).double()
+        x = states[:, int(skip_first_token) :].to(device).flatten(0, -2).double()
         total = total + x.T @ x
     if not torch.isfinite(total).all():
         raise InputError("the residual stream must be finite on the calibration windows, it is not")
@@ -178,7 +184,8 @@ def sliced_tensors(
 
     def chosen(link: int, batches: Iterable[States]) -> tuple[Basis, Basis]:
         """What a link is stored in, and what the blocks behind it are calibrated in."""
-        basis = choose(link, second_moments(batches, skip_first_token=skip_first_token).to(whole))
+        moments = second_moments(batches, model.device, skip_first_token=skip_first_token)
+        basis = choose(link, moments)
         return basis, whole if dense_signal else basis
 
     stored, seen = chosen(0, signal)
@@ -195,8 +202,8 @@ def sliced_tensors(
             stored = whole
         else:
             stored, seen = chosen(2 * position + 2, signal)
-        for name, tensor in block.tensors(entering, middle, stored).items():
-            tensors[f"blocks.{position}.{name}"] = tensor.to(_stored_dtype(tensor, model))
+        for name, tensor in as_stored(block.tensors(entering, middle, stored), model).items():
+            tensors[f"blocks.{position}.{name}"] = tensor
         progress(position + 1)
     return tensors
 
@@ -209,10 +216,6 @@ def _in(
     basis: Float64[Tensor, "hidden kept"], states: States
 ) -> Float[Tensor, "batch tokens kept"]:
     return states.to(basis.device) @ basis.to(states.dtype)
-
-
-def _stored_dtype(tensor: Tensor, model: PreTrainedModel) -> torch.dtype:
-    return model.dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def _embeddings(model: PreTrainedModel, basis: Basis) -> dict[str, Tensor]:

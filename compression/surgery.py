@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +128,8 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
     """A new model with structure `change.plan`; `model` stays untouched and shares no memory.
 
-    Returns a stock class when the plan is native, else a FoldstackForCausalLM; in eval mode.
+    Returns a stock class when the plan is native, else a FoldstackForCausalLM; in eval mode, where
+    `storage_of(model)` says.
 
     Raises:
         ValueError: the change lacks a tensor, has one of the wrong shape, or one without a place.
@@ -139,6 +140,7 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
     target = stock_of(smaller)
     source = _Inherited(model, architecture)
     state, unused = {}, set(change.tensors)
+    device = storage_of(model)
     for name, placeholder in target.state_dict().items():
         place = _place(name, architecture.blocks_path)
         given = name if place is None else place.name
@@ -155,15 +157,37 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
                 f"{name} has shape {tuple(tensor.shape)}, its place {tuple(placeholder.shape)}"
             )
         dtype = source.dtype if tensor.is_floating_point() else tensor.dtype
-        state[name] = tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+        state[name] = _copied(tensor.detach(), device, dtype)
     if unused:
         raise ValueError(f"the plan has no place for {', '.join(sorted(unused))}")
     target.load_state_dict(state, assign=True)
     _fill_buffers(target, source, change.inherits)
     smaller.tie_weights()
+    smaller.to(device)  # the buffers
     if model.generation_config is not None:
         smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.requires_grad_(True).eval()
+
+
+def storage_of(model: PreTrainedModel) -> torch.device:
+    """Where the weights of a model's blocks are: not where it computes, if they go there in turn
+    (`block_residency`)."""
+    devices = {p.device for p in architecture_of(model).blocks(model).parameters()}
+    return torch.device("cpu") if len(devices) > 1 else next(iter(devices), model.device)
+
+
+def as_stored(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors of a cut as they are to be stored: where `model` has its own, in its precision."""
+    device = storage_of(model)
+    return {
+        name: tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def _copied(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    copied = torch.empty(tensor.shape, device=device, dtype=dtype)
+    return copied.copy_(tensor)
 
 
 @dataclass(frozen=True)

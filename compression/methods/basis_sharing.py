@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, base_config_of
+from foldstack.compression.block_residency import run_blocks_in_turn
 from foldstack.compression.errors import InputError
 from foldstack.compression.factoring import (
     Factors,
@@ -34,7 +35,7 @@ from foldstack.compression.method import (
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, linear_shapes
 from foldstack.compression.statistics import Statistics, gather
-from foldstack.compression.surgery import Cut, cut, plan_of
+from foldstack.compression.surgery import Cut, as_stored, cut, plan_of, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,9 @@ class BasisSharing(Method):
     allocation: Literal["exact", "paper"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone."""
 
+    rank_multiple: int = Field(default=1, ge=1)
+    """Ranks are multiples of this; 64 suits tensor cores."""
+
     def outline(self, model: PreTrainedModel) -> Plan:
         return _factored(plan_of(model), self._groups(model))
 
@@ -117,6 +121,8 @@ class BasisSharing(Method):
         if self.update == "global":
             # The inputs that the whole compressed model produces, on disk where there is room.
             smaller = cut(model, Cut(plan, inherits, tensors))
+            if storage_of(model) != model.device:
+                run_blocks_in_turn(smaller, model.device)
             folder = None if evidence.work is None else evidence.work / "deviated"
             deviated = gather(smaller, evidence.calibration, {"gram"}, folder=folder)
             for group in groups:
@@ -138,7 +144,12 @@ class BasisSharing(Method):
         if self.sparsity - TOLERANCE > farthest or not shapes:
             raise InputError(unreachable(self, farthest, "rank 1 in every group of linears"))
         removed = min(1.0, self.sparsity * whole / dense)
-        ranks = uniform_ranks(stacked, removed, spend_leftover=self.allocation == "exact")
+        ranks = uniform_ranks(
+            stacked,
+            removed,
+            spend_leftover=self.allocation == "exact",
+            multiple=self.rank_multiple,
+        )
         reads = {site.name: site.reads for site in architecture_of(model).linears}
         return [
             Group(site[1], reads[site[1]], members[site], rank)
@@ -181,7 +192,7 @@ class BasisSharing(Method):
         tensors: dict[str, Tensor] = {}
         for index, group in enumerate(groups):
             for position, factors in self._factors(model, group, evidence).items():
-                tensors |= _named(model, group, position, factors)
+                tensors |= as_stored(_named(model, group, position, factors), model)
             evidence.progress(self.name, index + 1, len(groups))
         return tensors
 
@@ -233,8 +244,8 @@ class BasisSharing(Method):
             pooled = pooled_gram(grams, equal_traces=self.pooling == "equal_traces")
             grams = [pooled] * len(grams)
         names = [f"{_place(position, group)}.second.weight" for position in group.positions]
-        before = [tensors[name] for name in names]
-        basis = tensors[f"{_place(group.positions[0], group)}.first.weight"]
+        before = [tensors[name].to(model.device) for name in names]
+        basis = tensors[f"{_place(group.positions[0], group)}.first.weight"].to(model.device)
         after = _fitted(_weights(model, group), basis, before, grams)
         return {
             name: new.to(old.dtype) for name, new, old in zip(names, after, before, strict=True)
@@ -255,7 +266,7 @@ def _weights(model: PreTrainedModel, group: Group) -> list[Tensor]:
     architecture = architecture_of(model)
     blocks = architecture.blocks(model)
     linears = [blocks[position].get_submodule(group.name) for position in group.positions]
-    return [architecture.weight(linear).detach() for linear in linears]
+    return [architecture.weight(linear).detach().to(model.device) for linear in linears]
 
 
 def _grams(model: PreTrainedModel, group: Group, statistics: Statistics) -> list[Tensor]:

@@ -46,7 +46,7 @@ from foldstack.compression.method import (
 )
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, linear_shapes
-from foldstack.compression.surgery import Cut, plan_of
+from foldstack.compression.surgery import Cut, as_stored, plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +114,13 @@ class MoDeGpt(Method):
         plan = self._plan(model, widths)
         tensors: dict[str, Tensor] = {}
         for position, block in enumerate(plan.blocks):
+            narrow: dict[str, Tensor] = {}
             if block.mlp_width is not None and (position, "mlp") in widths:
-                tensors |= self._narrow_mlp(model, position, block.mlp_width, evidence)
+                narrow |= self._narrow_mlp(model, position, block.mlp_width, evidence)
             if block.narrow_heads is not None:
-                tensors |= self._narrow_heads(model, position, block.narrow_heads, evidence)
+                narrow |= self._narrow_heads(model, position, block.narrow_heads, evidence)
+            tensors |= as_stored(narrow, model)
             evidence.progress("modegpt", position + 1, len(plan.blocks))
-        dtype = model.dtype
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
         return Cut(plan, tuple(range(len(plan.blocks))), tensors)
 
     def _uniform(self, dimensions: list[InnerDimension]) -> BlockSparsities:
@@ -248,8 +245,8 @@ class MoDeGpt(Method):
         tensors = {}
         (down_name,) = (s.name for s in architecture.linears if s.reads == "mlp_output")
         down: Any = block.get_submodule(down_name)
-        weight = architecture.weight(down).detach()
-        gram = evidence.statistics.gram(position, "mlp_output").to(weight.device)
+        weight = architecture.weight(down).detach().to(model.device)
+        gram = evidence.statistics.gram(position, "mlp_output").to(model.device)
         kept = top(leverage_scores(gram, self.ridge), width)
         place = f"blocks.{position}.{down_name}.weight"
         tensors[place] = architecture.stored_weight(down, refitted(weight, gram, kept))
@@ -257,14 +254,14 @@ class MoDeGpt(Method):
             if site.reads != "mlp_input":
                 continue
             up: Any = block.get_submodule(site.name)
-            rows = architecture.weight(up).detach()
+            rows = architecture.weight(up).detach().to(model.device)
             # gate and up fused: the channels of both halves.
             halves = range(0, len(rows), len(gram))
             chosen = torch.cat([start + kept for start in halves])
             place = f"blocks.{position}.{site.name}"
             tensors[f"{place}.weight"] = architecture.stored_weight(up, rows[chosen])
             if up.bias is not None:
-                tensors[f"{place}.bias"] = up.bias.detach()[chosen]
+                tensors[f"{place}.bias"] = up.bias.detach().to(model.device)[chosen]
         return tensors
 
     def _narrow_heads(

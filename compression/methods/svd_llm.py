@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,7 +36,7 @@ from foldstack.compression.method import (
 )
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, linear_shapes
-from foldstack.compression.surgery import Cut, plan_of
+from foldstack.compression.surgery import Cut, as_stored, plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class SvdLlm(Method):
     allocation: Literal["exact", "paper", "v2"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone; v2: as
     exact, then by loss among the linears of one name and shape."""
+    rank_multiple: int = Field(default=1, ge=1)
+    """Ranks are multiples of this; 64 suits tensor cores."""
     whitening: Literal["projection", "eigen"] = "projection"
     """projection: onto the leading eigenvectors of W G W^T, without an inverse; eigen: V2's form,
     with the pseudo-inverse of G."""
@@ -110,7 +113,12 @@ class SvdLlm(Method):
         if self.sparsity - TOLERANCE > farthest or not shapes:
             raise InputError(unreachable(self, farthest, "rank 1 in every linear of the blocks"))
         removed = min(1.0, self.sparsity * whole / dense)
-        ranks = uniform_ranks(shapes, removed, spend_leftover=self.allocation != "paper")
+        ranks = uniform_ranks(
+            shapes,
+            removed,
+            spend_leftover=self.allocation != "paper",
+            multiple=self.rank_multiple,
+        )
         return {
             site: k for site, k in ranks.items() if k * sum(shapes[site]) < _product(shapes[site])
         }
@@ -126,7 +134,11 @@ class SvdLlm(Method):
             evidence.progress("svd_llm losses", sum(map(len, losses.values())), len(uniform))
         ranks: dict[Site, int] = {}
         for (_, shape), of_type in losses.items():
-            ranks |= ranks_by_loss(of_type, shape, sum(uniform[site] for site in of_type))
+            total = sum(uniform[site] for site in of_type)
+            step = self.rank_multiple
+            if any(uniform[site] % step for site in of_type):  # ranks below it, of small linears
+                step = 1
+            ranks |= ranks_by_loss(of_type, shape, total, step)
         return ranks
 
     def _independent(
@@ -137,7 +149,8 @@ class SvdLlm(Method):
         tensors: dict[str, Tensor] = {}
         for position, block in enumerate(blocks):
             for name, factors in self._factors(model, position, ranks, evidence).items():
-                tensors |= named_factors(position, name, factors, block.get_submodule(name))
+                thin = named_factors(position, name, factors, block.get_submodule(name))
+                tensors |= as_stored(thin, model)
             evidence.progress(self.name, position + 1, len(blocks))
         return tensors
 
@@ -163,11 +176,11 @@ class SvdLlm(Method):
         architecture = architecture_of(model)
         position, name = site
         linear = architecture.blocks(model)[position].get_submodule(name)
-        weight = architecture.weight(linear).detach()
+        weight = architecture.weight(linear).detach().to(model.device)
         reads = next(site.reads for site in architecture.linears if site.name == name)
         gram = gram_of_users(plan_of(model), position, reads, evidence.statistics)
         decompose = eigen_whitened_svd if self.whitening == "eigen" else whitened_svd
-        return decompose(weight, gram.to(weight.device))
+        return decompose(weight, gram.to(model.device))
 
 
 def _product(shape: tuple[int, int]) -> int:
