@@ -45,6 +45,8 @@ SIZES = {
 """Hidden size, MLP width, blocks, heads, vocabulary."""
 SPARSITY = 0.3
 NEW_TOKENS, REPEATS = 24, 2
+HOST_BYTES = 48 << 30
+"""What hidden states may take of host memory."""
 WIDTHS = {
     "modegpt": ("mlp_multiple", "head_multiple"),
     "svd_llm": ("rank_multiple",),
@@ -220,8 +222,9 @@ class Compression:
             (lambda *_: passed.append(now(self.device) - started)) if self.report.quiet else None
         )
         self.statistics = gather(
-            self.model, self.windows, KINDS, batch_size=8, progress=quiet or progress
-        )
+            self.model, self.windows, KINDS,
+            batch_size=8, progress=quiet or progress, memory_bytes=HOST_BYTES,
+        )  # fmt: skip
         took, floors = now(self.device) - started, self.floors()
         self.report.add("statistics.tokens", self.windows.numel())
         self.report.add("statistics.blocks_seconds", passed[-1])
@@ -231,9 +234,28 @@ class Compression:
             self.report.add(f"statistics.floor_{name}_seconds", floor)
         self.report.add("statistics.over_floor", took / sum(floors.values()))
         self.report.add("statistics.peak_device_gib", peak_gib(self.device))
+        self._check_gram()
+
+    def _check_gram(self) -> None:
+        """A diagonal block of the first Gram against float64 sums over the same inputs."""
+        assert self.statistics is not None
+        model, total = self.model, 0.0
+        layer = model.model.layers[0]
+        for tokens in self.windows.split(8):
+            embedded = model.model.embed_tokens(tokens.to(self.device))
+            norm = layer.input_layernorm.weight.to(self.device)
+            x = torch.nn.functional.rms_norm(
+                embedded.float(), norm.shape, eps=self.config.rms_norm_eps
+            ).to(embedded.dtype) * norm
+            rows = x.flatten(0, 1)[:, :256].double()
+            total = total + rows.T @ rows
+        found = self.statistics.gram(0, "attention_input")[:256, :256].to(self.device)
+        apart = float((found - total).norm() / total.norm())
+        self.report.add("correct.gram_bfloat16_relative_difference", apart)
+        assert apart < 1e-4, "Grams of bfloat16 inputs differ"
 
     def floors(self) -> dict[str, float]:
-        """Seconds of the arithmetic of a pass: forward in bfloat16, Grams in float32 (a triangle).
+        """Seconds of the arithmetic of a pass in bfloat16: forward, and Grams (a triangle).
 
         Scores of causal attention are counted; norms, activations and sums are not.
         """
@@ -246,7 +268,7 @@ class Compression:
         forward = tokens * (2 * weights + scores) * blocks
         return {
             "forward": forward / self.rate("bfloat16"),
-            "grams": grams / self.rate("float32"),
+            "grams": grams / self.rate("bfloat16"),
         }
 
     def compress(self) -> None:

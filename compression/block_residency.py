@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.mapped_memory import release
 from foldstack.compression.modeling_foldstack import Borrowed, SlicedLinear
 
 
@@ -68,6 +69,7 @@ class _Resident:
             home = tensor.data
             _put(tensor, home.to(self.device, copy=True))
             self._homes.append((tensor, home, tensor._version))
+        release(home for _, home, _ in self._homes)
         self._block = block
 
     def _leave(self) -> None:

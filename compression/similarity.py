@@ -68,8 +68,10 @@ class Boundaries:
         states.let_go()
         self._states.append(kept)
 
-    def compare(self, *, skip_first_token: bool) -> Similarity:
-        """The sums for all pairs.
+    def compare(
+        self, *, skip_first_token: bool, device: torch.device | str = "cpu"
+    ) -> Similarity:
+        """The sums for all pairs, computed on `device`.
 
         Raises:
             InputError: hidden states are not finite.
@@ -84,9 +86,9 @@ class Boundaries:
             for start in range(first, num_tokens, tokens_at_once):
                 stop = start + tokens_at_once
                 hidden = torch.stack([s.all[window, start:stop] for s in self._states])
-                cosine_sum += summed_cosines(hidden.double())
+                cosine_sum += summed_cosines(hidden.to(device).double()).cpu()
             last = torch.stack([s.all[window, -1:] for s in self._states])
-            angle_sum += summed_angles(last.double())
+            angle_sum += summed_angles(last.to(device).double()).cpu()
             for states in self._states:
                 states.let_go()
         return Similarity(

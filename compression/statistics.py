@@ -264,7 +264,8 @@ def gather(
     similarity = None
     if "similarity" in kinds:
         boundaries.add(stream.states)
-        similarity = boundaries.compare(skip_first_token=skip_first_token)
+        device = next(model.parameters()).device  # where it computes
+        similarity = boundaries.compare(skip_first_token=skip_first_token, device=device)
     return Statistics(
         num_blocks=len(stream.blocks),
         num_tokens=windows.numel(),

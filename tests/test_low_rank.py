@@ -154,6 +154,23 @@ def test_a_whole_rank_is_not_lost_to_rounding() -> None:
     assert uniform_ranks({"a": (100, 100)}, 0.42, spend_leftover=False) == {"a": 29}
 
 
+def test_ranks_are_multiples_and_land_within_one_of_the_size() -> None:
+    shapes = {n: (400 + 40 * n, 300) for n in range(6)} | {"small": (20, 12)}
+    ranks = uniform_ranks(shapes, 0.3, multiple=16)
+    assert all(rank % 16 == 0 for key, rank in ranks.items() if key != "small")
+    assert 1 <= ranks["small"] < 16
+    left = 0.7 * sum(m * n for m, n in shapes.values())
+    left -= sum(rank * sum(shapes[key]) for key, rank in ranks.items())
+    assert 0 <= left < 16 * (600 + 300)
+
+
+def test_v2_moves_ranks_in_multiples() -> None:
+    ranks = ranks_by_loss({"a": 10.0, "b": 100.0, "c": 1e4}, (600, 400), 3 * 96, multiple=16)
+    assert sum(ranks.values()) == 3 * 96
+    assert all(rank % 16 == 0 for rank in ranks.values())
+    assert ranks["a"] < ranks["c"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(4, 80), st.integers(4, 80)), min_size=1, max_size=12),
