@@ -68,9 +68,7 @@ class Boundaries:
         states.let_go()
         self._states.append(kept)
 
-    def compare(
-        self, *, skip_first_token: bool, device: torch.device | str = "cpu"
-    ) -> Similarity:
+    def compare(self, *, skip_first_token: bool, device: torch.device | str = "cpu") -> Similarity:
         """The sums for all pairs, computed on `device`.
 
         Raises:
