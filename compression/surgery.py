@@ -163,7 +163,7 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
     target.load_state_dict(state, assign=True)
     _fill_buffers(target, source, change.inherits)
     smaller.tie_weights()
-    smaller.to(device)  # the buffers
+    target.to(device)  # the buffers
     if model.generation_config is not None:
         smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.requires_grad_(True).eval()
