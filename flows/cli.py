@@ -12,6 +12,7 @@ import typer
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.quick_imports import importing
+from foldstack.tasks.redaction import without_secrets
 
 if TYPE_CHECKING:
     from foldstack.flows.run_config import RunConfig
@@ -272,7 +273,8 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        app()
+        with without_secrets():
+            app()
     except InputError as error:
         print(f"foldstack: {error}", file=sys.stderr)
         sys.exit(2)

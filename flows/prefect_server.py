@@ -6,6 +6,7 @@ libraries are still being imported, and ends with its parent however that ends.
 """
 
 import argparse
+import base64
 import json
 import os
 import socket
@@ -165,10 +166,23 @@ def cancel_flow_run() -> None:
     request = urllib.request.Request(
         f"{_current['api']}/flow_runs/{_current['run']}/set_state",
         data=json.dumps({"state": state, "force": True}).encode(),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json", **_login()},
     )
     with suppress(OSError):
         urllib.request.urlopen(request, timeout=CANCEL_SECONDS).close()
+
+
+def _login() -> dict[str, str]:
+    """The header by which Prefect's own client logs in."""
+    from prefect.settings import get_current_settings
+
+    api = get_current_settings().api
+    if api.auth_string is not None:
+        words = base64.b64encode(api.auth_string.get_secret_value().encode()).decode()
+        return {"Authorization": f"Basic {words}"}
+    if api.key is not None:
+        return {"Authorization": f"Bearer {api.key.get_secret_value()}"}
+    return {}
 
 
 def _check_answers(url: str) -> None:

@@ -20,13 +20,18 @@ from foldstack.flows.config_file import find_config, read_config
 from foldstack.flows.method_entries import AnyEntry, Seed, Sparsity, Variant, expand
 from foldstack.tasks.artifacts import foldstack_home
 from foldstack.tasks.execution import Dtype
+from foldstack.tasks.redaction import redacted
 
 Limit = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        hide_input_in_errors=True,  # Prefect logs such errors, and the input may be a secret
     )
 
 
@@ -128,6 +133,17 @@ class Tracking(_Section):
     """When empty, foldstack/<model>."""
     register_best: bool = True
     """Register the best variant at each sparsity as a version of foldstack-<model>."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, value: str) -> str:
+        # The config is written into reports, and into the parameters of flow runs.
+        if redacted(value) != value:
+            raise ValueError(
+                "tracking.uri must hold no password; set it without one, and "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return value
 
 
 class Output(_Section):

@@ -22,8 +22,9 @@ from foldstack.tasks.manifest import MANIFEST
 from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.rank_blocks import PLOT_FILE, TABLE_FILE
 from foldstack.tasks.recover_model import load_history
-from foldstack.tasks.run_record import DatasetUse, RunRecord, Status
-from foldstack.tasks.tracking import PREFIX, Tracker
+from foldstack.tasks.redaction import redacted
+from foldstack.tasks.run_record import PREFIX, DatasetUse, RunRecord, Status
+from foldstack.tasks.tracking import Tracker
 
 # Parts of a config that change nothing that is computed.
 BESIDE_THE_POINT = ("name", "tracking", "output", "workers")
@@ -39,6 +40,16 @@ def tracking_uri(config: RunConfig) -> str:
     return chosen or f"sqlite:///{home / 'mlflow.db'}"
 
 
+def experiment_of(config: RunConfig) -> str:
+    """Name of the MLflow experiment, one per base model unless the config says otherwise."""
+    return config.tracking.experiment or f"foldstack/{config.model.short_name}"
+
+
+def registered_name(config: RunConfig) -> str:
+    """Name of the registered model whose versions are the best variants."""
+    return f"foldstack-{_clean(config.model.short_name)}"
+
+
 class SweepLog:
     """Logs the branches of one sweep as they get ready, and the sweep at its end."""
 
@@ -49,9 +60,8 @@ class SweepLog:
         config = layout.config
         if config.tracking.enabled:
             home = config.output.home.expanduser().resolve()
-            experiment = config.tracking.experiment or f"foldstack/{config.model.short_name}"
             self._tracker = Tracker(
-                tracking_uri(config), experiment, home / "tracking", home / "mlartifacts"
+                tracking_uri(config), experiment_of(config), home / "tracking", home / "mlartifacts"
             )
 
     def branch_evaluated(self, branch: Branch, runs: StageRuns) -> None:
@@ -79,12 +89,11 @@ class SweepLog:
         if self._layout.config.tracking.register_best and not _is_complete(tracker, records):
             for sparsity, row in comparison.best().items():
                 alias = f"best-at-{sparsity_text(sparsity).replace('.', '-')}"
-                name = f"foldstack-{_clean(self._layout.config.model.short_name)}"
+                name = registered_name(self._layout.config)
                 tracker.register_best(name, records[row.label], alias, f"{row.label}: {BEST_RULE}")
         tracker.finish()
-        links = {"mlflow": tracker.uri, "mlflow experiment": tracker.experiment}
-        if page := tracker.compare_page([record.fingerprint for record in records.values()]):
-            links["mlflow compare"] = page
+        links = {"mlflow": redacted(tracker.uri), "mlflow experiment": tracker.experiment}
+        links |= tracker.pages([record.fingerprint for record in records.values()])
         return links, tracker.warnings
 
     def settle(self) -> None:

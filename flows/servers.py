@@ -1,15 +1,21 @@
-"""`foldstack ui`: the Prefect and the MLflow server on loopback, until Ctrl-C."""
+"""`foldstack ui`: the Prefect and the MLflow server on loopback, until Ctrl-C.
+
+Secrets (a database's password, who may log in) reach a server by its environment: what stands in a
+command line is read by everybody on the machine.
+"""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from foldstack.compression.errors import InputError
@@ -21,16 +27,23 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Server:
-    """A program that serves a page, and how to know that it does."""
+    """A program that serves, and how to know that it does."""
 
     name: str
     command: tuple[str, ...]
     page: str
     health: str
-    settings: dict[str, str]
+    """Address that answers once it is up: http, or tcp where a connection is enough."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Settings in its environment where the user has set nothing else."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Settings in its environment, whatever the user has set."""
+    user: str | None = None
+    """Whom to run it as; None: the one who runs us."""
 
 
-def prefect(port: int) -> Server:
+def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
+    """The Prefect server on loopback; `settings` are more of its environment."""
     address = f"http://127.0.0.1:{port}"
     arguments = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
     return Server(
@@ -38,25 +51,38 @@ def prefect(port: int) -> Server:
         command=(sys.executable, "-m", "prefect", *arguments),
         page=address,
         health=f"{address}/api/health",
-        settings=PREFECT_DEFAULTS | {"PREFECT_UI_API_URL": f"{address}/api"},
+        defaults=PREFECT_DEFAULTS | {"PREFECT_UI_API_URL": f"{address}/api"},
+        settings=settings or {},
     )
 
 
-def mlflow(port: int, uri: str, artifacts: Path) -> Server:
+def mlflow(
+    port: int, uri: str, artifacts: Path, settings: Mapping[str, str] | None = None, app: str = ""
+) -> Server:
+    """The MLflow server on loopback, which hands artifacts out and takes them in.
+
+    Args:
+        port: where it listens.
+        uri: the database of its runs.
+        artifacts: the folder of their files.
+        settings: more of its environment.
+        app: MLflow's plugin to serve, "basic-auth" for one that asks who is there.
+    """
     address = f"http://127.0.0.1:{port}"
     arguments = (
         "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", uri, "--artifacts-destination", str(artifacts),
+        "--artifacts-destination", str(artifacts), *(("--app-name", app) if app else ()),
     )  # fmt: skip
     return Server(
         name="MLflow",
         command=(sys.executable, "-m", "mlflow", *arguments),
         page=address,
         health=f"{address}/health",
-        settings={
+        defaults={
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes and 0.8 GB less
         },
+        settings={"MLFLOW_BACKEND_STORE_URI": uri, **(settings or {})},
     )
 
 
@@ -67,31 +93,55 @@ def serve(servers: Sequence[Server], logs: Path, say: Callable[[str], None]) -> 
         InputError: a server ends instead of answering.
         KeyboardInterrupt: the person has seen enough.
     """
-    logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         processes = [stack.enter_context(_running(server, logs)) for server in servers]
         for server, process in zip(servers, processes, strict=True):
             _wait_for(server, process, logs)
             say(f"{server.name}: {server.page}")
-        say(f"logs are in {logs}; Ctrl-C stops both")
-        while True:
-            for server, process in zip(servers, processes, strict=True):
-                if process.poll() is not None:
-                    raise InputError(_ended(server, process, logs))
-            time.sleep(0.5)
+        say(f"logs are in {logs}; Ctrl-C stops them")
+        watch(servers, processes, logs)
+
+
+def watch(
+    servers: Sequence[Server], processes: Sequence["subprocess.Popen[bytes]"], logs: Path
+) -> None:
+    """Return never, unless a server ends.
+
+    Raises:
+        InputError: it did.
+    """
+    while True:
+        for server, process in zip(servers, processes, strict=True):
+            if process.poll() is not None:
+                raise InputError(_ended(server, process, logs))
+        time.sleep(0.5)
+
+
+@contextmanager
+def running(server: Server, logs: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """The server while it is needed: it answers at the beginning and is gone at the end.
+
+    Raises:
+        InputError: it ends instead of answering.
+    """
+    with _running(server, logs) as process:
+        _wait_for(server, process, logs)
+        yield process
 
 
 class _running:
     """The process group of a server, ended on exit: first asked to, then made to."""
 
     def __init__(self, server: Server, logs: Path) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
         with _log(server, logs).open("w") as log:
             self.process = subprocess.Popen(
                 server.command,
-                env={**os.environ, **{k: os.environ.get(k, v) for k, v in server.settings.items()}},
+                env={**server.defaults, **os.environ, **server.settings},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                user=server.user,
                 start_new_session=True,  # Ctrl-C is for us; we end them in order
             )
 
@@ -113,13 +163,22 @@ def _wait_for(server: Server, process: "subprocess.Popen[bytes]", logs: Path) ->
         if process.poll() is not None:
             raise InputError(_ended(server, process, logs))
         with suppress(OSError, urllib.error.URLError):
-            urllib.request.urlopen(server.health, timeout=5).close()
+            _call(server.health)
             return
         time.sleep(0.2)
     raise InputError(
         f"{server.name} did not answer at {server.health} within {START_SECONDS:.0f} s; "
         f"see {_log(server, logs)}"
     )
+
+
+def _call(address: str) -> None:
+    """Raises OSError when nothing answers."""
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme == "tcp":
+        socket.create_connection((parts.hostname, parts.port), timeout=5).close()
+    else:
+        urllib.request.urlopen(address, timeout=5).close()
 
 
 def _ended(server: Server, process: "subprocess.Popen[bytes]", logs: Path) -> str:

@@ -13,6 +13,7 @@ from foldstack.flows.branches import Branch, Layout
 from foldstack.flows.terminal import Display
 from foldstack.tasks.artifacts import Artifact
 from foldstack.tasks.prefect_cache import stage_task
+from foldstack.tasks.redaction import redacted
 from foldstack.tasks.stage import Stage
 
 Future = PrefectFuture[Artifact]
@@ -136,7 +137,8 @@ def outcome_of(state: State[Any]) -> Outcome:
     if state.name == "NotReady":
         return Outcome("skipped")
     error = state.result(raise_on_failure=False)
-    lines = str(error if isinstance(error, BaseException) else state.message or "").splitlines()
+    said = str(error if isinstance(error, BaseException) else state.message or "")
+    lines = redacted(said).splitlines()
     first = lines[0] if lines else type(error).__name__
     if isinstance(error, InputError):
         return Outcome("failed", cause=first, is_input_error=True)

@@ -7,11 +7,16 @@ import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 import base64
 import logging
 import time
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 from prefect import flow, runtime
-from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_table_artifact,
+)
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from foldstack.flows import comparison as tables
@@ -26,6 +31,8 @@ from foldstack.flows.stage_runs import StageRuns
 from foldstack.flows.terminal import Display, Silent
 from foldstack.tasks.execution import cores
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
+from foldstack.tasks.redaction import without_secrets
+from foldstack.tasks.worker_pool import worker_processes
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +73,14 @@ def sweep(config: RunConfig) -> Comparison:
         InputError: something in `config` cannot work; nothing has been computed then.
         SweepFailed: some variants failed; the others are in its comparison.
     """
-    started = time.monotonic()
     note_flow_run(str(runtime.flow_run.id))
+    # Models cannot be loaded in several threads at once; the command line has its own processes.
+    with worker_processes() if runtime.deployment.id else nullcontext(), without_secrets():
+        return _run(config)
+
+
+def _run(config: RunConfig) -> Comparison:
+    started = time.monotonic()
     layout = prepared.get()
     if layout is None or layout.config != config:
         layout = lay_out(config)
@@ -125,6 +138,7 @@ def _publish(
     )
     tables.save_texts(comparison, folder)
     _show_comparison(comparison, files)
+    _show_links(comparison)
     if comparison.failed:
         raise SweepFailed(comparison)
     return comparison
@@ -147,6 +161,14 @@ def _show_comparison(comparison: Comparison, files: dict[str, Any]) -> None:
     _create(create_table_artifact, table=table, key=key, description=comparison.title)
     if "quality_against_size.png" in files:
         _show_picture(files["quality_against_size.png"], f"{key}-plot", "Quality against size")
+
+
+def _show_links(comparison: Comparison) -> None:
+    """From Prefect's page to MLflow's; the way back is a tag of every MLflow run."""
+    for name in ("mlflow runs", "mlflow compare"):
+        if page := comparison.links.get(name):
+            key = f"{name.replace(' ', '-')}-{comparison.sweep}"
+            _create(create_link_artifact, link=page, link_text=name, key=key)
 
 
 def _show_picture(file: Any, key: str, description: str) -> None:

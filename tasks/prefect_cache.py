@@ -24,6 +24,7 @@ from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.redaction import without_secrets
 from foldstack.tasks.stage import Stage, run_stage
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def _write_record(store: ArtifactStore, key: str, artifact: Artifact) -> None:
     task_run_name="{stage.label}",
 )
 def _stage_in_prefect(stage: Stage, store_root: Path, report: Report | None = None) -> Artifact:
-    return run_stage(stage, ArtifactStore(store_root), _Progress(stage, report))
+    with without_secrets():
+        return run_stage(stage, ArtifactStore(store_root), _Progress(stage, report))
 
 
 def stage_task(name: str, store: ArtifactStore, **options: Any) -> Task[..., Artifact]:

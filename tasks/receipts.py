@@ -3,6 +3,7 @@
 MLflow's import takes longer than a whole cached sweep needs.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from foldstack.tasks.redaction import redacted
 from foldstack.tasks.run_record import RunRecord
 
 ANSWER_SECONDS = 3.0
@@ -93,12 +95,24 @@ def runs_still_there(uri: str, run_ids: set[str]) -> set[str]:
 
 
 def _is_active_over_http(uri: str, run_id: str) -> bool:
-    url = f"{uri.rstrip('/')}/api/2.0/mlflow/runs/get?run_id={run_id}"
+    url = f"{redacted(uri).rstrip('/')}/api/2.0/mlflow/runs/get?run_id={run_id}"
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
+        request = urllib.request.Request(url, headers=_login())
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
             info = json.load(answer)["run"]["info"]
     except urllib.error.HTTPError as error:
         return error.code != 404  # refused for want of credentials is not the same as gone
     except (OSError, ValueError, KeyError):
         return True  # away: nothing can be repaired now
     return str(info.get("lifecycle_stage")) == "active"
+
+
+def _login() -> dict[str, str]:
+    """The header by which MLflow's own client logs in, from the same variables."""
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    if not user:
+        return {}
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+PREFIX = "foldstack."
+"""What the names of our tags begin with."""
+
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
 
 

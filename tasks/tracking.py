@@ -1,4 +1,4 @@
-"""What MLflow is told, and when: the only file that imports MLflow.
+"""What MLflow is told, and when: it is imported here and in the quality gate only.
 
 A run is brought up to its `RunRecord`: what is missing is added, what is there stays. So logging
 the same record twice changes nothing, a run that was cut off is completed by the next sweep, and a
@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from foldstack.tasks import mlflow_pages
+from foldstack.tasks.quality_gate import version_of
 from foldstack.tasks.receipts import Receipts
-from foldstack.tasks.run_record import DatasetUse, RunRecord
+from foldstack.tasks.redaction import redacted
+from foldstack.tasks.run_record import PREFIX, DatasetUse, RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,7 +35,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PREFIX = "foldstack."
 FINGERPRINT_TAG = PREFIX + "fingerprint"
 # MLflow's own limits; it cuts a longer value silently, so that we cut it visibly.
 ITEMS_PER_BATCH = 100
@@ -41,7 +43,6 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 REACHABLE_SECONDS = 3.0
-LOCAL_SERVER = "http://127.0.0.1:5000"
 
 
 class Tracker:
@@ -89,20 +90,12 @@ class Tracker:
             self._warn(f"MLflow at {self.uri} did not answer within {wait_seconds:.0f} s")
         self._thread = None
 
-    def compare_page(self, fingerprints: Sequence[str]) -> str | None:
-        """Address of MLflow's page that compares these records' runs, as far as they are logged.
-
-        A plain file has no server: the address is then the one that `foldstack ui` serves it at.
-        """
+    def pages(self, fingerprints: Sequence[str]) -> dict[str, str]:
+        """Addresses of MLflow's pages that show these records' runs, as far as they are logged."""
         ids = [self.run_ids[name] for name in fingerprints if name in self.run_ids]
         if not ids or self._experiment_id is None:
-            return None
-        has_address = self.uri.startswith(("http://", "https://"))
-        server = self.uri.rstrip("/") if has_address else LOCAL_SERVER
-        runs = json.dumps(ids, separators=(",", ":"))
-        return (
-            f"{server}/#/compare-runs?runs={runs}&experiments={json.dumps([self._experiment_id])}"
-        )
+            return {}
+        return mlflow_pages.pages(self.uri, self._experiment_id, ids)
 
     def _enqueue(self, item: "RunRecord | _Best") -> None:
         if self._thread is None:
@@ -125,6 +118,7 @@ class Tracker:
                 self._warn(f"MLflow at {self.uri} could not be written: {reason[0][:300]}")
 
     def _warn(self, sentence: str) -> None:
+        sentence = redacted(sentence)
         sentence += "; nothing computed is lost, and the next run logs what is missing"
         self.warnings.append(sentence)
         log.warning("%s", sentence)
@@ -135,6 +129,7 @@ class Tracker:
             self._client, self._experiment_id = open_experiment(
                 self.uri, self.experiment, self._artifact_location
             )
+            self._client.set_experiment_tag(self._experiment_id, *mlflow_pages.VIEW_TAG)
         assert self._experiment_id is not None
         if isinstance(item, _Best):
             if item.fingerprint in self.run_ids:
@@ -288,19 +283,7 @@ def _add_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[Datase
 
 def register(client: "MlflowClient", best: _Best, run_id: str) -> None:
     """Point `alias` of the registered model at the version made from this run."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(best.model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    versions = client.search_model_versions(f"name = '{best.model}' and run_id = '{run_id}'")
-    version = versions[0] if versions else None
-    if version is None:
-        version = client.create_model_version(
-            best.model, f"runs:/{run_id}/model", run_id=run_id, description=best.description
-        )
+    version = version_of(client, best.model, run_id, best.description)
     client.set_registered_model_alias(best.model, best.alias, version.version)
 
 

@@ -198,9 +198,9 @@ def test_the_best_run_gets_the_alias(uri: str, tmp_path: Path, record: RunRecord
 
 def test_the_compare_page_lists_the_runs(uri: str, tmp_path: Path, record: RunRecord) -> None:
     tracker = tracker_at(uri, tmp_path)
-    assert tracker.compare_page([record.fingerprint]) is None
+    assert tracker.pages([record.fingerprint]) == {}
     log(tracker, record)
 
-    page = tracker.compare_page([record.fingerprint, "not logged"])
+    page = tracker.pages([record.fingerprint, "not logged"])["mlflow compare"]
     assert page is not None
     assert f'runs=["{tracker.run_ids[record.fingerprint]}"]' in page

@@ -1,0 +1,2 @@
+-- Beside the database `prefect`, which the image makes itself.
+CREATE DATABASE mlflow;

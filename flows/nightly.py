@@ -1,0 +1,85 @@
+"""The flows that run by themselves: the nightly sweep with its quality gate, and the refresh."""
+
+import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
+
+# isort: split
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, runtime, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from foldstack.compression.digest import digest_json
+from foldstack.compression.errors import InputError
+from foldstack.flows.command_compare import compare_command
+from foldstack.flows.comparison import Comparison, records
+from foldstack.flows.method_entries import sparsity_text
+from foldstack.flows.run_config import RunConfig
+from foldstack.flows.run_records import experiment_of, registered_name, tracking_uri
+from foldstack.flows.sweep import sweep
+from foldstack.tasks.quality_gate import Gate, Verdict, apply_gate, refused
+from foldstack.tasks.redaction import without_secrets
+
+DEFAULT_GATE = Gate()
+
+
+class GateRefused(RuntimeError):
+    """A model is worse than the accepted one by more than the gate allows."""
+
+
+def _title() -> str:
+    config = runtime.flow_run.parameters["config"]
+    title = config.title if isinstance(config, RunConfig) else "sweep"
+    return f"nightly {title}"
+
+
+@flow(name="nightly", flow_run_name=_title, persist_result=False)
+def nightly(config: RunConfig, gate: Gate = DEFAULT_GATE) -> Comparison:
+    """Run the sweep of `config`, and hold the best model at each sparsity against the accepted one.
+
+    Raises:
+        InputError: something in `config` cannot work, or there is no MLflow to ask.
+        SweepFailed: some variants failed.
+        GateRefused: a model is worse than the accepted one by more than `gate` allows.
+    """
+    if not config.tracking.enabled:
+        raise InputError("tracking.enabled must be true for the gate: accepted models are MLflow's")
+    comparison = sweep(config)
+    verdicts = quality_gate(config, comparison, gate)
+    create_table_artifact(
+        table=[verdict.model_dump() for verdict in verdicts],
+        key=f"gate-{comparison.sweep}",
+        description="The best model at each sparsity beside the accepted one",
+    )
+    if bad := refused(verdicts):
+        raise GateRefused(f"{len(bad)} of {len(verdicts)} models refused, the first is {bad[0]}")
+    return comparison
+
+
+@task(name="quality gate", task_run_name="quality gate", cache_policy=NO_CACHE)
+def quality_gate(config: RunConfig, comparison: Comparison, gate: Gate) -> list[Verdict]:
+    """The verdict on the best model at each sparsity; accepted ones get their alias."""
+    best = {
+        sparsity_text(sparsity): digest_json(row.fingerprints)
+        for sparsity, row in comparison.best().items()
+    }
+    with without_secrets():
+        return apply_gate(
+            tracking_uri(config), experiment_of(config), registered_name(config), best, gate
+        )
+
+
+@flow(name="refresh comparison", flow_run_name="comparison {model}", persist_result=False)
+def refresh_comparison(model: str = "", home: Path | None = None) -> int:
+    """Publish the results of all sweeps of a model, or of all, as one table; gives its rows.
+
+    Raises:
+        InputError: there is no sweep of that model.
+    """
+    rows: list[dict[str, Any]] = []
+    for comparison in compare_command(model, home):
+        rows += [{"sweep": comparison.title, **row} for row in records(comparison)]
+    create_table_artifact(table=rows, key="all-sweeps", description=f"Sweeps of {model or 'all'}")
+    return len(rows)

@@ -1,0 +1,123 @@
+"""What lies in deploy/: deployments that Prefect accepts, and the whole topology for real."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from prefect import Flow
+from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import validate
+
+from foldstack.compression.errors import InputError
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+DEPLOYMENTS: dict[str, dict[str, Any]] = {
+    each["name"]: each
+    for each in yaml.safe_load((DEPLOY / "prefect.yaml").read_text())["deployments"]
+}
+needs_postgres = pytest.mark.skipif(
+    not (shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres"))),
+    reason="needs Postgres: apt-get install postgresql",
+)
+
+
+@pytest.fixture(scope="module")
+def local_stack() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("local_stack", DEPLOY / "local_stack.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["local_stack"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def flow_of(name: str) -> Flow[..., Any]:
+    flow: Flow[..., Any] = load_flow_from_entrypoint(DEPLOYMENTS[name]["entrypoint"])
+    return flow
+
+
+@pytest.mark.parametrize("name", list(DEPLOYMENTS))
+def test_server_and_flow_accept_the_parameters(name: str) -> None:
+    """As the server does when a deployment is made, and as the worker does when it is run."""
+    parameters = DEPLOYMENTS[name]["parameters"]
+    schema = parameter_schema(flow_of(name)).model_dump_for_openapi()
+    validate(parameters, schema, raise_on_error=True, ignore_required=True)
+    flow_of(name).validate_parameters(parameters)
+
+
+@pytest.mark.parametrize(
+    "wrong, place",
+    [
+        ({"methods": [{"name": "shortgp"}]}, "config.methods"),
+        ({"methods": ["shortgpt"]}, "config.methods"),  # the short form is the command line's
+        ({"methods": [{"name": "shortgpt"}], "sparsities": [1.5]}, "config.sparsities"),
+        ({"methods": [{"name": "shortgpt"}], "sparsitys": [0.2]}, "config"),
+    ],
+)
+def test_the_form_refuses_what_the_flow_would(wrong: dict[str, Any], place: str) -> None:
+    schema = parameter_schema(flow_of("on-demand")).model_dump_for_openapi()
+    with pytest.raises(Exception, match=place.replace(".", r"\.")):
+        validate({"config": wrong}, schema, raise_on_error=True, ignore_required=True)
+
+
+def test_the_form_says_what_each_field_means() -> None:
+    schema = parameter_schema(flow_of("on-demand")).model_dump_for_openapi()
+    fields = schema["definitions"]["RunConfig"]["properties"]
+    assert fields["sparsities"]["description"].startswith("Fractions of the whole model")
+
+
+def test_nightly_runs_on_a_schedule_and_never_twice_at_once() -> None:
+    nightly = DEPLOYMENTS["nightly"]
+    assert [each["cron"] for each in nightly["schedules"]] == ["0 2 * * *"]
+    assert nightly["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+
+
+def test_missing_postgres_is_said_in_a_sentence(
+    local_stack: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="apt-get install postgresql"):
+        local_stack.binary("no-such-program-of-postgres")
+
+
+def test_secrets_are_made_once_and_for_their_owner_only(
+    local_stack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_stack, "binary", lambda name: name)
+    first, second = (local_stack.stack_in(tmp_path / "home") for _ in range(2))
+    assert (tmp_path / "home" / "secrets.json").stat().st_mode & 0o077 == 0
+    assert first.secrets == second.secrets
+    assert len(set(first.secrets.values())) == 4
+    servers = [*local_stack.web_servers(first), local_stack.postgres(first)]
+    for server in [*servers, local_stack.worker(first)]:
+        assert not any(word in " ".join(server.command) for word in first.secrets.values())
+
+
+@needs_postgres
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_scheduled_run_goes_through_on_postgres_and_shows_up_in_mlflow() -> None:
+    done = subprocess.run(
+        [sys.executable, DEPLOY / "local_stack.py", "--check", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    figures = json.loads(done.stdout)
+    assert figures["state"] == "Completed"
+    assert figures["by_scheduler"] is True
+    runs = {run["name"]: run for run in figures["mlflow_runs"]}
+    assert set(runs) == {
+        "scheduled check", "dense", "shortgpt 0.15", "shortgpt 0.30", "svd_llm 0.15",
+        "svd_llm 0.30",
+    }  # fmt: skip
+    assert {run["status"] for run in runs.values()} == {"FINISHED"}
+    assert all(run["flow_run_url"] for run in runs.values())
