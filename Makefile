@@ -31,7 +31,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format ui constraints clean
+.PHONY: help install demo test lint format audit ui constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -67,6 +67,9 @@ lint: $(INSTALLED) ## Check format, style and types
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+audit: $(INSTALLED) ## Ask PyPI for known vulnerabilities of the pinned packages (needs the network)
+	$(UV) tool run --quiet pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 ui: $(INSTALLED) ## Start the Prefect and MLflow servers on this machine
 	$(BIN)/foldstack ui

