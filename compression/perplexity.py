@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.out_of_memory import halved, is_out_of_memory
 from foldstack.compression.text_tokens import Bos, TokenStream, bos_token, encode_stream
-from foldstack.compression.token_losses import is_out_of_memory, plain_head, token_losses
+from foldstack.compression.token_losses import plain_head, token_losses
 
 logger = logging.getLogger(__name__)
 
@@ -192,23 +193,10 @@ def _batch_losses(
                 raise
             losses = None  # not handled here: the traceback would keep the tensors alive
         if losses is None:
-            batch_size = _halved(len(batch), len(batch[0]))
+            batch_size = halved(len(batch), len(batch[0]))
             continue
         yield losses
         done += len(batch)
-
-
-def _halved(batch_size: int, num_tokens: int) -> int:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if batch_size == 1:
-        raise InputError(
-            f"one window of {num_tokens} tokens does not fit in memory: set window_tokens lower"
-        )
-    logger.warning(
-        "%d windows at once do not fit in memory, going on with %d", batch_size, batch_size // 2
-    )
-    return batch_size // 2
 
 
 def _summarize(

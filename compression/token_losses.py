@@ -64,10 +64,3 @@ def _read_by(
     finally:
         hook.remove()
     return seen[0], logits[0]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on the CPU, torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "DefaultCPUAllocator" in str(error)
-    )

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from statistics import median
 from typing import Literal
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foldstack.flows.branches import Branch, Layout, lay_out
+from foldstack.flows.needs import needs_of
 from foldstack.flows.preflight import check, is_stored
 from foldstack.flows.run_config import RunConfig
 from foldstack.tasks.garbage import list_artifacts
@@ -51,6 +53,10 @@ class ExpectedStage(_Record):
     seconds: float
     """Expected; 0 when it is stored."""
     basis: Literal["stored", "earlier runs", "arithmetic"]
+    memory_bytes: int
+    """Expected peak, interpreter and libraries included."""
+    disk_bytes: int
+    """Expected size of its artifact."""
 
 
 class DryRun(_Record):
@@ -63,7 +69,9 @@ class DryRun(_Record):
     seconds: float
     """Expected wall time of what is not stored."""
     memory_bytes: int
-    """Expected peak: weights of the models that are open at once, and the sums of one block."""
+    """Expected peak: of the stages that may run at once, those that take most."""
+    disk_bytes: int
+    """What the stages that are not stored will add to the store."""
 
 
 def dry_run(config: RunConfig) -> DryRun:
@@ -85,7 +93,12 @@ def dry_run(config: RunConfig) -> DryRun:
         stages=tuple(stages),
         workers=layout.workers,
         seconds=max(shared / layout.workers, longest) + alone,
-        memory_bytes=expected_memory(layout, models),
+        memory_bytes=sum(
+            sorted((s.memory_bytes for s in stages if not s.is_stored), reverse=True)[
+                : layout.workers
+            ]
+        ),
+        disk_bytes=sum(stage.disk_bytes for stage in stages if not stage.is_stored),
     )
 
 
@@ -118,7 +131,7 @@ _SIZES = ("parameters", "bytes", "flops_per_token", "kv_bytes_per_token", "num_b
 
 def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list[ExpectedStage]:
     """Every stage with the time it will take: as in earlier runs, else from its arithmetic."""
-    history = _seconds_of_earlier_runs(layout)
+    history, needs = _seconds_of_earlier_runs(layout), needs_of(layout)
     owner = {s.fingerprint: branch for branch in layout.branches for s in branch.stages.values()}
     rate = 0.0
     expected = []
@@ -137,6 +150,7 @@ def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list
             ExpectedStage(
                 label=stage.label, stage=stage.stage, is_stored=basis == "stored",
                 seconds=seconds, basis=basis,
+                **asdict(needs[stage.fingerprint]),
             )
         )  # fmt: skip
     return expected
@@ -202,14 +216,6 @@ def matmul_rate() -> float:
     return products * 2 * MATMUL_SIZE**3 / elapsed
 
 
-def expected_memory(layout: Layout, models: Mapping[str, ExpectedModel]) -> int:
-    """Each worker holds a dense and a compressed model; one pass holds the sums of one block."""
-    weights = sorted((model.bytes for model in models.values()), reverse=True)
-    per_worker = sum(weights[:2])
-    recovering = 4 * weights[0] if layout.config.recovery.steps else 0
-    return layout.workers * per_worker + recovering
-
-
 def print_dry_run(expected: DryRun, console: Console) -> None:
     """One table of models, one of stages, and the totals."""
     models = Table(title=expected.title, title_justify="left")
@@ -223,15 +229,19 @@ def print_dry_run(expected: DryRun, console: Console) -> None:
         counts = (m.num_blocks, m.parameters, m.bytes, m.flops_per_token, m.kv_bytes_per_token)
         models.add_row(m.label, asked, realised, *(f"{count:,}" for count in counts))
     stages = Table()
-    for head in ("stage", "in the store", "expected seconds", "from"):
-        stages.add_column(head, justify="right" if "seconds" in head else "left")
+    for head in ("stage", "in the store", "seconds", "memory MiB", "disk MiB", "from"):
+        is_number = head.startswith(("seconds", "memory", "disk"))
+        stages.add_column(head, justify="right" if is_number else "left")
     for s in expected.stages:
-        stages.add_row(s.label, "yes" if s.is_stored else "no", f"{s.seconds:.1f}", s.basis)
+        room = (f"{size / 2**20:,.0f}" for size in (s.memory_bytes, s.disk_bytes))
+        is_stored = "yes" if s.is_stored else "no"
+        stages.add_row(s.label, is_stored, f"{s.seconds:.1f}", *room, s.basis)
     console.print(models, stages)
     stored = sum(stage.is_stored for stage in expected.stages)
     console.print(
         f"{stored} of {len(expected.stages)} stages are in the store; about "
         f"{expected.seconds / 60:.1f} minutes with {expected.workers} at a time, and "
-        f"{expected.memory_bytes / 2**30:.2f} GiB for the models",
+        f"{expected.memory_bytes / 2**30:.2f} GiB of memory, {expected.disk_bytes / 2**30:.2f} GiB "
+        "of disk",
         highlight=False,
     )

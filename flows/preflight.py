@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.branches import Layout
+from foldstack.flows.needs import check_room
 from foldstack.tasks.artifacts import HOME_VARIABLE
 from foldstack.tasks.stage import Stage
 
@@ -28,6 +29,7 @@ def check(layout: Layout) -> None:
         *unreachable_variants(layout, missing),
         *unknown_benchmarks(layout, missing),
     ]
+    objections = objections or check_room(layout, missing)
     if objections:
         raise InputError("; ".join(objections))
 

@@ -57,7 +57,7 @@ class CompressModel(ComputedStage):
         from foldstack.compression.statistics import Statistics
         from foldstack.compression.surgery import cut
 
-        model = open_model(self.model, self.dtype, self.execution)
+        model = open_model(self.model, self.dtype, self.execution, blocks="where they fit")
         evidence = Evidence(
             calibration=Windows.load(self.calibration.open()).tokens,
             statistics=Statistics.load(self.statistics.open()),

@@ -33,19 +33,24 @@ class GatherStatistics(ComputedStage):
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.calibration import Windows
+        from foldstack.compression.out_of_memory import with_smaller_batches
         from foldstack.compression.statistics import gather
         from foldstack.tasks.models import open_model
 
-        model = open_model(self.model, self.dtype, self.execution)
+        model = open_model(self.model, self.dtype, self.execution, blocks="in turn")
         windows = Windows.load(self.calibration.open())
-        statistics = gather(
-            model,
-            windows.tokens,
-            self.kinds,
-            batch_size=self.batch_size,
-            progress=progress,
-            folder=folder,
-            work=work,
+        statistics = with_smaller_batches(
+            lambda batch_size: gather(
+                model,
+                windows.tokens,
+                self.kinds,
+                batch_size=batch_size,
+                progress=progress,
+                folder=folder,
+                work=work,
+            ),
+            self.batch_size,
+            windows.tokens.shape[1],
         )
         statistics.save(folder)
         return {"tokens": statistics.num_tokens, "blocks": statistics.num_blocks}

@@ -1,0 +1,196 @@
+"""What each stage takes of memory and disk, from shapes alone; and whether this machine has it."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foldstack.flows.branches import Branch, Layout
+from foldstack.tasks.stage import Stage
+
+MEMORY_FILE = Path("/proc/meminfo")
+GIB = 1 << 30
+PROCESS_BYTES = 450 << 20
+"""The interpreter and the libraries of one worker."""
+STATES_BYTES = GIB
+"""What hidden states take of memory at most; more of them go to files."""
+FLOAT64_COPIES = 5
+"""Matrices of the widest Gram's size that a closed form holds at once."""
+KNOBS = {
+    "gather_statistics": "lower statistics.batch_size or calibration.window_tokens",
+    "compress_model": "set model.dtype to bfloat16, or model.device to cpu",
+    "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
+    "recover_model": "lower recovery.batch_size and raise recovery.gradient_accumulation",
+    "benchmark_speed": "lower speed.batch_sizes, or set speed.enabled to false",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one stage."""
+
+    memory_bytes: int
+    """At its peak, the process's own included."""
+    disk_bytes: int
+    """Of its artifact."""
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What the needs are computed from."""
+
+    dense_bytes: int
+    block_bytes: int
+    element_bytes: int
+    hidden: int
+    widest: int
+    gram_elements: int
+    """Of all Grams of one block."""
+    num_blocks: int
+    vocabulary: int
+
+    def activations(self, tokens: int) -> int:
+        """Bytes of what lives at once inside a block that `tokens` pass without gradients."""
+        return tokens * (2 * self.widest + 6 * self.hidden) * self.element_bytes
+
+
+def needs_of(layout: Layout) -> dict[str, Need]:
+    """The need of every stage, by its fingerprint."""
+    from foldstack.compression.checkpoint import load_config
+    from foldstack.compression.size import size_of_plan
+    from foldstack.compression.surgery import build_on_meta
+
+    config = load_config(layout.model.folder)
+    meta = build_on_meta(config)
+    shapes = _shapes(meta, layout)
+    needs: dict[str, Need] = {}
+    for branch in layout.branches:
+        model_bytes = shapes.dense_bytes
+        if branch.variant is not None:
+            plan = branch.variant.method.outline(meta)
+            model_bytes = size_of_plan(config, plan).parameters * shapes.element_bytes
+        for stage in branch.stages.values():
+            needs[stage.fingerprint] = _need(stage, branch, model_bytes, shapes, layout)
+    for stage in layout.stages:
+        if stage.fingerprint not in needs:
+            needs[stage.fingerprint] = _shared_need(stage, shapes, layout)
+    return needs
+
+
+def _shapes(meta: Any, layout: Layout) -> _Shapes:
+    from foldstack.compression.architectures import architecture_of
+    from foldstack.compression.size import count_parameters
+    from foldstack.tasks.execution import torch_dtype
+
+    architecture = architecture_of(meta)
+    block = architecture.blocks(meta)[0]
+    widths = {
+        site.reads: architecture.weight(block.get_submodule(site.name)).shape[1]
+        for site in architecture.linears
+    }
+    text = meta.config.get_text_config(decoder=True)
+    dtype = torch_dtype(layout.config.model.dtype) or meta.dtype
+    return _Shapes(
+        dense_bytes=count_parameters(meta) * dtype.itemsize,
+        block_bytes=count_parameters(block) * dtype.itemsize,
+        element_bytes=dtype.itemsize,
+        hidden=text.hidden_size,
+        widest=max(widths.values()),
+        gram_elements=sum(width**2 for width in widths.values()),
+        num_blocks=len(architecture.blocks(meta)),
+        vocabulary=text.vocab_size,
+    )
+
+
+def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
+    """Of a stage that no variant owns."""
+    chosen = layout.config
+    tokens = chosen.calibration.num_windows * chosen.calibration.window_tokens
+    if stage.stage != "gather_statistics":
+        return Need(PROCESS_BYTES, 4 * tokens)
+    has_grams = "gram" in chosen.statistics.kinds
+    elements = shapes.gram_elements if has_grams else 0
+    states = 2 * tokens * shapes.hidden * shapes.element_bytes
+    compared = min(tokens, 65_536) * shapes.hidden * shapes.element_bytes * (shapes.num_blocks + 1)
+    batch = chosen.statistics.batch_size * chosen.calibration.window_tokens
+    memory = (
+        shapes.block_bytes
+        + 12 * elements  # sums in float64, and rounded to float32 for their file
+        + shapes.activations(batch)
+        + min(states, STATES_BYTES)
+        + min(compared, STATES_BYTES)
+    )
+    return Need(PROCESS_BYTES + memory, 4 * elements * shapes.num_blocks)
+
+
+def _need(stage: Stage, branch: Branch, model_bytes: int, shapes: _Shapes, layout: Layout) -> Need:
+    """Of a stage of a branch whose model takes `model_bytes`."""
+    chosen = layout.config
+    protocol = chosen.evaluation.perplexity.protocol
+    match stage.stage:
+        case "compress_model":
+            closed_form = FLOAT64_COPIES * 8 * shapes.widest**2
+            memory = shapes.dense_bytes + model_bytes + closed_form
+            return Need(PROCESS_BYTES + memory, model_bytes)
+        case "recover_model":
+            tokens = chosen.recovery.batch_size * chosen.recovery.windows.window_tokens
+            kept = tokens * shapes.num_blocks * (3 * shapes.widest + 8 * shapes.hidden) * 4
+            logits = 3 * tokens * shapes.vocabulary * 4
+            teacher = shapes.dense_bytes if chosen.recovery.needs_teacher else 0
+            # In training in full: the weight, its gradient and two moments, in float32.
+            is_full = chosen.recovery.train_survivors == "full"
+            student = 16 * model_bytes // shapes.element_bytes if is_full else model_bytes
+            return Need(PROCESS_BYTES + student + teacher + kept + logits, model_bytes)
+        case "evaluate_model":
+            batch = shapes.activations(protocol.batch_size * protocol.window_tokens)
+            return Need(PROCESS_BYTES + model_bytes + batch, 0)
+        case "benchmark_speed":
+            return Need(PROCESS_BYTES + shapes.dense_bytes + model_bytes, 0)
+        case _:
+            return Need(PROCESS_BYTES, 0)
+
+
+def check_room(layout: Layout, missing: set[str]) -> list[str]:
+    """A sentence for each thing that the stages still to run would not find room for."""
+    needs = needs_of(layout)
+    waiting = [stage for stage in layout.stages if stage.fingerprint in missing]
+    sentences = []
+    disk = sum(needs[stage.fingerprint].disk_bytes for stage in waiting)
+    home = layout.config.output.home.expanduser()
+    if disk > (free := shutil.disk_usage(home).free):
+        sentences.append(
+            f"the results take {disk / GIB:.1f} GiB, and {home} has {free / GIB:.1f} GiB free: ask "
+            "for fewer sparsities or methods, or set output.home to another place"
+        )
+    available = available_memory(layout.config.model.device)
+    for kind, stage in _hungriest(waiting, needs).items():
+        wanted = needs[stage.fingerprint].memory_bytes
+        if available is not None and wanted > available and kind in KNOBS:
+            sentences.append(
+                f"{stage.label} takes {wanted / GIB:.1f} GiB of memory, and "
+                f"{available / GIB:.1f} GiB are available: {KNOBS[kind]}"
+            )
+    return sentences
+
+
+def _hungriest(stages: list[Stage], needs: Mapping[str, Need]) -> dict[str, Stage]:
+    """Of every kind the stage that takes most memory."""
+    found: dict[str, Stage] = {}
+    for stage in sorted(stages, key=lambda stage: needs[stage.fingerprint].memory_bytes):
+        found[stage.stage] = stage
+    return found
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes that a process may still take where it computes; None where nobody says."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    if not MEMORY_FILE.exists():
+        return None
+    for line in MEMORY_FILE.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,75 @@
+"""What a run needs is known before it begins, and refused when it is not there."""
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.statistics import gather
+from foldstack.flows import needs
+from foldstack.flows.branches import Layout, lay_out
+from foldstack.flows.needs import needs_of
+from foldstack.flows.preflight import check
+from foldstack.flows.run_config import parse_config
+
+Usage = namedtuple("Usage", "total used free")
+PLENTY = Usage(1 << 50, 0, 1 << 50)
+
+
+@pytest.fixture
+def layout(model_folder: Callable[..., Path], tmp_path: Path) -> Layout:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 400)
+    source: dict[str, Any] = {"corpus": str(text)}
+    data: dict[str, Any] = {
+        "model": {"name": str(model_folder("llama")), "device": "cpu"},
+        "calibration": {"source": source, "num_windows": 4, "window_tokens": 16},
+        "evaluation": {"perplexity": {"source": source, "protocol": {"window_tokens": 16}}},
+        "methods": ["shortgpt"],
+        "sparsities": [0.25],
+        "output": {"home": str(tmp_path / "home")},
+    }
+    return lay_out(parse_config(data))
+
+
+def test_the_size_of_the_statistics_is_known(
+    layout: Layout, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "statistics"
+    windows = torch.zeros(4, 16, dtype=torch.long)
+    gather(tiny_model("llama"), windows, {"gram"}, folder=folder).save(folder)
+    written = sum(file.stat().st_size for file in folder.glob("grams-*"))
+    expected = needs_of(layout)[layout.statistics.fingerprint].disk_bytes
+    assert expected <= written <= 1.05 * expected
+
+
+def test_a_run_that_fits_is_not_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: PLENTY)
+    monkeypatch.setattr(needs, "available_memory", lambda _: 1 << 50)
+    check(layout)
+    monkeypatch.setattr(needs, "available_memory", lambda _: None)  # where nobody says
+    check(layout)
+
+
+def test_short_memory_is_refused_with_the_knob(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: PLENTY)
+    monkeypatch.setattr(needs, "available_memory", lambda _: 1 << 20)
+    with pytest.raises(
+        InputError,
+        match=r"gather statistics takes 0\.\d GiB of memory.*lower statistics\.batch_size",
+    ):
+        check(layout)
+
+
+def test_a_short_disk_is_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "available_memory", lambda _: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 1000, 0))
+    with pytest.raises(InputError, match=r"0\.0 GiB free: ask for fewer sparsities"):
+        check(layout)
