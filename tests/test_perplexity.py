@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -164,6 +164,7 @@ def test_bytes_are_those_of_the_tokens_predicted(
     assert result.num_bytes == result.num_tokens
 
 
+@settings(deadline=None)
 @given(text=MIXED_TEXT)
 def test_bytes_of_the_tokens_add_up_to_the_text(
     tokenizer: PreTrainedTokenizerBase, text: str
@@ -176,6 +177,7 @@ def test_bytes_of_the_tokens_add_up_to_the_text(
     assert stream.num_bytes.tolist() == [len(name) for name in names]
 
 
+@settings(deadline=None)
 @given(text=MIXED_TEXT)
 def test_bytes_add_up_with_sentencepiece_and_byte_tokens_too(text: str) -> None:
     tokenizer = sentencepiece_like()
