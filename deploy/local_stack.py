@@ -1,15 +1,10 @@
 """The deployment on one machine without containers: Postgres, both servers, a worker.
 
     python deploy/local_stack.py [--home DIR]            # until Ctrl-C
-    python deploy/local_stack.py --check [--json]        # until a scheduled run is through
 
 Everything listens on loopback and asks for a password; the passwords are made at the first start
 and lie in <home>/secrets.json, readable by their owner only. Postgres is Debian's package (or any
 `initdb` and `postgres` on the PATH); foldstack is installed with its extra "deploy".
-
-`--check` gives the deployment `nightly` one more schedule, each minute and with a small config,
-waits until the scheduler has started it and the worker has finished it, and looks its runs up in
-MLflow.
 """
 
 import argparse
@@ -24,11 +19,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +34,6 @@ DATABASES = ("prefect", "mlflow")
 OWNER = "foldstack"
 POOL = "local-process"
 SECRETS = ("postgres", "prefect", "mlflow", "mlflow_sessions")
-SMALL_CONFIG = {
-    "name": "scheduled check",
-    "model": {"name": "reference", "device": "cpu"},
-    "calibration": {"num_windows": 8, "window_tokens": 64},
-    "methods": [{"name": "shortgpt"}, {"name": "svd_llm"}],
-    "sparsities": [0.15, 0.3],
-    "evaluation": {"perplexity": {"protocol": {"window_tokens": 128, "max_tokens": 1024}}},
-    "speed": {"enabled": False},
-}
-CHECK_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -296,127 +279,30 @@ def prefect_command(stack: Stack, *arguments: str) -> None:
         raise InputError(f"prefect {' '.join(arguments[:2])} failed; see {log}")
 
 
-async def run_by_schedule(deployment_name: str) -> dict[str, Any]:
-    """Schedule the deployment each minute, wait for its first run, and take the schedule back."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.client.schemas.schedules import IntervalSchedule
-
-    each_minute = DeploymentScheduleCreate(
-        schedule=IntervalSchedule(interval=timedelta(minutes=1)),
-        parameters={"config": SMALL_CONFIG},
-        slug="check",
-    )
-    started = time.monotonic()
-    async with get_client() as client:
-        deployment = await client.read_deployment_by_name(deployment_name)
-        (schedule,) = await client.create_deployment_schedules(deployment.id, [each_minute])
-        try:
-            run = await _first_finished_run(client, deployment.id, started + CHECK_SECONDS)
-        finally:
-            await client.delete_deployment_schedule(deployment.id, schedule.id)
-        return {
-            "flow_run_id": str(run.id),
-            "flow_run_name": run.name,
-            "state": run.state_name,
-            "message": (run.state.message or "") if run.state else "",
-            "by_scheduler": run.auto_scheduled,
-            "wait_seconds": time.monotonic() - started,
-            "run_seconds": run.total_run_time.total_seconds(),
-        }
-
-
-async def _first_finished_run(client: Any, deployment_id: Any, deadline: float) -> Any:
-    from prefect.client.schemas.filters import (
-        DeploymentFilter,
-        DeploymentFilterId,
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-    )
-    from prefect.states import StateType
-
-    over = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
-    while time.monotonic() < deadline:
-        runs = await client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=over))
-            ),
-        )
-        if runs:
-            return runs[0]
-        await asyncio.sleep(1)
-    raise InputError(f"no scheduled run ended within {CHECK_SECONDS:.0f} s; see the logs")
-
-
-def runs_in_mlflow(experiment: str) -> list[dict[str, Any]]:
-    """What MLflow's server knows of an experiment: name, state, metrics and links of its runs."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        return []
-    return [
-        {
-            "name": run.info.run_name,
-            "status": run.info.status,
-            "bits_per_byte": run.data.metrics.get("quality/bits_per_byte"),
-            "flow_run_url": run.data.tags.get("prefect.flow_run_url", ""),
-            "files": len(client.list_artifacts(run.info.run_id)),
-        }
-        for run in client.search_runs([found.experiment_id])
-    ]
-
-
-def check(stack: Stack) -> dict[str, Any]:
-    """Start everything, see one scheduled run through, find it in MLflow, stop everything."""
-    started = time.monotonic()
-    with up(stack):
-        os.environ.update(stack.client)
-        figures = {"up_seconds": time.monotonic() - started}
-        figures |= asyncio.run(run_by_schedule("nightly/nightly"))
-        figures["mlflow_runs"] = runs_in_mlflow("foldstack/reference")
-    return figures | {"seconds": time.monotonic() - started}
-
-
-def told(figures: dict[str, Any]) -> str:
-    runs = figures["mlflow_runs"]
-    finished = sum(run["status"] == "FINISHED" for run in runs)
-    return (
-        f"the scheduled run {figures['flow_run_name']!r} ended as {figures['state']} "
-        f"{figures['message']}\n{finished} of its {len(runs)} runs in MLflow are finished\n"
-        f"start of everything {figures['up_seconds']:.0f} s, "
-        f"from the schedule to the end of the run {figures['wait_seconds']:.0f} s"
-    )
+@contextmanager
+def temporary_or(home: Path | None) -> Iterator[Path]:
+    """The folder that was asked for, or one that goes away again."""
+    if home is not None:
+        yield home.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="foldstack-") as folder:
+        Path(folder).chmod(0o711)  # Postgres's user passes through
+        yield Path(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--home", type=Path, help="where files are; by default a temporary folder")
-    parser.add_argument("--check", action="store_true", help="see one scheduled run through")
-    parser.add_argument("--json", action="store_true", help="print the check's figures as JSON")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
-    with ExitStack() as cleanup:
-        home = arguments.home
-        if home is None:
-            home = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="foldstack-")))
-            home.chmod(0o711)  # Postgres's user passes through
-        try:
-            stack = stack_in(home.resolve())
-            if arguments.check:
-                figures = check(stack)
-                print(json.dumps(figures, indent=1) if arguments.json else told(figures))
-                sys.exit(0 if figures["state"] == "Completed" and figures["mlflow_runs"] else 1)
-            with up(stack, print) as watched:
-                print(f"files and logs are in {stack.home}; Ctrl-C stops everything", flush=True)
-                watched()
-        except InputError as error:
-            sys.exit(f"local_stack: {error}")
-        except KeyboardInterrupt:
-            sys.exit(130)
+    try:
+        with temporary_or(arguments.home) as home, up(stack_in(home), print) as watched:
+            print(f"files and logs are in {home}; Ctrl-C stops everything", flush=True)
+            watched()
+    except InputError as error:
+        sys.exit(f"local_stack: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,6 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
     each["name"]: each
     for each in yaml.safe_load((DEPLOY / "prefect.yaml").read_text())["deployments"]
 }
-needs_postgres = pytest.mark.skipif(
-    not (shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres"))),
-    reason="needs Postgres: apt-get install postgresql",
-)
 
 
 @pytest.fixture(scope="module")
@@ -198,25 +194,3 @@ def test_alerts_are_automations_that_prefect_knows() -> None:
     failed, gone = [AutomationCore.model_validate(each) for each in data]
     assert "prefect.flow-run.Failed" in failed.trigger.expect
     assert gone.actions[0].type == "change-flow-run-state"
-
-
-@needs_postgres
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_scheduled_run_goes_through_on_postgres_and_shows_up_in_mlflow() -> None:
-    done = subprocess.run(
-        [sys.executable, DEPLOY / "local_stack.py", "--check", "--json"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    figures = json.loads(done.stdout)
-    assert figures["state"] == "Completed"
-    assert figures["by_scheduler"] is True
-    runs = {run["name"]: run for run in figures["mlflow_runs"]}
-    assert set(runs) == {
-        "scheduled check", "dense", "shortgpt 0.15", "shortgpt 0.30", "svd_llm 0.15",
-        "svd_llm 0.30",
-    }  # fmt: skip
-    assert {run["status"] for run in runs.values()} == {"FINISHED"}
-    assert all(run["flow_run_url"] for run in runs.values())

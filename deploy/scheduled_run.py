@@ -1,0 +1,158 @@
+"""Does a scheduled run go through? On Postgres, both servers and a worker, without containers.
+
+    python deploy/scheduled_run.py [--json] [--home DIR] [--keep]
+
+starts what `local_stack.py` does, gives the deployment `nightly` one more schedule, each minute and
+with a small config, waits until the scheduler has started it and the worker has finished it, and
+looks its runs up in MLflow. With --keep everything stays up afterwards, until Ctrl-C.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from local_stack import Stack, stack_in, temporary_or, up
+
+from foldstack.compression.errors import InputError
+
+SMALL_CONFIG = {
+    "name": "scheduled check",
+    "model": {"name": "reference", "device": "cpu"},
+    "calibration": {"num_windows": 8, "window_tokens": 64},
+    "methods": [{"name": "shortgpt"}, {"name": "svd_llm"}],
+    "sparsities": [0.15, 0.3],
+    "evaluation": {"perplexity": {"protocol": {"window_tokens": 128, "max_tokens": 1024}}},
+    "speed": {"enabled": False},
+}
+CHECK_SECONDS = 900.0
+
+
+async def run_by_schedule(deployment_name: str) -> dict[str, Any]:
+    """Schedule the deployment each minute, wait for its first run, and take the schedule back."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import IntervalSchedule
+
+    each_minute = DeploymentScheduleCreate(
+        schedule=IntervalSchedule(interval=timedelta(minutes=1)),
+        parameters={"config": SMALL_CONFIG},
+        slug="check",
+    )
+    started = time.monotonic()
+    async with get_client() as client:
+        deployment = await client.read_deployment_by_name(deployment_name)
+        (schedule,) = await client.create_deployment_schedules(deployment.id, [each_minute])
+        try:
+            run = await _first_finished_run(client, deployment.id, started + CHECK_SECONDS)
+        finally:
+            await client.delete_deployment_schedule(deployment.id, schedule.id)
+        return {
+            "flow_run_id": str(run.id),
+            "flow_run_name": run.name,
+            "state": run.state_name,
+            "message": (run.state.message or "") if run.state else "",
+            "by_scheduler": run.auto_scheduled,
+            "wait_seconds": time.monotonic() - started,
+            "run_seconds": run.total_run_time.total_seconds(),
+        }
+
+
+async def _first_finished_run(client: Any, deployment_id: Any, deadline: float) -> Any:
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterId,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.states import StateType
+
+    over = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
+    while time.monotonic() < deadline:
+        runs = await client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=over))
+            ),
+        )
+        if runs:
+            return runs[0]
+        await asyncio.sleep(1)
+    raise InputError(f"no scheduled run ended within {CHECK_SECONDS:.0f} s; see the logs")
+
+
+def runs_in_mlflow(experiment: str) -> list[dict[str, Any]]:
+    """What MLflow's server knows of an experiment: name, state, metrics and links of its runs."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    return [
+        {
+            "name": run.info.run_name,
+            "run_id": run.info.run_id,
+            "experiment_id": run.info.experiment_id,
+            "status": run.info.status,
+            "bits_per_byte": run.data.metrics.get("quality/bits_per_byte"),
+            "flow_run_url": run.data.tags.get("prefect.flow_run_url", ""),
+            "files": len(client.list_artifacts(run.info.run_id)),
+        }
+        for run in client.search_runs([found.experiment_id])
+    ]
+
+
+def see_one_through(stack: Stack) -> dict[str, Any]:
+    """The figures of one scheduled run, on a stack that is up."""
+    os.environ.update(stack.client)
+    figures = asyncio.run(run_by_schedule("nightly/nightly"))
+    return figures | {
+        "mlflow_runs": runs_in_mlflow("foldstack/reference"),
+        "prefect": stack.client["PREFECT_API_URL"].removesuffix("/api"),
+        "mlflow": stack.client["MLFLOW_TRACKING_URI"],
+    }
+
+
+def told(figures: dict[str, Any]) -> str:
+    runs = figures["mlflow_runs"]
+    finished = sum(run["status"] == "FINISHED" for run in runs)
+    return (
+        f"the scheduled run {figures['flow_run_name']!r} ended as {figures['state']} "
+        f"{figures['message']}\n{finished} of its {len(runs)} runs in MLflow are finished\n"
+        f"start of everything {figures['up_seconds']:.0f} s, "
+        f"from the schedule to the end of the run {figures['wait_seconds']:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--home", type=Path, help="where files are; by default a temporary folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on one line")
+    parser.add_argument("--keep", action="store_true", help="stay up afterwards, until Ctrl-C")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
+    started = time.monotonic()
+    try:
+        with temporary_or(arguments.home) as home, up(stack := stack_in(home)) as watched:
+            up_seconds = time.monotonic() - started
+            figures = {"up_seconds": up_seconds, **see_one_through(stack)}
+            print(json.dumps(figures) if arguments.json else told(figures), flush=True)
+            if arguments.keep:
+                watched()
+    except InputError as error:
+        sys.exit(f"scheduled_run: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0 if figures["state"] == "Completed" and figures["mlflow_runs"] else 1)
+
+
+if __name__ == "__main__":
+    main()
