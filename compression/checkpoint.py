@@ -97,11 +97,17 @@ def load_model(
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below, in a sentence
                 **({} if is_ours else {"trust_remote_code": False}),
             )
         except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"the weights in {folder} do not load: {first_line(error)}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for name, found, expected in loading["mismatched_keys"]:
+        raise InputError(
+            f"{folder} has the weight {name} of shape {tuple(found)}, where its config asks for "
+            f"{tuple(expected)}"
+        )
+    for problem in ("missing_keys", "unexpected_keys"):
         if names := sorted(map(str, loading[problem])):
             what = problem.removesuffix("_keys")
             raise InputError(f"{folder} has {len(names)} {what} weights, the first is {names[0]}")

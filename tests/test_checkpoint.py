@@ -158,6 +158,15 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"1 missing weights, the first is model\.layers\.2"):
             load_model(file.parent)
 
+    def test_weights_of_another_shape(self, model_folder):
+        folder = model_folder("llama")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 58}))
+        with pytest.raises(
+            InputError, match=r"of shape \((56, 32|32, 56)\), where .* asks for \(.*58"
+        ):
+            load_model(folder)
+
     @pytest.mark.parametrize(
         ("config", "sentence"),
         [
