@@ -1,12 +1,12 @@
 """The store of artifacts: directories published all at once under the digest of their making.
 
     <root>/artifacts/<stage>/<fingerprint>/   finished, with manifest.json; never written to again
-    <root>/work/<stage>/<fingerprint>/        state that a killed run resumes from
+    <root>/work/<stage>/<fingerprint>/<uuid>/ state that a killed run resumes from
     <root>/tmp/                               being built; swept when its maker is dead
     <root>/damaged/                           found damaged and set aside
-    <root>/locks/, <root>/records/            one lock per fingerprint; Prefect's result records
+    <root>/leases/, <root>/records/           who makes what (leases.py); Prefect's result records
 
-Several processes may share a store. A lock is the kernel's, so a killed process holds none.
+Several processes, also of several machines, may share a store.
 """
 
 import errno
@@ -16,15 +16,15 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError
+from foldstack.tasks.leases import Held, Lease, leased, living_holder
 from foldstack.tasks.manifest import (
     MANIFEST,
     Facts,
@@ -33,6 +33,7 @@ from foldstack.tasks.manifest import (
     find_damage,
     hardware,
     now,
+    publish_folder,
     read_manifest,
     recorded_versions,
 )
@@ -66,7 +67,7 @@ class Artifact(BaseModel):
 
     @property
     def key(self) -> str:
-        """Name of its lock, and the start of the names of folders that will become it."""
+        """Name of its leases, and the start of the names of folders that will become it."""
         return f"{self.stage}-{self.fingerprint}"
 
     def manifest(self) -> Manifest:
@@ -126,66 +127,89 @@ class ArtifactStore:
             self.set_aside(artifact)
         return None
 
-    def work_folder(self, stage: str, fingerprint: str) -> Path:
-        """Folder that outlives a kill and goes when the artifact is published."""
-        folder = self.root / "work" / stage / fingerprint
-        with self._explained():
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def publish(
         self,
         stage: str,
         fingerprint: str,
-        produce: Callable[[Path], Facts],
+        produce: Callable[[Path, Path], Facts],
         *,
         label: str = "",
         ingredients: Mapping[str, Any] | None = None,
         inputs: tuple[str, ...] = (),
+        on_wait: Callable[[str], None] = lambda holder: None,
     ) -> Artifact:
-        """Make the artifact with `produce(folder)`, unless another process has just made it.
+        """Make the artifact with `produce(folder, work)`, unless another process has just made it.
 
-        The artifact appears whole or not at all, whenever this process dies.
+        The artifact appears whole or not at all, whenever this process dies. What `produce` puts
+        into `work` it finds there again after a kill.
+
+        Args:
+            stage: the kind of stage.
+            fingerprint: digest of everything that determines the output.
+            produce: writes the files.
+            label, ingredients, inputs: for the manifest.
+            on_wait: told every second who is making it, "host:pid", while that is somebody else.
 
         Raises:
             InputError: the disk is full, or the store cannot be written to.
         """
         artifact = self.artifact(stage, fingerprint)
-        with self.locked(artifact):
-            if self._is_finished(artifact):
-                return artifact
-            building = self._building_folder(artifact)
-            try:
-                started = time.perf_counter()
-                facts = self._run(produce, building)
-                seconds = time.perf_counter() - started
-                with self._explained():
-                    manifest = Manifest(
-                        stage=stage,
-                        fingerprint=fingerprint,
-                        label=label or str(artifact),
-                        created=now(),
-                        seconds=seconds,
-                        ingredients=dict(ingredients or {}),
-                        inputs=inputs,
-                        versions=recorded_versions(),
-                        hardware=hardware(),
-                        facts=facts,
-                        files=describe_files(building),
-                    )
-                    _publish_folder(building, artifact.folder, manifest)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-            shutil.rmtree(self.root / "work" / stage / fingerprint, ignore_errors=True)
-        return artifact
+        known = {
+            "label": label or str(artifact),
+            "ingredients": dict(ingredients or {}),
+            "inputs": inputs,
+        }
+        while True:
+            with self._leased(artifact, on_wait) as lease:
+                try:
+                    if not self._is_finished(artifact):
+                        self._make(artifact, produce, known)
+                    return artifact
+                except Exception:
+                    if not lease.is_lost():
+                        raise
+            logger.warning("%s: another process took over while this one was paused", artifact)
+
+    def _make(
+        self, artifact: Artifact, produce: Callable[[Path, Path], Facts], known: dict[str, Any]
+    ) -> None:
+        work = self._work_folder(artifact)
+        building = self._building_folder(artifact)
+        try:
+            started = time.perf_counter()
+            facts = self._run(produce, building, work)
+            with self._explained():
+                manifest = Manifest(
+                    **known,
+                    stage=artifact.stage,
+                    fingerprint=artifact.fingerprint,
+                    created=now(),
+                    seconds=time.perf_counter() - started,
+                    versions=recorded_versions(),
+                    hardware=hardware(),
+                    facts=facts,
+                    files=describe_files(building),
+                )
+                publish_folder(building, artifact.folder, manifest)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # somebody took over, and has just come to know that it is made
+            work.parent.rmdir()
 
     def set_aside(self, artifact: Artifact) -> None:
         """Move a damaged artifact to damaged/, so that it is made anew; says so in the log."""
         try:
-            with self.locked(artifact, wait=False):
-                self._set_aside_damaged(artifact)
-        except (OSError, InputError) as error:  # a read-only store; or it is being made anew
+            lease = Lease.take(self.lease_folder(artifact.key))
+        except (OSError, Held) as error:  # a read-only store; or it is being made anew
             logger.warning("%s is damaged and stays where it is: %s", artifact, error)
+            return
+        try:
+            self._set_aside_damaged(artifact)
+        except OSError as error:
+            logger.warning("%s is damaged and stays where it is: %s", artifact, error)
+        finally:
+            lease.release()
 
     def _set_aside_damaged(self, artifact: Artifact) -> None:
         """Look once more, now that nobody else can replace it; then move it."""
@@ -202,6 +226,20 @@ class ArtifactStore:
             self._set_aside_damaged(artifact)
         return artifact.folder.exists()
 
+    def _work_folder(self, artifact: Artifact) -> Path:
+        """State to resume from, under a name that an earlier, paused maker does not know."""
+        parent = self.root / "work" / artifact.stage / artifact.fingerprint
+        folder = parent / uuid.uuid4().hex[:8]
+        with self._explained():
+            parent.mkdir(parents=True, exist_ok=True)
+            earlier = sorted(parent.iterdir(), key=lambda path: path.stat().st_mtime)
+            if earlier:
+                earlier.pop().rename(folder)
+            folder.mkdir(exist_ok=True)
+        for older in earlier:
+            shutil.rmtree(older, ignore_errors=True)
+        return folder
+
     def _building_folder(self, artifact: Artifact) -> Path:
         folder = self.root / "tmp" / f"{artifact.key}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         with self._explained():
@@ -210,45 +248,35 @@ class ArtifactStore:
         return folder
 
     def _sweep(self, *, held: Artifact) -> None:
-        """Remove what dead processes were building: those whose lock is free, or is now ours."""
+        """Remove what dead processes were building: nobody has their lease, or we have it now."""
         for leftover in (self.root / "tmp").glob("*"):
             key = leftover.name.rsplit("-", 2)[0]
-            ours = key == held.key
-            with suppress(Timeout), nullcontext() if ours else self.lock(key).acquire(timeout=0):
+            if key == held.key or living_holder(self.lease_folder(key)) is None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def lock(self, key: str) -> FileLock:
-        """Lock of one artifact, which the kernel frees when its holder dies."""
-        file = self.root / "locks" / f"{key}.lock"
-        with self._explained():
-            file.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(file)
+    def lease_folder(self, key: str) -> Path:
+        """Where the leases of one artifact are."""
+        return self.root / "leases" / key
 
     @contextmanager
-    def locked(self, artifact: Artifact, *, wait: bool = True) -> Iterator[None]:
-        """Hold the artifact's lock.
+    def _leased(self, artifact: Artifact, on_wait: Callable[[str], None]) -> Iterator[Lease]:
+        told: set[str] = set()
 
-        Raises:
-            Timeout: somebody else holds it, and `wait` is off.
-        """
-        lock = self.lock(artifact.key)
-        with self._explained():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if not wait:
-                    raise
-                logger.info("%s is being made by another process: waiting for it", artifact)
-                lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        def wait_for(holder: str) -> None:
+            if holder not in told:
+                logger.info("%s is being made by %s: waiting for it", artifact, holder)
+                told.add(holder)
+            on_wait(holder)
 
-    def _run(self, produce: Callable[[Path], Facts], folder: Path) -> Facts:
+        with ExitStack() as stack:
+            with self._explained():
+                lease = stack.enter_context(leased(self.lease_folder(artifact.key), wait_for))
+            yield lease
+
+    def _run(self, produce: Callable[[Path, Path], Facts], folder: Path, work: Path) -> Facts:
         """Call `produce`; a full disk may come from any library, in that library's own words."""
         try:
-            return produce(folder)
+            return produce(folder, work)
         except Exception as error:
             full = isinstance(error, OSError) and error.errno in DISK_FULL
             if full or "No space left on device" in str(error):
@@ -260,8 +288,6 @@ class ArtifactStore:
         """Turn a failure to write to the store into a sentence."""
         try:
             yield
-        except Timeout:
-            raise
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise InputError(self._disk_full()) from error
@@ -275,23 +301,3 @@ class ArtifactStore:
             f"no space is left on the disk of {self.root}; `foldstack cache gc` frees some, or set "
             f"{HOME_VARIABLE} to a place on another disk"
         )
-
-
-def _publish_folder(building: Path, final: Path, manifest: Manifest) -> None:
-    """Seal a built folder with its manifest and let it appear at its final place at once."""
-    with (building / MANIFEST).open("w", encoding="utf-8") as stream:
-        stream.write(manifest.model_dump_json(indent=1))
-        stream.flush()
-        os.fsync(stream.fileno())
-    _flush_folder(building)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    building.rename(final)
-    _flush_folder(final.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

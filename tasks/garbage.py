@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from filelock import Timeout
 from pydantic import ValidationError
 
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.leases import Held, Lease, living_holder
 from foldstack.tasks.manifest import MANIFEST, Manifest, now, read_manifest
 
 
@@ -32,7 +32,7 @@ class StoredArtifact:
 class Removal:
     """One thing that `collect_garbage` removed, or would remove."""
 
-    kind: Literal["artifact", "work", "leftover", "damaged", "record"]
+    kind: Literal["artifact", "work", "leftover", "damaged", "record", "lease"]
     path: Path
     size_bytes: int
     label: str
@@ -57,7 +57,7 @@ def collect_garbage(
 ) -> list[Removal]:
     """Remove what no run of the last `keep_days` used: artifacts, work of killed runs, rubbish.
 
-    What another process is making or has locked stays. Damaged artifacts and what dead processes
+    What another process is making stays. Damaged artifacts and what dead processes
     were building go whatever their age.
 
     Args:
@@ -74,11 +74,8 @@ def collect_garbage(
         *(_removal("damaged", path) for path in (store.root / "damaged").glob("*")),
     ]
     done = removals if dry_run else [removal for removal in removals if _remove(store, removal)]
-    for record in _useless_records(store, done, before):
-        done.append(record)
-        if not dry_run:
-            record.path.unlink(missing_ok=True)
-    return done
+    rest = [*_useless_records(store, done, before), *_useless_leases(store, before)]
+    return done + (rest if dry_run else [removal for removal in rest if _remove(store, removal)])
 
 
 def _old_artifacts(
@@ -94,13 +91,13 @@ def _orphaned_work(store: ArtifactStore, before: datetime) -> Iterator[Removal]:
     """State to resume from: of use until its artifact is there, or too old to matter."""
     for folder in _two_levels(store.root / "work"):
         finished = (store.root / "artifacts" / folder.parent.name / folder.name).exists()
-        if (finished or _last_change(folder) < before) and not _is_locked(store, _key_of(folder)):
+        if (finished or _last_change(folder) < before) and not _is_in_use(store, _key_of(folder)):
             yield _removal("work", folder)
 
 
 def _leftovers(store: ArtifactStore) -> Iterator[Removal]:
     for folder in (store.root / "tmp").glob("*"):
-        if not _is_locked(store, folder.name.rsplit("-", 2)[0]):
+        if not _is_in_use(store, folder.name.rsplit("-", 2)[0]):
             yield _removal("leftover", folder)
 
 
@@ -118,20 +115,52 @@ def _useless_records(
             yield _removal("record", file)
 
 
+def _useless_leases(store: ArtifactStore, before: datetime) -> Iterator[Removal]:
+    """Leases of what was never made, or is gone."""
+    for folder in (store.root / "leases").glob("*"):
+        place = Path(*folder.name.rpartition("-")[::2])
+        is_of_use = any((store.root / kind / place).exists() for kind in ("artifacts", "work"))
+        if not is_of_use and _last_change(folder) < before and living_holder(folder) is None:
+            yield _removal("lease", folder)
+
+
 def _remove(store: ArtifactStore, removal: Removal) -> bool:
     """Remove one thing, first from its place and then from the disk; False when it is in use."""
-    if removal.kind in ("damaged", "leftover"):
-        shutil.rmtree(removal.path, ignore_errors=True)
-        return True
-    key = _key_of(removal.path)
+    match removal.kind:
+        case "damaged" | "leftover":
+            shutil.rmtree(removal.path, ignore_errors=True)
+        case "record":
+            removal.path.unlink(missing_ok=True)
+        case "lease":
+            return _discard_lease(removal.path)
+        case "artifact" | "work":
+            return _remove_from_its_place(store, removal.path)
+    return True
+
+
+def _discard_lease(folder: Path) -> bool:
+    try:
+        Lease.take(folder).discard()
+    except Held:
+        return False
+    return True
+
+
+def _remove_from_its_place(store: ArtifactStore, path: Path) -> bool:
+    key = _key_of(path)
     doomed = store.root / "tmp" / f"{key}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     doomed.parent.mkdir(exist_ok=True)
     try:
-        with store.lock(key).acquire(timeout=0):
-            removal.path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-    except (Timeout, FileNotFoundError):
+        lease = Lease.take(store.lease_folder(key))
+    except Held:
         return False
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return False
+    finally:
+        lease.discard()
+    shutil.rmtree(doomed, ignore_errors=True)
     return True
 
 
@@ -144,7 +173,9 @@ def _row(artifact: Artifact) -> StoredArtifact:
     return StoredArtifact(artifact, manifest, _size_bytes(folder), _moment(used))
 
 
-def _removal(kind: Literal["work", "leftover", "damaged", "record"], path: Path) -> Removal:
+def _removal(
+    kind: Literal["work", "leftover", "damaged", "record", "lease"], path: Path
+) -> Removal:
     return Removal(kind, path, _size_bytes(path), path.name)
 
 
@@ -157,12 +188,8 @@ def _key_of(folder: Path) -> str:
     return f"{folder.parent.name}-{folder.name}"
 
 
-def _is_locked(store: ArtifactStore, key: str) -> bool:
-    try:
-        with store.lock(key).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+def _is_in_use(store: ArtifactStore, key: str) -> bool:
+    return living_holder(store.lease_folder(key)) is not None
 
 
 def _size_bytes(path: Path) -> int:

@@ -1,5 +1,7 @@
 """What an artifact says about itself: its files, where it came from, what was measured."""
 
+import errno
+import logging
 import os
 import platform
 import stat
@@ -14,6 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from foldstack.compression.digest import digest_file
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 RECORDED_PACKAGES = (
@@ -91,6 +95,24 @@ def describe_files(folder: Path) -> tuple[FileEntry, ...]:
     """Name, size and digest of every file below `folder`; each is also flushed to the disk."""
     assert not (folder / MANIFEST).exists(), f"{MANIFEST} is written by the store, nobody else"
     return tuple(_describe(folder, file) for file in sorted(_files_below(folder)))
+
+
+def publish_folder(building: Path, final: Path, manifest: Manifest) -> None:
+    """Seal a built folder with its manifest and let it appear at its final place at once."""
+    with (building / MANIFEST).open("w", encoding="utf-8") as stream:
+        stream.write(manifest.model_dump_json(indent=1))
+        stream.flush()
+        os.fsync(stream.fileno())
+    _flush_folder(building)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        building.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # While this process was paused another one took over, and was first.
+        logger.warning("%s was published by another process meanwhile", final)
+    _flush_folder(final.parent)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -199,3 +221,11 @@ def _has_digest(file: Path, status: os.stat_result, sha256: str) -> bool:
             return False
         _intact.add(key)
     return True
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -137,14 +137,14 @@ def run_stage(stage: Stage, store: ArtifactStore, progress: Progress = no_progre
     if found is not None:
         logger.info("%s: found in the store as %s", stage.label, found)
         return found
-    work = store.work_folder(stage.stage, fingerprint)
     artifact = store.publish(
         stage.stage,
         fingerprint,
-        lambda folder: stage.produce(folder, work, progress),
+        lambda folder, work: stage.produce(folder, work, progress),
         label=stage.label,
         ingredients=ingredients,
         inputs=stage.inputs(),
+        on_wait=lambda holder: progress(f"waiting for {holder}, which makes it", 0, 1),
     )
     logger.info("%s: made in %.1f s as %s", stage.label, artifact.manifest().seconds, artifact)
     return artifact

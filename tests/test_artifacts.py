@@ -26,13 +26,13 @@ STAGE, FINGERPRINT = "compress", "ab" * 32
 CONTENT = "weights, more or less"
 
 
-def write_weights(folder: Path) -> Facts:
+def write_weights(folder: Path, work: Path) -> Facts:
     (folder / "model").mkdir()
     (folder / "model" / "weights.txt").write_text(CONTENT)
     return {"parameters": 7, "perplexity": float("inf")}
 
 
-def must_not_run(folder: Path) -> Facts:
+def must_not_run(folder: Path, work: Path) -> Facts:
     raise AssertionError("made twice")
 
 
@@ -229,7 +229,7 @@ def test_artifacts_outside_the_store_cannot_be_named(
 
 
 def test_failed_production_leaves_nothing_and_passes_its_error_on(store: ArtifactStore) -> None:
-    def fail(folder: Path) -> Facts:
+    def fail(folder: Path, work: Path) -> Facts:
         (folder / "half").write_text("half")
         raise FileNotFoundError(errno.ENOENT, "no such text", "input.txt")
 
@@ -241,7 +241,7 @@ def test_failed_production_leaves_nothing_and_passes_its_error_on(store: Artifac
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_full_disk_is_one_sentence_and_leaves_nothing(store: ArtifactStore) -> None:
-    def fill(folder: Path) -> Facts:
+    def fill(folder: Path, work: Path) -> Facts:
         with open("/dev/full", "w") as stream:
             stream.write("x")
         return {}
@@ -253,7 +253,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(store: ArtifactStore) -> N
 
 
 def test_full_disk_in_the_words_of_a_library_is_recognised(store: ArtifactStore) -> None:
-    def fill(folder: Path) -> Facts:
+    def fill(folder: Path, work: Path) -> Facts:
         raise RuntimeError("Error while serializing: I/O error: No space left on device (28)")
 
     with pytest.raises(InputError, match="no space is left"):
@@ -265,8 +265,6 @@ def test_store_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None
     store = ArtifactStore(tmp_path / "file" / "store")
     with pytest.raises(InputError, match=r"written to.*FOLDSTACK_HOME"):
         store.publish(STAGE, FINGERPRINT, must_not_run)
-    with pytest.raises(InputError, match="written to"):
-        store.work_folder(STAGE, FINGERPRINT)
     assert store.find(STAGE, FINGERPRINT) is None
 
 
@@ -281,10 +279,10 @@ def test_home_is_the_environments_or_runs(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_threads_that_want_the_same_make_it_once(store: ArtifactStore) -> None:
     times_made = []
 
-    def make(folder: Path) -> Facts:
+    def make(folder: Path, work: Path) -> Facts:
         times_made.append(folder)
         time.sleep(0.3)
-        return write_weights(folder)
+        return write_weights(folder, work)
 
     threads = [
         threading.Thread(target=store.publish, args=(STAGE, FINGERPRINT, make)) for _ in range(3)
@@ -298,9 +296,9 @@ def test_threads_that_want_the_same_make_it_once(store: ArtifactStore) -> None:
 
 
 MAKER = f"""
-def make(folder):
+def make(folder, work):
     (folder / "half").write_text("half")
-    (store.work_folder({STAGE!r}, {FINGERPRINT!r}) / "step").write_text("41")
+    (work / "step").write_text("41")
     print("started", flush=True)
     time.sleep(WAIT)
     return {{"pid": os.getpid()}}
@@ -331,9 +329,8 @@ def test_killed_process_frees_the_lock_and_leaves_its_work_to_resume_from(
         other.send_signal(signal.SIGKILL)
     assert store.find(STAGE, FINGERPRINT) is None
 
-    def resume(folder: Path) -> Facts:
-        work = store.work_folder(STAGE, FINGERPRINT)
-        return write_weights(folder) | {"step": (work / "step").read_text()}
+    def resume(folder: Path, work: Path) -> Facts:
+        return write_weights(folder, work) | {"step": (work / "step").read_text()}
 
     made = store.publish(STAGE, FINGERPRINT, resume)
     assert made.manifest().facts["step"] == "41"
@@ -386,8 +383,9 @@ def test_garbage_is_what_was_not_used_for_long(store: ArtifactStore, artifact: A
     error_of_a_failed_task = store.root / "records" / "0123"
     error_of_a_failed_task.touch()
     age(error_of_a_failed_task, 40)
-    young_work = store.work_folder("recover", "01" * 32)
-    old_work = store.work_folder("recover", "02" * 32)
+    young_work, old_work = (store.root / "work" / "recover" / (name * 32) for name in ("01", "02"))
+    for folder in (young_work, old_work):
+        folder.mkdir(parents=True)
     for path in (old.folder / MANIFEST, kept.folder / MANIFEST, old_work):
         age(path, 40)
     (store.root / "damaged" / "x").mkdir(parents=True)
