@@ -11,14 +11,9 @@ the rank-d/2 factors, relative to the optimum, on a Gram of condition 1e8.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-# This file's own folder, where a benchmark would be found in place of Python's module `statistics`.
-sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
 
 import numpy as np
 import torch

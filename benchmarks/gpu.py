@@ -11,17 +11,12 @@ beside their floors: the arithmetic alone at the rate of a large matrix product 
 
 import argparse
 import json
-import sys
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-# This file's own folder, where a benchmark would be found in place of Python's module `statistics`.
-sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
-
-import statistics
 
 import torch
 import transformers

@@ -11,14 +11,9 @@ import argparse
 import copy
 import json
 import logging
-import sys
+import statistics
 import time
 from pathlib import Path
-
-# This file's own folder, where a benchmark would be found in place of Python's module `statistics`.
-sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
-
-import statistics
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel

@@ -9,7 +9,10 @@ each set of kinds that methods need, and counted for every method with that need
     python benchmarks/statistics.py [--json]
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib
 import json
 import resource
 import subprocess
@@ -19,18 +22,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# This file's own folder, where it would be found in place of Python's module of the same name.
+# The scripts beside this one find it where they, or libraries of theirs, look for Python's own
+# module of this name: then it only hands that over.
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
+if __name__ == "statistics":
+    del sys.modules[__name__]
+    importlib.import_module(__name__)
+else:
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-import numpy as np
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from foldstack.compression.architectures import architecture_of
-from foldstack.compression.checkpoint import load_model
-from foldstack.compression.methods import METHODS
-from foldstack.compression.size import count_parameters
-from foldstack.compression.statistics import KINDS, gather
+    from foldstack.compression.architectures import architecture_of
+    from foldstack.compression.checkpoint import load_model
+    from foldstack.compression.methods import METHODS
+    from foldstack.compression.size import count_parameters
+    from foldstack.compression.statistics import KINDS, gather
 
 NUM_BLOCKS = (2, 4, 8)
 NUM_WINDOWS = (4, 8, 16)

@@ -9,13 +9,9 @@ the reference model on the standard library, against its plain forward pass over
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-# This file's own folder, where a benchmark would be found in place of Python's module `statistics`.
-sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
 
 import numpy as np
 import torch
