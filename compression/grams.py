@@ -1,6 +1,7 @@
 """Sums over tokens of what enters a block's linears: the Gram matrix X^T X, and X itself."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from foldstack.compression.architectures import Architecture
+
+logger = logging.getLogger(__name__)
 
 # A Gram is symmetric: it is summed in strips of so many rows, each from the diagonal on, which
 # costs little more than half of the whole product.
@@ -24,6 +27,28 @@ class InputSums:
     """Rounded at the end to the precision in which the products were taken."""
     inputs: dict[str, Float64[Tensor, " n"]] = field(default_factory=dict)
     """Sum of x, which outputs with a bias need."""
+
+
+def rank_bounds(grams: Mapping[str, Float[Tensor, "n n"]], num_tokens: int) -> dict[str, int]:
+    """The Grams that cannot have full rank, and the rank that they have at most.
+
+    A sum over t tokens has rank t at most, and a channel that was always zero adds none.
+    """
+    bounds = {
+        reads: min(num_tokens, int((gram.diagonal() > 0).sum())) for reads, gram in grams.items()
+    }
+    return {reads: rank for reads, rank in bounds.items() if rank < len(grams[reads])}
+
+
+def report_ranks(bounds: Mapping[str, int]) -> None:
+    """One warning about all Grams of deficient rank, by name."""
+    if bounds:
+        ranks = ", ".join(f"{name}: {rank}" for name, rank in bounds.items())
+        logger.warning(
+            "inputs that do not span their space, for want of tokens or because channels are "
+            "always zero: what is fitted to them is no better than that (rank at most; %s)",
+            ranks,
+        )
 
 
 @contextmanager

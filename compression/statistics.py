@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
-from foldstack.compression.grams import summed_inputs
+from foldstack.compression.grams import rank_bounds, report_ranks, summed_inputs
 from foldstack.compression.hidden_states import MEMORY_BYTES
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.similarity import SIMILARITY_TOKENS, Boundaries, Similarity
@@ -248,6 +248,7 @@ def gather(
     boundaries = Boundaries(num_compared, len(stream.blocks) + 1, **room)
     grams: dict[GramKey, Tensor] = {}
     input_sums: dict[GramKey, Tensor] = {}
+    ranks: dict[str, int] = {}
     for position, block in enumerate(stream.blocks):
         if "similarity" in kinds:
             boundaries.add(stream.states)
@@ -255,12 +256,15 @@ def gather(
             with summed_inputs(block, architecture_of(model)) as sums:
                 stream.advance()
             input_sums |= {(position, reads): total for reads, total in sums.inputs.items()}
+            bounds = rank_bounds(sums.grams, windows.numel())
+            ranks |= {f"{reads} of block {position}": rank for reads, rank in bounds.items()}
             grams |= _stored(sums.grams, position, folder)
         else:
             stream.advance()
         release(block)
         if progress is not None:
             progress("gather statistics", stream.position, len(stream.blocks))
+    report_ranks(ranks)
     similarity = None
     if "similarity" in kinds:
         boundaries.add(stream.states)

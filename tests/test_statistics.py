@@ -1,5 +1,6 @@
 """The one pass against brute force (shortgpt_family.md, acceptance tests 1-3)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,18 @@ def test_what_was_not_gathered_is_named(tiny_model: Any, windows: Tensor) -> Non
         gather(model, windows, {"fisher"})
     with pytest.raises(InputError, match="same kinds"):
         _ = only_grams + gather(model, windows, {"similarity"})
+
+
+def test_inputs_that_do_not_span_their_space_are_named(
+    tiny_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = 0
+    windows = torch.randint(0, 90, (10, 16), generator=torch.Generator().manual_seed(0))
+    gather(model, windows, {"gram"})
+    assert "attention_input of block 1: 31" in caplog.text
+    assert "block 0" not in caplog.text
+    caplog.clear()
+    gather(model, windows[:1, :8], {"gram"})  # fewer tokens than channels
+    assert "mlp_output of block 0: 8" in caplog.text
