@@ -29,6 +29,7 @@ from foldstack.compression import modeling_foldstack, reload_check
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.digest import digest_folder
 from foldstack.compression.errors import InputError
+from foldstack.compression.mapped_memory import release, releasing
 from foldstack.compression.model_folder import check_folder
 from foldstack.compression.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.plan import Plan
@@ -47,6 +48,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+SHARD_BYTES = 1 << 29
 FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 # Largest difference of a reloaded logit, relative to the largest logit. Reloading computes the same
@@ -170,12 +172,29 @@ def save_model(
         model.config.auto_map = AUTO_MAP
         shutil.copyfile(modeling_foldstack.__file__, folder / MODELING_FILE)
     with _quiet():
-        model.save_pretrained(folder)
+        state = _ReleasedState(model.state_dict())
+        model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_BYTES)
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
     (folder / PLAN_FILE).write_text((plan or plan_of(model)).model_dump_json(indent=2) + "\n")
     return "portable" if is_ours else "native"
+
+
+class _ReleasedState(dict[str, torch.Tensor]):
+    """A state dict that gives back the memory of what lies in files while transformers, which pops
+    the tensors of one shard after the other, writes it.
+    """
+
+    _popped: tuple[torch.Tensor, ...] = ()
+
+    def pop(self, name: str) -> torch.Tensor:  # type: ignore[override]
+        if sum(tensor.nbytes for tensor in self._popped) > SHARD_BYTES:
+            release(self._popped)
+            self._popped = ()
+        tensor = super().pop(name)
+        self._popped += (tensor,)
+        return tensor
 
 
 def load_plan(folder: Path) -> Plan:
@@ -227,7 +246,7 @@ def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     limit = getattr(model.config, "max_position_embeddings", PROBE_TOKENS)
     tokens = min(PROBE_TOKENS, limit - reload_check.GREEDY_TOKENS)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
-    with torch.inference_mode():
+    with torch.inference_mode(), releasing(architecture_of(model).blocks(model)):
         logits = model(ids.to(model.device), use_cache=False).logits.float().cpu()
     return {"input_ids": ids, "logits": logits.contiguous()}
 

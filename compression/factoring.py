@@ -1,7 +1,9 @@
 """Factored linears of a model: the inputs they are fitted to, and their tensors in a cut."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.grams import summed_inputs
 from foldstack.compression.low_rank import updated_directions
+from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import Evidence
 from foldstack.compression.modeling_foldstack import AdaptedLinear, LowRankLinear
 from foldstack.compression.plan import Plan
@@ -39,19 +42,15 @@ def named_factors(
 ) -> dict[str, Tensor]:
     """The factors as a cut names them, in the precision of the weight; the bias once, on
     `second`."""
-    place = f"blocks.{position}.{name}"
-    return {f"{place}.{key}": tensor for key, tensor in _state(factors, dense).items()}
-
-
-def _state(factors: Factors, dense: nn.Module) -> dict[str, Tensor]:
     weight, bias = dense.weight, dense.bias
     assert isinstance(weight, Tensor)
+    place = f"blocks.{position}.{name}"
     first, second = (factor.to(weight.dtype) for factor in factors)
-    state = {"first.weight": first, "second.weight": second}
+    tensors = {f"{place}.first.weight": first, f"{place}.second.weight": second}
     if bias is not None:
         assert isinstance(bias, Tensor)
-        state["second.bias"] = bias.detach()
-    return state
+        tensors[f"{place}.second.bias"] = bias.detach()
+    return tensors
 
 
 def fitted_in_order(
@@ -70,41 +69,43 @@ def fitted_in_order(
 
     Args:
         factors_of: the factors of the linears stored at a position, by their name in the block;
-            called once for each.
+            called once for each, and not for those that a killed run has left.
         what: whose progress this is.
     """
-    plan = plan_of(model)
-    stream = BlockStream(model, evidence.calibration)
+    plan, spool = plan_of(model), evidence.spool()
+    stream = BlockStream(model, evidence.calibration, folder=evidence.work)
     fitted: dict[int, dict[str, LowRankLinear]] = {}
-    tensors: dict[str, Tensor] = {}
     for position, block in enumerate(stream.blocks):
         owner = plan.owner(position)
         if owner not in fitted:
-            fitted[owner] = _fitted(model, stream, dict(factors_of(owner)), evidence)
-            for name, linear in fitted[owner].items():
-                place = f"blocks.{owner}.{name}"
-                tensors |= {f"{place}.{key}": t for key, t in linear.state_dict().items()}
+            fit = partial(_fitted, model, stream, factors_of, evidence)
+            tensors = spool.part(f"block-{owner}", fit)
+            fitted[owner] = _thin_linears(tensors, owner, model.device)
         stream.advance(_with_linears(block, fitted[owner]))
+        release(block)
+        release(t for linear in fitted[owner].values() for t in linear.parameters())
         evidence.progress(what, position + 1, len(stream.blocks))
-    return tensors
+    return spool.tensors
 
 
 def _fitted(
     model: PreTrainedModel,
     stream: BlockStream,
-    factors: Mapping[str, Factors],
+    factors_of: Callable[[int], Mapping[str, Factors]],
     evidence: Evidence,
-) -> dict[str, LowRankLinear]:
-    """The linears that the block before which the stream stands uses, fitted on what it holds."""
-    if not factors:
-        return {}
+) -> dict[str, Tensor]:
+    """The factors that the block before which the stream stands uses, fitted on what it holds, as
+    a cut names them."""
     architecture, plan = architecture_of(model), plan_of(model)
     position, block = stream.position, stream.blocks[stream.position]
     owner = plan.owner(position)
+    factors = factors_of(owner)
+    if not factors:
+        return {}
     with summed_inputs(block, architecture) as deviated:
         for _ in stream.outputs(block):
             pass
-    fitted = {}
+    fitted: dict[str, Tensor] = {}
     for site in architecture.linears:
         if site.name not in factors:
             continue
@@ -115,16 +116,26 @@ def _fitted(
                 gram = gram + evidence.statistics.gram(user, site.reads).to(gram.device)
         first, second = factors[site.name]
         second = updated_directions(architecture.weight(dense).detach(), first, second, gram)
-        fitted[site.name] = _thin(dense, (first, second))
+        fitted |= named_factors(owner, site.name, (first, second), dense)
     return fitted
 
 
-def _thin(dense: nn.Module, factors: Factors) -> LowRankLinear:
-    first, second = factors
-    with torch.device("meta"):
-        thin = LowRankLinear(first.shape[1], len(second), len(first), dense.bias is not None)
-    thin.load_state_dict(_state(factors, dense), assign=True)
-    return thin
+def _thin_linears(
+    tensors: Mapping[str, Tensor], position: int, device: torch.device
+) -> dict[str, LowRankLinear]:
+    """The factored linears of the block at `position` by their names, from the tensors of a cut."""
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, factor, attribute = key.removeprefix(f"blocks.{position}.").rsplit(".", 2)
+        states[name][f"{factor}.{attribute}"] = tensor.to(device)
+    linears = {}
+    for name, state in states.items():
+        rank, in_features = state["first.weight"].shape
+        with torch.device("meta"):
+            out_features, has_bias = len(state["second.weight"]), "second.bias" in state
+            linears[name] = LowRankLinear(in_features, out_features, rank, has_bias)
+        linears[name].load_state_dict(state, assign=True)
+    return linears
 
 
 def _with_linears(block: nn.Module, linears: Mapping[str, nn.Module]) -> nn.Module:

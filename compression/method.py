@@ -16,6 +16,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import Ranking
 from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.spool import Spool
 from foldstack.compression.statistics import Statistics
 from foldstack.compression.surgery import Cut, plan_of
 
@@ -36,9 +37,13 @@ class Evidence:
     statistics: Statistics
     ranking: Ranking
     work: Path | None = None
-    """Folder for training state that a killed run resumes from."""
+    """Folder for what a killed run resumes from."""
     progress: Callable[[str, int, int], None] = no_progress
     """Called with what is being done, how much of it is done, and how much there is."""
+
+    def spool(self) -> Spool:
+        """Where a method that goes block by block keeps the tensors of those that are done."""
+        return Spool(None if self.work is None else self.work / "spool")
 
 
 class Method(BaseModel, ABC):

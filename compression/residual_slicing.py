@@ -13,6 +13,8 @@ again, so the final norm and the head stay as they are.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, base_config_of, stock_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.mapped_memory import release
 from foldstack.compression.modeling_foldstack import PRE_NORM_NAMES, SlicedBlock
+from foldstack.compression.spool import Spool
 from foldstack.compression.stream import BlockStream
 from foldstack.compression.surgery import as_stored
 
@@ -170,42 +174,59 @@ def sliced_tensors(
     *,
     dense_signal: bool = False,
     skip_first_token: bool = False,
+    work: Path | None = None,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> dict[str, Tensor]:
     """The tensors of the sliced model, named as in a `Cut`, link after link.
 
     `choose` sees the signal that the links sliced so far have left (algorithm of section 3.3 and of
     the released code), or that of the model as it came with `dense_signal`. Each block runs twice
-    over all windows; between blocks only the signal lives, in the coordinates of the model.
+    over all windows; between blocks only the signal lives, in the coordinates of the model. What a
+    killed run has left in `work` is not done again but for the blocks' own run.
     """
-    stream = BlockStream(model, windows)
-    signal = [_centred(h, centres(model)).float() for h in stream.hidden]
-    whole = torch.eye(signal[0].shape[-1], dtype=torch.float64, device=model.device)
+    stream = BlockStream(model, windows, folder=work)
+    stream.put(_centred(h, centres(model)).float() for h in stream.hidden)
+    width = stream.states.all.shape[-1]
+    whole = torch.eye(width, dtype=torch.float64, device=model.device)
+    bases = Spool(None if work is None else work / "bases")
+    spool = Spool(None if work is None else work / "spool")
 
     def chosen(link: int, batches: Iterable[States]) -> tuple[Basis, Basis]:
         """What a link is stored in, and what the blocks behind it are calibrated in."""
-        moments = second_moments(batches, model.device, skip_first_token=skip_first_token)
-        basis = choose(link, moments)
+
+        def found() -> dict[str, Tensor]:
+            moments = second_moments(batches, model.device, skip_first_token=skip_first_token)
+            return {"basis": choose(link, moments)}
+
+        basis = bases.part(f"link-{link}", found)["basis"].to(whole.device)
         return basis, whole if dense_signal else basis
 
-    stored, seen = chosen(0, signal)
-    tensors = _embeddings(model, stored)
+    stored, seen = chosen(0, stream.hidden)
+    spool.part("embeddings", lambda: _embeddings(model, stored))
     for position in range(len(stream.blocks)):
         block = FusedBlock(model, position)
-        attended = _middle_states(stream, block.build(seen, whole, whole), signal, seen, position)
+        attended = _middle_states(stream, block.build(seen, whole, whole), seen, position)
         middle, middle_seen = chosen(2 * position + 1, attended)
         running = block.build(seen, middle_seen, whole)
         with torch.no_grad():
-            signal = [stream.call(running, _in(seen, x), position).cpu() for x in signal]
+            stream.put(stream.call(running, _in(seen, x), position) for x in stream.hidden)
         entering = stored
         if position == len(stream.blocks) - 1:
             stored = whole
         else:
-            stored, seen = chosen(2 * position + 2, signal)
-        for name, tensor in as_stored(block.tensors(entering, middle, stored), model).items():
-            tensors[f"blocks.{position}.{name}"] = tensor
+            stored, seen = chosen(2 * position + 2, stream.hidden)
+        of_block = partial(_named, model, position, block, (entering, middle, stored))
+        spool.part(f"block-{position}", of_block)
+        release(stream.blocks[position])
         progress(position + 1)
-    return tensors
+    return spool.tensors
+
+
+def _named(
+    model: PreTrainedModel, position: int, block: FusedBlock, bases: tuple[Basis, Basis, Basis]
+) -> dict[str, Tensor]:
+    tensors = as_stored(block.tensors(*bases), model)
+    return {f"blocks.{position}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _centred(states: Tensor, centres: bool) -> Tensor:
@@ -235,7 +256,7 @@ class _Reached(Exception):
 
 
 def _middle_states(
-    stream: BlockStream, block: SlicedBlock, signal: list[States], seen: Basis, position: int
+    stream: BlockStream, block: SlicedBlock, seen: Basis, position: int
 ) -> Iterator[States]:
     """What stands on the residual stream between attention and MLP, per batch."""
     caught: list[Tensor] = []
@@ -245,7 +266,7 @@ def _middle_states(
         raise _Reached
 
     block.mlp_norm.register_forward_pre_hook(catch)
-    for x in signal:
+    for x in stream.hidden:
         try:
             with torch.no_grad():
                 stream.call(block, _in(seen, x), position)

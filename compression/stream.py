@@ -115,6 +115,10 @@ class BlockStream:
         self.states = self._kept(self.outputs(block))
         self.position += 1
 
+    def put(self, batches: Iterable[Hidden]) -> None:
+        """Let these hidden states, in the order of the windows, stand where the stream is."""
+        self.states = self._kept(batches)
+
     def _kept(self, batches: Iterable[Hidden]) -> HiddenStates:
         states, start = None, 0
         for batch in batches:

@@ -125,11 +125,12 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
+def cut(model: PreTrainedModel, change: Cut, *, share_memory: bool = False) -> PreTrainedModel:
     """A new model with structure `change.plan`; `model` stays untouched and shares no memory.
 
     Returns a stock class when the plan is native, else a FoldstackForCausalLM; in eval mode, where
-    `storage_of(model)` says.
+    `storage_of(model)` says. With `share_memory` it is only good for being read: what needs no
+    change of its precision is not copied, so that of weights in files none is read here.
 
     Raises:
         ValueError: the change lacks a tensor, has one of the wrong shape, or one without a place.
@@ -139,7 +140,7 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
     smaller = build_on_meta(config)
     target = stock_of(smaller)
     source = _Inherited(model, architecture)
-    state, unused = {}, set(change.tensors)
+    state, unused, places = {}, set(change.tensors), set[int]()
     device = storage_of(model)
     for name, placeholder in target.state_dict().items():
         place = _place(name, architecture.blocks_path)
@@ -157,7 +158,11 @@ def cut(model: PreTrainedModel, change: Cut) -> PreTrainedModel:
                 f"{name} has shape {tuple(tensor.shape)}, its place {tuple(placeholder.shape)}"
             )
         dtype = source.dtype if tensor.is_floating_point() else tensor.dtype
-        state[name] = _copied(tensor.detach(), device, dtype)
+        tensor = tensor.detach()
+        # Two stored tensors stay two, though one may have been made from the other.
+        is_shared = share_memory and tensor.data_ptr() not in places and tensor.is_contiguous()
+        state[name] = tensor.to(device, dtype) if is_shared else _copied(tensor, device, dtype)
+        places.add(tensor.data_ptr())
     if unused:
         raise ValueError(f"the plan has no place for {', '.join(sorted(unused))}")
     target.load_state_dict(state, assign=True)

@@ -66,7 +66,7 @@ class CompressModel(ComputedStage):
             progress=progress,
         )
         # On the CPU, where the fresh process will be: other hardware computes other last digits.
-        smaller = cut(model, self.method.compress(model, evidence)).cpu()
+        smaller = cut(model, self.method.compress(model, evidence), share_memory=True).cpu()
         size, dense = size_of(smaller), size_of(model)
         out = folder / MODEL_FOLDER
         grade = save_model(smaller, out, tokenizer_from=model_folder(self.model))

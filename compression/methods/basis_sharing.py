@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -25,6 +26,7 @@ from foldstack.compression.low_rank import (
     uniform_ranks,
     updated_directions,
 )
+from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import (
     TOLERANCE,
     Evidence,
@@ -120,13 +122,17 @@ class BasisSharing(Method):
             tensors = self._independent(model, groups, evidence)
         if self.update == "global":
             # The inputs that the whole compressed model produces, on disk where there is room.
-            smaller = cut(model, Cut(plan, inherits, tensors))
+            smaller = cut(model, Cut(plan, inherits, tensors), share_memory=True)
             if storage_of(model) != model.device:
                 run_blocks_in_turn(smaller, model.device)
             folder = None if evidence.work is None else evidence.work / "deviated"
-            deviated = gather(smaller, evidence.calibration, {"gram"}, folder=folder)
+            deviated = gather(
+                smaller, evidence.calibration, {"gram"}, folder=folder, work=evidence.work
+            )
+            spool = evidence.spool()
             for group in groups:
-                tensors |= self._updated(model, group, tensors, deviated)
+                update = partial(self._updated, model, group, tensors, deviated)
+                tensors |= spool.part(f"updated-{_part(group)}", update)
         return Cut(plan, inherits, tensors)
 
     def _groups(self, model: PreTrainedModel) -> list[Group]:
@@ -189,12 +195,19 @@ class BasisSharing(Method):
         self, model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence
     ) -> dict[str, Tensor]:
         """Bases and coefficients by the dense model's own inputs."""
-        tensors: dict[str, Tensor] = {}
-        for index, group in enumerate(groups):
+        spool = evidence.spool()
+
+        def of_group(group: Group) -> dict[str, Tensor]:
+            tensors: dict[str, Tensor] = {}
             for position, factors in self._factors(model, group, evidence).items():
                 tensors |= as_stored(_named(model, group, position, factors), model)
+            return tensors
+
+        for index, group in enumerate(groups):
+            spool.part(_part(group), partial(of_group, group))
+            release(_weights(model, group))
             evidence.progress(self.name, index + 1, len(groups))
-        return tensors
+        return spool.tensors
 
     def _layerwise(
         self, model: PreTrainedModel, groups: Sequence[Group], evidence: Evidence
@@ -207,7 +220,14 @@ class BasisSharing(Method):
             for group in mine:
                 if (position, group.name) not in ready:
                     of_group = self._factors(model, group, evidence)
-                    ready.update({(member, group.name): f for member, f in of_group.items()})
+                    # Those before it were left by a run that was killed.
+                    ready.update(
+                        {
+                            (member, group.name): f
+                            for member, f in of_group.items()
+                            if member >= position
+                        }
+                    )
             return {group.name: ready.pop((position, group.name)) for group in mine}
 
         tensors = fitted_in_order(model, factors_of, evidence, self.name)
@@ -260,6 +280,10 @@ def _factored(plan: Plan, groups: Sequence[Group]) -> Plan:
 
 def _place(position: int, group: Group) -> str:
     return f"blocks.{position}.{group.name}"
+
+
+def _part(group: Group) -> str:
+    return f"group-{group.positions[0]}-{group.name}"
 
 
 def _weights(model: PreTrainedModel, group: Group) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
-from foldstack.compression.block_plan import NarrowHeads
+from foldstack.compression.block_plan import BlockPlan, NarrowHeads
 from foldstack.compression.errors import InputError
 from foldstack.compression.heads import (
     Heads,
@@ -37,6 +38,7 @@ from foldstack.compression.inner_widths import (
     influence_sparsities,
     uniform_sparsities,
 )
+from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import (
     TOLERANCE,
     Evidence,
@@ -112,16 +114,33 @@ class MoDeGpt(Method):
         dimensions = self._dimensions(model)
         widths = self._widths(model, dimensions, self._block_sparsities(dimensions, evidence))
         plan = self._plan(model, widths)
-        tensors: dict[str, Tensor] = {}
+        blocks, spool = architecture_of(model).blocks(model), evidence.spool()
         for position, block in enumerate(plan.blocks):
-            narrow: dict[str, Tensor] = {}
-            if block.mlp_width is not None and (position, "mlp") in widths:
-                narrow |= self._narrow_mlp(model, position, block.mlp_width, evidence)
-            if block.narrow_heads is not None:
-                narrow |= self._narrow_heads(model, position, block.narrow_heads, evidence)
-            tensors |= as_stored(narrow, model)
+            narrow_mlp = (position, "mlp") in widths
+            spool.part(
+                f"block-{position}",
+                partial(self._narrow, model, position, block, evidence, mlp=narrow_mlp),
+            )
+            release(blocks[position])
             evidence.progress("modegpt", position + 1, len(plan.blocks))
-        return Cut(plan, tuple(range(len(plan.blocks))), tensors)
+        return Cut(plan, tuple(range(len(plan.blocks))), spool.tensors)
+
+    def _narrow(
+        self,
+        model: PreTrainedModel,
+        position: int,
+        form: BlockPlan,
+        evidence: Evidence,
+        *,
+        mlp: bool,
+    ) -> dict[str, Tensor]:
+        """What changes of one block, as the model stores it."""
+        tensors: dict[str, Tensor] = {}
+        if mlp and form.mlp_width is not None:
+            tensors |= self._narrow_mlp(model, position, form.mlp_width, evidence)
+        if form.narrow_heads is not None:
+            tensors |= self._narrow_heads(model, position, form.narrow_heads, evidence)
+        return as_stored(tensors, model)
 
     def _uniform(self, dimensions: list[InnerDimension]) -> BlockSparsities:
         return uniform_sparsities(sorted({d.position for d in dimensions}))

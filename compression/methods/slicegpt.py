@@ -87,6 +87,7 @@ class SliceGpt(Method):
             choose,
             dense_signal=self.calibration_signal == "dense",
             skip_first_token=self.skip_first_token,
+            work=evidence.work,
             progress=lambda done: evidence.progress("slicegpt", done, len(positions)),
         )
         return Cut(plan, positions, tensors)

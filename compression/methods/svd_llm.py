@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -27,6 +28,7 @@ from foldstack.compression.low_rank import (
     uniform_ranks,
     whitened_svd,
 )
+from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import (
     TOLERANCE,
     Evidence,
@@ -145,14 +147,20 @@ class SvdLlm(Method):
         self, model: PreTrainedModel, ranks: Mapping[Site, int], evidence: Evidence
     ) -> dict[str, Tensor]:
         """Factors of every linear by the dense model's own inputs (whitening alone)."""
-        blocks = architecture_of(model).blocks(model)
-        tensors: dict[str, Tensor] = {}
-        for position, block in enumerate(blocks):
+        blocks, spool = architecture_of(model).blocks(model), evidence.spool()
+
+        def of_block(position: int) -> dict[str, Tensor]:
+            tensors: dict[str, Tensor] = {}
             for name, factors in self._factors(model, position, ranks, evidence).items():
-                thin = named_factors(position, name, factors, block.get_submodule(name))
-                tensors |= as_stored(thin, model)
+                dense = blocks[position].get_submodule(name)
+                tensors |= as_stored(named_factors(position, name, factors, dense), model)
+            return tensors
+
+        for position, block in enumerate(blocks):
+            spool.part(f"block-{position}", partial(of_block, position))
+            release(block)
             evidence.progress(self.name, position + 1, len(blocks))
-        return tensors
+        return spool.tensors
 
     def _factors(
         self,

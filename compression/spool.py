@@ -1,0 +1,50 @@
+"""Tensors made part after part, each kept on disk as soon as it is made."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Spool:
+    """The tensors of a cut while it is made; a run that was killed finds the parts it finished.
+
+    Parts on disk are mapped, not read, and every run computes with what was written, so that it
+    makes no difference which run made a part. Without a folder they are in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        """Keep parts in `folder`, which belongs to this one computation: names say it all."""
+        self._folder = folder
+        self.tensors: dict[str, Tensor] = {}
+        """Those of all parts so far."""
+
+    def part(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of one part: as an earlier run has left them, or made now."""
+        if self._folder is None:
+            tensors = dict(make())
+        else:
+            file = self._folder / f"{name}.safetensors"
+            if not file.is_file():
+                _write_at_once(make(), file)
+            tensors = load_file(file)
+        self.tensors |= tensors
+        return tensors
+
+
+def _write_at_once(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """The file is there whole or not at all, whenever the process or the machine dies."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    # Copies: two of them may be views of one tensor, which safetensors refuses.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    save_file(copies, unfinished)
+    with unfinished.open("rb") as stream:
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
