@@ -17,7 +17,7 @@ from foldstack.compression.method import Evidence
 from foldstack.compression.modeling_foldstack import AdaptedLinear, LowRankLinear
 from foldstack.compression.plan import Plan
 from foldstack.compression.statistics import Statistics
-from foldstack.compression.stream import BlockStream
+from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
 from foldstack.compression.surgery import plan_of
 
 Site = tuple[int, str]
@@ -73,7 +73,9 @@ def fitted_in_order(
         what: whose progress this is.
     """
     plan, spool = plan_of(model), evidence.spool()
-    stream = BlockStream(model, evidence.calibration, folder=evidence.work)
+    stream = BlockStream(
+        model, evidence.calibration, dtype=cpu_precision(model), folder=evidence.work
+    )
     fitted: dict[int, dict[str, LowRankLinear]] = {}
     for position, block in enumerate(stream.blocks):
         owner = plan.owner(position)
@@ -82,7 +84,7 @@ def fitted_in_order(
             tensors = spool.part(f"block-{owner}", fit)
             fitted[owner] = _thin_linears(tensors, owner, model.device)
         stream.advance(_with_linears(block, fitted[owner]))
-        release(block)
+        release(tensors_of(block))
         release(t for linear in fitted[owner].values() for t in linear.parameters())
         evidence.progress(what, position + 1, len(stream.blocks))
     return spool.tensors

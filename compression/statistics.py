@@ -18,7 +18,8 @@ from typing import Any, Literal
 from jaxtyping import Float64, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
@@ -26,7 +27,7 @@ from foldstack.compression.grams import rank_bounds, report_ranks, summed_inputs
 from foldstack.compression.hidden_states import MEMORY_BYTES
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.similarity import SIMILARITY_TOKENS, Boundaries, Similarity
-from foldstack.compression.stream import BlockStream
+from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
 from foldstack.compression.surgery import plan_of
 
 Kind = Literal["similarity", "gram"]
@@ -210,7 +211,7 @@ class _AddedGrams(Mapping[GramKey, Tensor]):
 
 
 def gather(
-    model: nn.Module,
+    model: PreTrainedModel,
     windows: Int[Tensor, "windows tokens"],
     kinds: Iterable[str],
     *,
@@ -229,6 +230,7 @@ def gather(
     about text. The papers count it. `similarity_tokens` limits what the cosines are averaged over
     (whole windows); with `folder`, Grams go straight to disk there. Hidden states beyond
     `memory_bytes`, those on their way and those that are compared each, are in files in `work`.
+    On a CPU the blocks of a model of half precision compute in float32, one at a time.
 
     Raises:
         InputError: a kind is unknown, hidden states are not finite, or those of two boundaries
@@ -243,7 +245,7 @@ def gather(
             "in different bases; compare, rank and remove blocks before slicing"
         )
     room: dict[str, Any] = {"memory_bytes": memory_bytes, "folder": work}
-    stream = BlockStream(model, windows, batch_size=batch_size, **room)
+    stream = BlockStream(model, windows, batch_size=batch_size, dtype=cpu_precision(model), **room)
     num_compared = min(len(windows), -(-similarity_tokens // windows.shape[1]))
     boundaries = Boundaries(num_compared, len(stream.blocks) + 1, **room)
     grams: dict[GramKey, Tensor] = {}
@@ -261,7 +263,7 @@ def gather(
             grams |= _stored(sums.grams, position, folder)
         else:
             stream.advance()
-        release(block)
+        release(tensors_of(block))
         if progress is not None:
             progress("gather statistics", stream.position, len(stream.blocks))
     report_ranks(ranks)

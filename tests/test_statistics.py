@@ -1,5 +1,6 @@
 """The one pass against brute force (shortgpt_family.md, acceptance tests 1-3)."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.grams import summed_inputs
 from foldstack.compression.similarity import summed_angles, summed_cosines
 from foldstack.compression.statistics import Statistics, gather
+from foldstack.compression.surgery import Cut, cut, plan_of
 
 
 @pytest.fixture
@@ -161,6 +163,21 @@ def test_grams_of_a_float64_block_stay_float64(tiny_model: Any, windows: Tensor)
     model = tiny_model("llama").double()
     statistics = gather(model, windows, {"gram"})
     assert statistics.grams[0, "mlp_output"].dtype == torch.float64
+
+
+def test_a_bfloat16_model_is_seen_in_float32(tiny_model: Any, windows: Tensor) -> None:
+    """Also where a block runs with another's weights; afterwards the model is what it was."""
+    dense = tiny_model("llama").bfloat16()
+    model = cut(dense, Cut(plan_of(dense).share(0, [1]), (0, 0, 2, 3)))
+    before = copy.deepcopy(model.state_dict())
+    seen = gather(model, windows, {"gram", "similarity"})
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    expected = gather(model.float(), windows, {"gram", "similarity"})
+    torch.testing.assert_close(seen.similarity, expected.similarity, rtol=0, atol=1e-4)
+    for key in expected.grams:
+        scale = float(expected.gram(*key).diagonal().mean())
+        torch.testing.assert_close(seen.gram(*key), expected.gram(*key), rtol=0, atol=2e-2 * scale)
 
 
 def test_hooks_are_gone_afterwards(tiny_model: Any, windows: Tensor) -> None:
