@@ -44,8 +44,8 @@ from foldstack.compression.surgery import cut
 # Methods that make a model larger are not compared with those that make it smaller.
 SHRINKING = tuple(name for name in METHODS if name != "flexigpt_extend")
 PAPER_FORMS = (
-    "svd_llm allocation=paper",
-    "svd_llm update=closed_form",
+    "svd_llm update=none allocation=paper",
+    "svd_llm update=none",
     "svd_llm allocation=v2",
     "basis_sharing pooling=paper coefficients=paper",
     "basis_sharing update=layerwise",

@@ -73,8 +73,9 @@ class SvdLlm(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     name: Literal["svd_llm"] = "svd_llm"
-    update: Literal["none", "closed_form"] = "none"
-    """Whether U is fitted again on the inputs that the compressed blocks before it produce."""
+    update: Literal["none", "closed_form"] = "closed_form"
+    """Whether U is fitted again on the inputs that the compressed blocks before it produce; none is
+    the paper's SVD-LLM (W)."""
     allocation: Literal["exact", "paper", "v2"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone; v2: as
     exact, then by loss among the linears of one name and shape."""
