@@ -69,7 +69,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 
 audit: $(INSTALLED) ## Ask PyPI for known vulnerabilities of the pinned packages (needs the network)
-	$(UV) tool run --quiet pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(UV) tool run --quiet pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 ui: $(INSTALLED) ## Start the Prefect and MLflow servers on this machine
 	$(BIN)/foldstack ui

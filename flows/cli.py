@@ -12,7 +12,7 @@ import typer
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.quick_imports import importing
-from foldstack.tasks.redaction import without_secrets
+from foldstack.tasks.redaction import hide_in_logs, without_secrets
 
 if TYPE_CHECKING:
     from foldstack.flows.run_config import RunConfig
@@ -272,6 +272,7 @@ def main() -> None:
     """Run the command line; a mistake of the user's is one sentence and exit code 2."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    hide_in_logs()
     try:
         with without_secrets():
             app()

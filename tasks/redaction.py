@@ -1,10 +1,12 @@
 """Secrets come from the environment and go nowhere else: into no log, page, file or traceback."""
 
+import logging
 import os
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from foldstack.compression.errors import InputError
 
@@ -57,3 +59,24 @@ def without_secrets() -> Iterator[None]:
         if isinstance(error, InputError):
             raise InputError(clean) from None
         raise RuntimeError(f"{type(error).__name__}: {clean}") from None
+
+
+def hide_in_logs() -> None:
+    """From now on, no line that this process logs holds a secret, whichever library logs it.
+
+    The hub's client, for one, logs the address that it could not reach.
+    """
+    make = logging.getLogRecordFactory()
+    if getattr(make, "hides_secrets", False):
+        return
+
+    def make_clean(*arguments: Any, **settings: Any) -> logging.LogRecord:
+        record = make(*arguments, **settings)
+        with suppress(Exception):  # a line that cannot be formatted is its handler's to report
+            said = record.getMessage()
+            if (clean := redacted(said)) != said:
+                record.msg, record.args = clean, ()
+        return record
+
+    make_clean.hides_secrets = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_clean)

@@ -9,7 +9,7 @@ import pytest
 from foldstack.compression.errors import InputError
 from foldstack.flows.run_config import parse_config
 from foldstack.tasks.mlflow_pages import pages
-from foldstack.tasks.redaction import redacted, without_secrets
+from foldstack.tasks.redaction import hide_in_logs, redacted, without_secrets
 from foldstack.tasks.run_record import RunRecord
 from foldstack.tasks.tracking import Tracker
 
@@ -102,6 +102,18 @@ def test_a_server_that_is_away_is_named_without_its_password(
     (warning,) = tracker.warnings
     assert "http://127.0.0.1:9" in warning
     assert PASSWORD not in warning + caplog.text
+
+
+def test_what_other_libraries_log_holds_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    make = logging.getLogRecordFactory()
+    try:
+        hide_in_logs()
+        address = f"http://bob:{PASSWORD}@host/a"
+        logging.getLogger("huggingface_hub.utils").warning("thrown while requesting %s", address)
+        logging.getLogger("other").warning("%d of %d", 1, 2)
+    finally:
+        logging.setLogRecordFactory(make)
+    assert caplog.messages == ["thrown while requesting http://host/a", "1 of 2"]
 
 
 def test_addresses_of_pages_hold_no_password() -> None:
