@@ -24,6 +24,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from foldstack.tasks.manifest import Facts
+from foldstack.tasks.redaction import hide_in_logs
 from foldstack.tasks.stage import Progress, Stage
 
 SECONDS_BETWEEN_REPORTS = 0.2
@@ -172,6 +173,7 @@ def _serve(connection: Connection, parent: int, level: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
+    hide_in_logs()
     sender = _Sender(connection)
     PACKAGE_LOGGER.setLevel(level)
     PACKAGE_LOGGER.addHandler(_LogSender(sender))
