@@ -83,9 +83,9 @@ def test_variants_are_methods_times_sparsities_times_seeds() -> None:
 
 
 def test_two_entries_of_one_method_are_told_apart_by_what_differs() -> None:
-    entries = [{"name": "svd_llm"}, {"name": "svd_llm", "update": "closed_form"}]
+    entries = [{"name": "svd_llm"}, {"name": "svd_llm", "update": "none"}]
     config = parse_config({"methods": entries})
-    assert [v.label for v in config.variants] == ["svd_llm none 0.20", "svd_llm closed_form 0.20"]
+    assert [v.label for v in config.variants] == ["svd_llm closed_form 0.20", "svd_llm none 0.20"]
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
