@@ -34,7 +34,7 @@ from foldstack.compression.model_folder import check_folder
 from foldstack.compression.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters
-from foldstack.compression.surgery import plan_of
+from foldstack.compression.surgery import BUILDING, plan_of
 
 Grade = Literal["native", "portable"]
 
@@ -91,7 +91,7 @@ def load_model(
     config = load_config(folder)
     is_ours = config.model_type == "foldstack"
     loader: Any = FoldstackForCausalLM if is_ours else AutoModelForCausalLM
-    with _quiet():
+    with BUILDING, _quiet():
         try:
             model, loading = loader.from_pretrained(
                 folder,

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,10 @@ from foldstack.compression.modeling_foldstack import (
     SlicedLinear,
 )
 from foldstack.compression.plan import Plan
+
+BUILDING = threading.RLock()
+"""Held while a model is built or loaded: transformers replaces methods of its classes meanwhile,
+and two threads at once may leave them replaced for good, so that no model ties its embeddings."""
 
 # Config entries that hold one value per block; a survivor keeps its own.
 _PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -119,7 +124,7 @@ def _stock_class(base: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a stock config or FoldstackConfig without memory for its weights."""
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         is_foldstack = config.model_type == "foldstack"
         model = (FoldstackForCausalLM if is_foldstack else _stock_class(config))(config)
     return model.eval()

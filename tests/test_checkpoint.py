@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.checkpoint import (
@@ -53,6 +55,15 @@ def test_portable_folders_reload_with_equal_logits_and_parameters(
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
     assert count_parameters(again) == count_parameters(model)
     assert load_plan(tmp_path) == plan_of(model) == plan_of(again)
+
+
+def test_threads_that_load_at_once_leave_transformers_as_it_was(model_folder):
+    folder = model_folder("llama_tied")
+    tie_weights = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(load_model, [folder] * 12))
+    assert PreTrainedModel.tie_weights is tie_weights
+    assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in models)
 
 
 def test_native_folders_are_stock_folders(architecture, tiny_model, tokenizer_folder, tmp_path):
