@@ -6,7 +6,6 @@ and the memory of the device holds one block, whatever the depth.
 """
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.mapped_memory import release
-from foldstack.compression.modeling_foldstack import Borrowed, SlicedLinear
+from foldstack.compression.stream import tensors_of
 
 
 def run_blocks_in_turn(model: PreTrainedModel, device: torch.device | str) -> None:
@@ -88,14 +87,4 @@ def _put(tensor: Tensor, data: Tensor) -> None:
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers that a module computes with, borrowed ones included, each once."""
-    found = {id(t): t for used in _used_by(module) for t in (*used.parameters(), *used.buffers())}
-    return list(found.values())
-
-
-def _used_by(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    for part in module.modules():
-        lenders = part.lenders if isinstance(part, SlicedLinear) else ()
-        for borrowed in (part, *lenders):
-            if isinstance(borrowed, Borrowed):
-                yield from _used_by(borrowed.target)
+    return list({id(tensor): tensor for tensor in tensors_of(module)}.values())

@@ -13,8 +13,6 @@ MEMORY_FILE = Path("/proc/meminfo")
 GIB = 1 << 30
 PROCESS_BYTES = 450 << 20
 """The interpreter and the libraries of one worker."""
-STATES_BYTES = GIB
-"""What hidden states take of memory at most; more of them go to files."""
 FLOAT64_COPIES = 5
 """Matrices of the widest Gram's size that a closed form holds at once."""
 KNOBS = {
@@ -105,6 +103,9 @@ def _shapes(meta: Any, layout: Layout) -> _Shapes:
 
 def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
     """Of a stage that no variant owns."""
+    from foldstack.compression.hidden_states import MEMORY_BYTES
+    from foldstack.compression.similarity import SIMILARITY_TOKENS
+
     chosen = layout.config
     tokens = chosen.calibration.num_windows * chosen.calibration.window_tokens
     if stage.stage != "gather_statistics":
@@ -112,14 +113,15 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
     has_grams = "gram" in chosen.statistics.kinds
     elements = shapes.gram_elements if has_grams else 0
     states = 2 * tokens * shapes.hidden * shapes.element_bytes
-    compared = min(tokens, 65_536) * shapes.hidden * shapes.element_bytes * (shapes.num_blocks + 1)
+    boundaries = shapes.num_blocks + 1
+    compared = min(tokens, SIMILARITY_TOKENS) * shapes.hidden * shapes.element_bytes * boundaries
     batch = chosen.statistics.batch_size * chosen.calibration.window_tokens
     memory = (
         shapes.block_bytes
         + 12 * elements  # sums in float64, and rounded to float32 for their file
         + shapes.activations(batch)
-        + min(states, STATES_BYTES)
-        + min(compared, STATES_BYTES)
+        + min(states, MEMORY_BYTES)
+        + min(compared, MEMORY_BYTES)
     )
     return Need(PROCESS_BYTES + memory, 4 * elements * shapes.num_blocks)
 
