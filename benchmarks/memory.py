@@ -6,7 +6,10 @@ resident memory the kernel tells when it ends; what the check in yet another pro
 load of the result, is told apart. Each method compresses the model twice: in one go, and killed
 (SIGKILL) three times, a quarter of the blocks apart. Both must write the same bytes.
 
-    python benchmarks/memory.py [--json] [--blocks 22] [--methods modegpt svd_llm]
+    python benchmarks/memory.py [--json] [--blocks 22] [--methods modegpt svd_llm] [--work DIR]
+
+It takes most of an hour on one core. With --work, what was measured is kept in DIR, and the command
+that was interrupted goes on with the next process when it is given again.
 """
 
 import argparse
@@ -19,6 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from foldstack.compression.calibration import Windows
@@ -67,7 +73,7 @@ def random_windows(store: ArtifactStore) -> Artifact:
     tokens = torch.randint(32_000, shape, generator=generator, dtype=torch.int32)
     windows = Windows(tokens, [[] for _ in tokens], NUM_WINDOWS, tokens.numel(), 1)
 
-    def write(folder: Path) -> dict[str, str]:
+    def write(folder: Path, _work: Path) -> dict[str, str]:
         windows.save(folder)
         return {}
 
@@ -126,20 +132,29 @@ class Fresh:
         self.process.communicate()
 
 
-def compress_twice(work: Path, name: str, blocks: int) -> dict[str, float]:
-    """In one go and killed on the way."""
+def compress_in_one_go(work: Path, name: str) -> dict[str, float]:
+    """One method; its result is kept as a digest only."""
     stage, store = stages(work, [name])[name], ArtifactStore(work / "store")
-    artifact = stage.artifact(store)
+    shutil.rmtree(store.work_folder(stage.stage, stage.fingerprint), ignore_errors=True)
     figures = Fresh(work, name).finish()
-    digest = digest_folder(artifact.folder / "model", ("*",))
-    shutil.rmtree(artifact.folder)
-    spool = store.work_folder(stage.stage, stage.fingerprint) / "spool"
+    folder = stage.artifact(store).folder
+    (work / f"{name}.digest").write_text(digest_folder(folder / "model", ("*",)))
+    shutil.rmtree(folder)
+    return {f"{name}_{what}": value for what, value in figures.items()}
+
+
+def compress_killed(work: Path, name: str, blocks: int) -> dict[str, float]:
+    """The same, killed on the way; needs the digest of the first result."""
+    stage, store = stages(work, [name])[name], ArtifactStore(work / "store")
+    folder = store.work_folder(stage.stage, stage.fingerprint)
+    shutil.rmtree(folder, ignore_errors=True)
     for number in range(1, KILLS + 1):
-        Fresh(work, name).kill_after(spool, number * blocks // (KILLS + 1))
+        Fresh(work, name).kill_after(folder / "spool", number * blocks // (KILLS + 1))
     last = Fresh(work, name).finish()
-    is_same = digest_folder(artifact.folder / "model", ("*",)) == digest
+    out = stage.artifact(store).folder
+    is_same = digest_folder(out / "model", ("*",)) == (work / f"{name}.digest").read_text()
+    shutil.rmtree(out)
     return {
-        **{f"{name}_{what}": value for what, value in figures.items()},
         f"{name}_seconds_after_last_kill": last["seconds"],
         f"{name}_kills": KILLS,
         f"{name}_same_bytes_after_kills": float(is_same),
@@ -156,18 +171,39 @@ def run_here(work: Path, name: str) -> None:
     print(json.dumps({"peak_mib": own, "reload_peak_mib": others}))
 
 
-def measure(work: Path, blocks: int, methods: list[str]) -> dict[str, float]:
-    """All figures; memory in MiB."""
+def make_here(work: Path, blocks: int) -> dict[str, float]:
+    """The checkpoint, in a process of its own."""
     making = [sys.executable, __file__, "--make", "--work", work, "--blocks", str(blocks)]
     subprocess.run(making, check=True)
     weights = sum(file.stat().st_size for file in (work / "model").glob("*.safetensors"))
-    figures = {"blocks": float(blocks), "weights_mib": weights / MIB**2}
-    for name in ("gather", "rank"):
-        found = Fresh(work, name).finish()
-        figures |= {f"{name}_{what}": found[what] for what in ("peak_mib", "seconds")}
+    return {"blocks": float(blocks), "weights_mib": weights / MIB**2}
+
+
+def run_fresh(work: Path, name: str) -> dict[str, float]:
+    """A stage that every method needs."""
+    found = Fresh(work, name).finish()
+    return {f"{name}_{what}": found[what] for what in ("peak_mib", "seconds")}
+
+
+def measure(work: Path, blocks: int, methods: list[str]) -> dict[str, float]:
+    """All figures, memory in MiB; those that are in `work` already are not measured again."""
+    pieces: dict[str, Callable[[], dict[str, float]]] = {
+        "make": lambda: make_here(work, blocks),
+        "gather": lambda: run_fresh(work, "gather"),
+        "rank": lambda: run_fresh(work, "rank"),
+    }
     for name in methods:
-        figures |= compress_twice(work, name, blocks)
-    return figures
+        pieces[name] = partial(compress_in_one_go, work, name)
+        pieces[f"{name}-killed"] = partial(compress_killed, work, name, blocks)
+    for piece, take in pieces.items():
+        file = work / f"{piece}.figures.json"
+        if not file.is_file():
+            file.write_text(json.dumps(take()))
+    return {
+        what: value
+        for piece in pieces
+        for what, value in json.loads((work / f"{piece}.figures.json").read_text()).items()
+    }
 
 
 def main() -> None:
@@ -175,7 +211,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--blocks", type=int, default=22)
     parser.add_argument("--methods", nargs="+", default=["modegpt", "svd_llm"])
-    parser.add_argument("--work", type=Path, help="folder on a disk with 20 GB; default: temporary")
+    parser.add_argument("--work", type=Path, help="kept; on a disk with 20 GB; default: temporary")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -184,8 +220,12 @@ def main() -> None:
     elif arguments.stage:
         run_here(arguments.work, arguments.stage)
     else:
-        with tempfile.TemporaryDirectory(dir=arguments.work, prefix="foldstack-memory-") as work:
-            figures = measure(Path(work), arguments.blocks, arguments.methods)
+        with ExitStack() as stack:
+            if arguments.work is None:
+                temporary = tempfile.TemporaryDirectory(prefix="foldstack-memory-")
+                arguments.work = Path(stack.enter_context(temporary))
+            arguments.work.mkdir(parents=True, exist_ok=True)
+            figures = measure(arguments.work, arguments.blocks, arguments.methods)
         if arguments.json:
             print(json.dumps(figures, indent=1))
         else:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,14 +186,18 @@ class _ReleasedState(dict[str, torch.Tensor]):
     the tensors of one shard after the other, writes it.
     """
 
-    _popped: tuple[torch.Tensor, ...] = ()
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self._popped: list[torch.Tensor] = []
+        self._popped_bytes = 0
 
     def pop(self, name: str) -> torch.Tensor:  # type: ignore[override]
-        if sum(tensor.nbytes for tensor in self._popped) > SHARD_BYTES:
+        if self._popped_bytes > SHARD_BYTES:
             release(self._popped)
-            self._popped = ()
+            self._popped, self._popped_bytes = [], 0
         tensor = super().pop(name)
-        self._popped += (tensor,)
+        self._popped.append(tensor)
+        self._popped_bytes += tensor.nbytes
         return tensor
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.plan import Plan
-from foldstack.compression.ranking import Ranking
+from foldstack.compression.ranking import Ranking, rank_blocks
 from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.spool import Spool
-from foldstack.compression.statistics import Statistics
+from foldstack.compression.statistics import Statistics, gather
 from foldstack.compression.surgery import Cut, plan_of
 
 # A structure that stays this share of the whole model short of the asked sparsity still counts as
@@ -44,6 +44,15 @@ class Evidence:
     def spool(self) -> Spool:
         """Where a method that goes block by block keeps the tensors of those that are done."""
         return Spool(None if self.work is None else self.work / "spool")
+
+    def of(self, model: PreTrainedModel, kinds: frozenset[str]) -> "Evidence":
+        """The statistics and the ranking of another model on the same windows, gathered now; on
+        disk where there is room for what a killed run resumes from."""
+        folder = None if self.work is None else self.work / "statistics"
+        statistics = gather(
+            model, self.calibration, kinds, progress=self.progress, folder=folder, work=folder
+        )
+        return replace(self, statistics=statistics, ranking=rank_blocks(statistics))
 
 
 class Method(BaseModel, ABC):

@@ -22,6 +22,7 @@ from foldstack.compression.distillation import (
     hidden_distance,
     last_hidden_state,
 )
+from foldstack.compression.out_of_memory import with_smaller_batches
 
 FIGURES = (*BLEND_FIGURES, "tail_distance")
 
@@ -136,14 +137,21 @@ def _predicting(
 def mean_loss(
     objective: Objective, windows: Int[Tensor, "windows tokens"], batch_size: int
 ) -> float:
-    """Next-token loss of the student over `windows`, in nats per token, without dropout."""
+    """Next-token loss of the student over `windows`, in nats per token, without dropout.
+
+    In smaller batches if memory is short.
+    """
     device = next(objective.parameters()).device
-    total = 0.0
-    with torch.no_grad(), _without_dropout(objective):
-        for batch in windows.split(batch_size):
+
+    def total(at_once: int) -> float:
+        sums = 0.0
+        for batch in windows.split(at_once):
             _, figures = objective(batch.to(device, torch.long), use_teacher=False)
-            total += float(figures[FIGURES.index("cross_entropy")]) * len(batch)
-    return total / len(windows)
+            sums += float(figures[FIGURES.index("cross_entropy")]) * len(batch)
+        return sums
+
+    with torch.no_grad(), _without_dropout(objective):
+        return with_smaller_batches(total, batch_size, windows.shape[1]) / len(windows)
 
 
 @contextmanager

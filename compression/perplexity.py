@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.out_of_memory import halved, is_out_of_memory
+from foldstack.compression.out_of_memory import with_smaller_batches
 from foldstack.compression.text_tokens import Bos, TokenStream, bos_token, encode_stream
 from foldstack.compression.token_losses import plain_head, token_losses
 
@@ -181,22 +181,17 @@ def _batch_losses(
     head = plain_head(model, windows[0].tokens[:PROBED_TOKENS])
     done = 0
     while done < len(windows):
-        batch = [
-            window.tokens
-            for window in windows[done : done + batch_size]
-            if len(window.tokens) == len(windows[done].tokens)
-        ]
-        try:
-            losses = token_losses(model, torch.stack(batch), head)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            losses = None  # not handled here: the traceback would keep the tensors alive
-        if losses is None:
-            batch_size = halved(len(batch), len(batch[0]))
-            continue
+        first = windows[done].tokens
+
+        def losses_of(at_once: int, done: int = done, length: int = len(first)) -> Tensor:
+            batch = [window.tokens for window in windows[done : done + at_once]]
+            alike = [tokens for tokens in batch if len(tokens) == length]
+            return token_losses(model, torch.stack(alike), head)
+
+        losses = with_smaller_batches(losses_of, batch_size, len(first))
         yield losses
-        done += len(batch)
+        done += len(losses)
+        batch_size = len(losses)
 
 
 def _summarize(

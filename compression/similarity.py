@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.hidden_states import HiddenStates
+from foldstack.compression.hidden_states import HiddenStates, file_name
 
 # Cosine of a pair in which one hidden state is exactly zero: ShortGPT's released code replaces such
 # a NaN by 0.5 before it averages.
@@ -47,11 +47,19 @@ class Boundaries:
     """The hidden states of the first windows at every boundary passed so far."""
 
     def __init__(
-        self, num_windows: int, num_boundaries: int, *, memory_bytes: int, folder: Path | None
+        self,
+        num_windows: int,
+        num_boundaries: int,
+        *,
+        memory_bytes: int,
+        folder: Path | None,
+        name: str | None = None,
     ) -> None:
+        """With a `name`, they are in files in `folder` that stay and start with it."""
         self.num_windows = num_windows
         self._memory_bytes = memory_bytes // num_boundaries
         self._folder = folder or Path(tempfile.gettempdir())
+        self._name = name
         self._states: list[HiddenStates] = []
 
     def add(self, states: HiddenStates) -> None:
@@ -62,11 +70,20 @@ class Boundaries:
             first.dtype,
             memory_bytes=self._memory_bytes,
             folder=self._folder,
+            name=None if self._name is None else file_name(self._name, len(self._states)),
         )
         kept.all.copy_(first)
         kept.let_go()
         states.let_go()
         self._states.append(kept)
+
+    def reopen(self, count: int, num_tokens: int, dtype: torch.dtype) -> None:
+        """Take the first `count` boundaries from the files that an earlier run has left."""
+        assert self._name is not None
+        for boundary in range(count):
+            file = self._folder / file_name(self._name, boundary)
+            shape = (self.num_windows, num_tokens)
+            self._states.append(HiddenStates.reopened(file, shape, dtype))
 
     def compare(self, *, skip_first_token: bool, device: torch.device | str = "cpu") -> Similarity:
         """The sums for all pairs, computed on `device`.

@@ -29,13 +29,13 @@ class Spool:
         else:
             file = self._folder / f"{name}.safetensors"
             if not file.is_file():
-                _write_at_once(make(), file)
+                write_at_once(make(), file)
             tensors = load_file(file)
         self.tensors |= tensors
         return tensors
 
 
-def _write_at_once(tensors: Mapping[str, Tensor], file: Path) -> None:
+def write_at_once(tensors: Mapping[str, Tensor], file: Path) -> None:
     """The file is there whole or not at all, whenever the process or the machine dies."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
@@ -48,3 +48,10 @@ def _write_at_once(tensors: Mapping[str, Tensor], file: Path) -> None:
     with unfinished.open("rb") as stream:
         os.fsync(stream.fileno())
     unfinished.replace(file)
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk, to survive a machine that dies."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())

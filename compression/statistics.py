@@ -10,7 +10,7 @@ Everything is a sum over tokens, so the statistics of two shards of the data add
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,10 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.gram_files import AddedGrams, GramFiles, GramKey, save_grams
 from foldstack.compression.grams import rank_bounds, report_ranks, summed_inputs
 from foldstack.compression.hidden_states import MEMORY_BYTES
+from foldstack.compression.kept_pass import BOUNDARIES, STATES, KeptPass
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.similarity import SIMILARITY_TOKENS, Boundaries, Similarity
 from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
@@ -33,7 +35,6 @@ from foldstack.compression.surgery import plan_of
 Kind = Literal["similarity", "gram"]
 KINDS: frozenset[str] = frozenset({"similarity", "gram"})
 Progress = Callable[[str, int, int], None]
-GramKey = tuple[int, str]
 
 INPUT_SUMS_FILE = "input_sums.safetensors"
 
@@ -109,7 +110,7 @@ class Statistics:
             num_blocks=self.num_blocks,
             num_tokens=self.num_tokens + other.num_tokens,
             similarity_sums=similarity,
-            grams=_AddedGrams(self.grams, other.grams),
+            grams=AddedGrams(self.grams, other.grams),
             input_sums={
                 key: total + other.input_sum(*key) for key, total in self.input_sums.items()
             },
@@ -128,10 +129,10 @@ class Statistics:
             }
             tensors = {"cosine_sum": sums.cosine_sum, "angle_sum": sums.last_token_angle_sum}
             save_file(tensors, folder / "similarity.safetensors")
-        is_written = isinstance(self.grams, _GramFiles) and self.grams.folder == folder
+        is_written = isinstance(self.grams, GramFiles) and self.grams.folder == folder
         for position in sorted({position for position, _ in self.grams} if not is_written else ()):
             of_block = {reads: g for (p, reads), g in self.grams.items() if p == position}
-            save_file(of_block, _gram_file(folder, position))
+            save_grams(folder, position, of_block)
         record["grams"] = [list(key) for key in sorted(self.grams)]
         if self.input_sums:
             sums_by_name = {f"{p}.{reads}": total for (p, reads), total in self.input_sums.items()}
@@ -155,7 +156,7 @@ class Statistics:
             num_blocks=record["num_blocks"],
             num_tokens=record["num_tokens"],
             similarity_sums=similarity,
-            grams=_GramFiles(folder, keys),
+            grams=GramFiles(folder, keys),
             input_sums=_input_sums(folder / INPUT_SUMS_FILE, keys),
         )
 
@@ -165,49 +166,6 @@ def _input_sums(path: Path, keys: Iterable[GramKey]) -> dict[GramKey, Tensor]:
         return {}
     with safe_open(path, framework="pt") as file:
         return {(p, reads): file.get_tensor(f"{p}.{reads}") for p, reads in keys}
-
-
-def _gram_file(folder: Path, position: int) -> Path:
-    return folder / f"grams-{position:03d}.safetensors"
-
-
-class _GramFiles(Mapping[GramKey, Tensor]):
-    """Grams on disk, read one at a time: all of an 8B model's are tens of gigabytes."""
-
-    def __init__(self, folder: Path, keys: Iterable[GramKey]) -> None:
-        self.folder = folder
-        self._keys = dict.fromkeys(keys)
-
-    def __getitem__(self, key: GramKey) -> Tensor:
-        if key not in self._keys:
-            raise KeyError(key)
-        position, reads = key
-        with safe_open(_gram_file(self.folder, position), framework="pt") as file:
-            gram: Tensor = file.get_tensor(reads)
-            return gram
-
-    def __iter__(self) -> Iterator[GramKey]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-class _AddedGrams(Mapping[GramKey, Tensor]):
-    """Grams of two shards, added one at a time."""
-
-    def __init__(self, one: Mapping[GramKey, Tensor], other: Mapping[GramKey, Tensor]) -> None:
-        self._one, self._other = one, other
-
-    def __getitem__(self, key: GramKey) -> Tensor:
-        one = self._one[key]
-        return one.double().add_(self._other[key]).to(one.dtype)
-
-    def __iter__(self) -> Iterator[GramKey]:
-        return iter(self._one)
-
-    def __len__(self) -> int:
-        return len(self._one)
 
 
 def gather(
@@ -230,7 +188,9 @@ def gather(
     about text. The papers count it. `similarity_tokens` limits what the cosines are averaged over
     (whole windows); with `folder`, Grams go straight to disk there. Hidden states beyond
     `memory_bytes`, those on their way and those that are compared each, are in files in `work`.
-    On a CPU the blocks of a model of half precision compute in float32, one at a time.
+    With both folders, which belong to this one computation, all of them are, and a call after one
+    that was killed goes on behind the blocks that it has kept (`KeptPass`). On a CPU the blocks of
+    a model of half precision compute in float32, one at a time.
 
     Raises:
         InputError: a kind is unknown, hidden states are not finite, or those of two boundaries
@@ -244,50 +204,61 @@ def gather(
             "the blocks of a sliced model cannot be compared: what enters and what leaves them is "
             "in different bases; compare, rank and remove blocks before slicing"
         )
-    room: dict[str, Any] = {"memory_bytes": memory_bytes, "folder": work}
-    stream = BlockStream(model, windows, batch_size=batch_size, dtype=cpu_precision(model), **room)
+    kept = KeptPass(None if folder is None or work is None else work / "pass")
+    room: dict[str, Any] = {"memory_bytes": memory_bytes, "folder": kept.folder or work}
+    stream = BlockStream(
+        model, windows, batch_size=batch_size, dtype=cpu_precision(model),
+        name=kept.name(STATES), **room,
+    )  # fmt: skip
     num_compared = min(len(windows), -(-similarity_tokens // windows.shape[1]))
-    boundaries = Boundaries(num_compared, len(stream.blocks) + 1, **room)
+    boundaries = Boundaries(
+        num_compared, len(stream.blocks) + 1, name=kept.name(BOUNDARIES), **room
+    )
+    if kept.position > 0:
+        if "similarity" in kinds:
+            boundaries.reopen(kept.position, windows.shape[1], stream.states.all.dtype)
+        stream.resume(kept.position)
     grams: dict[GramKey, Tensor] = {}
-    input_sums: dict[GramKey, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for position, block in enumerate(stream.blocks):
+    while stream.position < len(stream.blocks):
+        block = stream.blocks[stream.position]
         if "similarity" in kinds:
             boundaries.add(stream.states)
         if "gram" in kinds:
-            with summed_inputs(block, architecture_of(model)) as sums:
-                stream.advance()
-            input_sums |= {(position, reads): total for reads, total in sums.inputs.items()}
-            bounds = rank_bounds(sums.grams, windows.numel())
-            ranks |= {f"{reads} of block {position}": rank for reads, rank in bounds.items()}
-            grams |= _stored(sums.grams, position, folder)
+            grams |= _summed(stream, kept, kept.folder or folder)
         else:
             stream.advance()
         release(tensors_of(block))
+        kept.checkpoint(stream.position)
         if progress is not None:
             progress("gather statistics", stream.position, len(stream.blocks))
-    report_ranks(ranks)
+    report_ranks(kept.ranks)
     similarity = None
     if "similarity" in kinds:
         boundaries.add(stream.states)
         device = next(model.parameters()).device  # where it computes
         similarity = boundaries.compare(skip_first_token=skip_first_token, device=device)
+    if folder is not None:
+        kept.show_grams(folder)
     return Statistics(
         num_blocks=len(stream.blocks),
         num_tokens=windows.numel(),
         similarity_sums=similarity,
-        grams=grams if folder is None else _GramFiles(folder, grams),
-        input_sums=input_sums,
+        grams=grams if folder is None else GramFiles(folder, kept.input_sums),
+        input_sums=kept.input_sums,
     )
 
 
-def _stored(
-    grams: Mapping[str, Tensor], position: int, folder: Path | None
-) -> dict[GramKey, Tensor]:
-    """The Grams of a block; of those that go to a file only the keys are kept."""
-    of_block = {reads: gram.cpu() for reads, gram in grams.items()}
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(of_block, _gram_file(folder, position))
-        of_block = {reads: gram.new_empty(0) for reads, gram in of_block.items()}
-    return {(position, reads): gram for reads, gram in of_block.items()}
+def _summed(stream: BlockStream, kept: KeptPass, folder: Path | None) -> dict[GramKey, Tensor]:
+    """Pass the block where `stream` is; its Grams, if they do not go to a file in `folder`."""
+    position = stream.position
+    block = stream.blocks[position]
+    with summed_inputs(block, architecture_of(stream.model)) as sums:
+        stream.advance()
+    kept.input_sums |= {(position, reads): total for reads, total in sums.inputs.items()}
+    bounds = rank_bounds(sums.grams, stream.windows.numel())
+    kept.ranks |= {f"{reads} of block {position}": rank for reads, rank in bounds.items()}
+    of_block = {reads: gram.cpu() for reads, gram in sums.grams.items()}
+    if folder is None:
+        return {(position, reads): gram for reads, gram in of_block.items()}
+    save_grams(folder, position, of_block)
+    return {}

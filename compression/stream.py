@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, base_config_of
 from foldstack.compression.errors import InputError
-from foldstack.compression.hidden_states import MEMORY_BYTES, HiddenStates
+from foldstack.compression.hidden_states import MEMORY_BYTES, HiddenStates, file_name
 from foldstack.compression.modeling_foldstack import Borrowed, SlicedLinear
 from foldstack.compression.surgery import plan_of
 
@@ -50,6 +50,7 @@ class BlockStream:
         dtype: torch.dtype | None = None,
         memory_bytes: int = MEMORY_BYTES,
         folder: Path | None = None,
+        name: str | None = None,
     ) -> None:
         """Embed all windows.
 
@@ -59,6 +60,8 @@ class BlockStream:
             memory_bytes: what the hidden states before and behind a block may take of memory
                 together; beyond that they are in files.
             folder: where those are; by default where the system keeps temporary files.
+            name: the hidden states are in files in `folder` that stay and start with it, so that
+                another process can `resume` from those that enter a block.
 
         Raises:
             InputError: there are no windows, or they are longer than the model's positions.
@@ -82,9 +85,10 @@ class BlockStream:
         self._dtype = dtype
         self._memory_bytes = memory_bytes // 2
         self._folder = folder or Path(tempfile.gettempdir())
+        self._name = name
         self._returns_tuple = _returns_tuple(model, self.blocks, windows)
         self._arguments: dict[int, list[Arguments]] = {}
-        self.states = self._kept(map(self._embedded, torch.split(windows, batch_size)))
+        self.states = self._kept(map(self._embedded, torch.split(windows, batch_size)), 0)
         """The input of block `position`."""
 
     @property
@@ -119,14 +123,22 @@ class BlockStream:
 
     def advance(self, block: nn.Module | None = None) -> None:
         """Pass the block at `position`, or `block` in its place, and stand before the next one."""
-        self.states = self._kept(self.outputs(block))
+        self.states = self._kept(self.outputs(block), self.position + 1)
         self.position += 1
 
     def put(self, batches: Iterable[Hidden]) -> None:
         """Let these hidden states, in the order of the windows, stand where the stream is."""
-        self.states = self._kept(batches)
+        self.states = self._kept(batches, self.position)
 
-    def _kept(self, batches: Iterable[Hidden]) -> HiddenStates:
+    def resume(self, position: int) -> None:
+        """Stand before block `position`, with the hidden states that another process has left."""
+        assert self._name is not None
+        num_windows, num_tokens = self.windows.shape
+        file, dtype = self._folder / file_name(self._name, position), self.states.all.dtype
+        self.states = HiddenStates.reopened(file, (num_windows, num_tokens), dtype)
+        self.position = position
+
+    def _kept(self, batches: Iterable[Hidden], position: int) -> HiddenStates:
         states, start = None, 0
         for batch in batches:
             if states is None:
@@ -135,6 +147,7 @@ class BlockStream:
                     self._dtype or batch.dtype,
                     memory_bytes=self._memory_bytes,
                     folder=self._folder,
+                    name=None if self._name is None else file_name(self._name, position),
                 )
             states.all[start : start + len(batch)] = batch
             states.let_go()

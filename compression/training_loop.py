@@ -14,18 +14,19 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.out_of_memory import with_smaller_batches
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -170,6 +171,8 @@ class Training:
     figure_names: tuple[str, ...]
     has_dropout: bool = False
     checkpoints: Checkpoints | None = None
+    _windows_at_once: int = field(default=0, init=False)
+    """How many have fitted in memory; 0 before the first step."""
 
     def run(
         self,
@@ -193,23 +196,13 @@ class Training:
         return history, seconds
 
     def _step(self, step: int, windows: Int[Tensor, "windows tokens"]) -> dict[str, float]:
-        accelerator, accumulation = self.accelerator, self.schedule.gradient_accumulation
+        accelerator = self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         fraction = self.schedule.learning_rate_fraction(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * fraction
-        if self.has_dropout:
-            torch.manual_seed(derived_seed(self.schedule.seed, "dropout", step, rank))
-        figures = torch.zeros(len(self.figure_names), device=accelerator.device)
-        micro_batches = self.schedule.windows_of(step, len(windows))
-        for number, chosen in enumerate(micro_batches, start=1):
-            is_last = number == accumulation
-            tokens = windows[chosen[rank::world]].to(accelerator.device, torch.long)
-            with nullcontext() if is_last else accelerator.no_sync(self.objective):
-                loss, parts = self.objective(tokens)
-                # backward() divides by its own count, which the launcher's environment can set.
-                accelerator.backward(loss * accelerator.gradient_accumulation_steps / accumulation)
-            figures += parts.detach() / accumulation
+        micro_batches = self.schedule.windows_of(step, len(windows))[:, rank::world]
+        figures = self._accumulate(step, windows[micro_batches])
         norm = accelerator.clip_grad_norm_(self.trainable.values(), self.schedule.max_grad_norm)
         if accelerator.num_processes > 1:
             figures = accelerator.reduce(figures, reduction="mean")
@@ -219,6 +212,46 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return row
+
+    def _accumulate(
+        self, step: int, micro_batches: Int[Tensor, "accumulation batch tokens"]
+    ) -> Float[Tensor, " figures"]:
+        """Add the gradients of a step's micro-batches up; gives the means of the figures.
+
+        A micro-batch that does not fit in memory goes in parts, as do those of the steps after it:
+        losses are means over equally long windows, so weighted parts add up to the whole. With
+        several processes the other ones would wait for gradients of a part that they have not.
+        """
+        if self.accelerator.num_processes > 1:
+            return self._accumulate_parts(step, micro_batches, micro_batches.shape[1])
+        at_once = self._windows_at_once or micro_batches.shape[1]
+        return with_smaller_batches(
+            lambda size: self._accumulate_parts(step, micro_batches, size),
+            at_once,
+            micro_batches.shape[2],
+        )
+
+    def _accumulate_parts(
+        self, step: int, micro_batches: Int[Tensor, "accumulation batch tokens"], size: int
+    ) -> Float[Tensor, " figures"]:
+        accelerator = self.accelerator
+        self._windows_at_once = size
+        self.optimizer.zero_grad(set_to_none=True)  # an attempt may have failed half way
+        if self.has_dropout:
+            rank = accelerator.process_index
+            torch.manual_seed(derived_seed(self.schedule.seed, "dropout", step, rank))
+        figures = torch.zeros(len(self.figure_names), device=accelerator.device)
+        num_windows = micro_batches.shape[0] * micro_batches.shape[1]
+        parts = [part for micro_batch in micro_batches for part in micro_batch.split(size)]
+        for number, part in enumerate(parts, start=1):
+            is_last, weight = number == len(parts), len(part) / num_windows
+            tokens = part.to(accelerator.device, torch.long)
+            with nullcontext() if is_last else accelerator.no_sync(self.objective):
+                loss, seen = self.objective(tokens)
+                # backward() divides by its own count, which the launcher's environment can set.
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps * weight)
+            figures += seen.detach() * weight
+        return figures
 
     def _check_finite(self, step: int, row: dict[str, float]) -> None:
         wrong = [name for name, value in row.items() if not math.isfinite(value)]

@@ -1,6 +1,8 @@
 """Stacks of methods: one budget, every order that is promised, and what follows after."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from foldstack.compression.methods.stack import Stack
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.spool import Spool
 from foldstack.compression.statistics import KINDS, gather
 from foldstack.compression.surgery import build_on_meta, cut
 from foldstack.flows.method_entries import ENTRIES, expand
@@ -73,6 +76,39 @@ def test_it_is_its_steps_one_after_the_other(
     apart = cut(pruned, factored)
     with torch.no_grad():
         torch.testing.assert_close(together(windows).logits, apart(windows).logits, rtol=0, atol=0)
+
+
+def test_a_killed_stack_goes_on_in_the_step_where_it_was(
+    tiny_model: Callable[..., Any],
+    windows: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama_tied", num_hidden_layers=6)
+    stack = Stack(sparsity=0.4, steps=({**PRUNE, "portion": 0.3}, FACTOR))
+    evidence = evidence_of(model, windows)
+    in_memory = stack.compress(model, evidence)
+    in_files = replace(evidence, work=tmp_path)
+    made: list[str] = []
+    part = Spool.part
+
+    def killed_in_the_second(self: Spool, name: str, make: Callable[[], Any]) -> Any:
+        made.append(name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return part(self, name, make)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "part", killed_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            stack.compress(model, in_files)
+    assert [path.name for path in (tmp_path / "step-0").iterdir()] == ["model"]
+    monkeypatch.setattr(ShortGpt, "compress", lambda *_: pytest.fail("it is done"))
+    resumed = stack.compress(model, in_files)
+    assert resumed.plan == in_memory.plan
+    assert resumed.tensors.keys() == in_memory.tensors.keys()
+    for name, tensor in in_memory.tensors.items():
+        torch.testing.assert_close(resumed.tensors[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_overshoots_leaves_the_next_one_out(

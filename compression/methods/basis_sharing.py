@@ -126,9 +126,7 @@ class BasisSharing(Method):
             if storage_of(model) != model.device:
                 run_blocks_in_turn(smaller, model.device)
             folder = None if evidence.work is None else evidence.work / "deviated"
-            deviated = gather(
-                smaller, evidence.calibration, {"gram"}, folder=folder, work=evidence.work
-            )
+            deviated = gather(smaller, evidence.calibration, {"gram"}, folder=folder, work=folder)
             spool = evidence.spool()
             for group in groups:
                 update = partial(self._updated, model, group, tensors, deviated)

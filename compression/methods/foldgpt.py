@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -23,9 +22,7 @@ from foldstack.compression.method import (
     unreachable,
 )
 from foldstack.compression.plan import Plan
-from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.size import count_parameters, size_of_plan
-from foldstack.compression.statistics import gather
 from foldstack.compression.stream import skipping
 from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of
 
@@ -101,9 +98,7 @@ class FoldGpt(GroupSharing):
         if len(survivors) == len(gates):
             return self.share_groups(model, evidence, importance)
         pruned = cut(model, pruning)
-        statistics = gather(pruned, evidence.calibration, self.needs, progress=evidence.progress)
-        evidence = replace(evidence, statistics=statistics, ranking=rank_blocks(statistics))
-        return self.share_groups(pruned, evidence, importance)
+        return self.share_groups(pruned, evidence.of(pruned, self.needs), importance)
 
     def _gates(self, model: PreTrainedModel, evidence: Evidence, count: int) -> list[float]:
         """The gate of every block, a mean over the runs; block influence where no block goes."""

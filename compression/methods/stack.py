@@ -1,6 +1,7 @@
 """Several methods one after the other, budgeted to one sparsity."""
 
 import importlib
+import shutil
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -8,13 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, stock_of
+from foldstack.compression.block_residency import run_blocks_in_turn
+from foldstack.compression.checkpoint import load_model, save_model
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE, Evidence, Method, unreachable
 from foldstack.compression.plan import Plan
-from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.size import count_parameters, size_of_plan
-from foldstack.compression.statistics import KINDS, gather
-from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of
+from foldstack.compression.spool import sync_files
+from foldstack.compression.statistics import KINDS
+from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of, storage_of
 
 # How finely the reachable sparsity is searched for, to name it in a refusal.
 _REACH_STEP = 0.01
@@ -62,7 +65,8 @@ class Stack(Method):
     portion of step i, the model is to keep 1 - s (p_1 + ... + p_i) of its parameters after step i.
     A step that removes whole blocks overshoots its part; the next one aims at the same total, so
     the last step lands on s as exactly as its method can. The statistics of every step but the
-    first are gathered anew on the calibration windows, from the model that the step is given.
+    first are gathered anew on the calibration windows, from the model that the step is given. What
+    a step has made lies on disk, so that the next one holds no more of it in memory than it uses.
 
     Departs from the paper: nothing trains between the steps; recovery comes after the last.
     """
@@ -108,11 +112,9 @@ class Stack(Method):
             method = self._method(number, dense, count_parameters(current))
             if method is None:
                 continue
-            if current is not model:
-                evidence = _gathered_anew(current, evidence)
             work = None if evidence.work is None else evidence.work / f"step-{number}"
-            change = method.compress(current, replace(evidence, work=work))
-            current = cut(current, change)
+            step = replace(evidence, work=work)
+            current = _smaller(current, method, step, is_first=current is model)
         return _as_cut(current)
 
     def _outline(self, model: PreTrainedModel) -> Plan:
@@ -168,9 +170,36 @@ def _registered() -> dict[str, type[Method]]:
     return methods
 
 
-def _gathered_anew(model: PreTrainedModel, evidence: Evidence) -> Evidence:
-    statistics = gather(model, evidence.calibration, KINDS, progress=evidence.progress)
-    return replace(evidence, statistics=statistics, ranking=rank_blocks(statistics))
+def _smaller(
+    model: PreTrainedModel, method: Method, evidence: Evidence, *, is_first: bool
+) -> PreTrainedModel:
+    """What a step makes of `model`; in `evidence.work`, if there is one, where a killed run finds
+    it, and out of memory."""
+
+    def compress() -> Cut:
+        return method.compress(model, evidence if is_first else evidence.of(model, KINDS))
+
+    if evidence.work is None:
+        return _placed_like(model, cut(model, compress()))
+    folder, unfinished = evidence.work / "model", evidence.work / "unfinished"
+    if not folder.is_dir():
+        smaller = cut(model, compress(), share_memory=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_model(smaller, unfinished, tokenizer_from=unfinished)
+        sync_files(unfinished)
+        unfinished.rename(folder)
+    for leftover in evidence.work.iterdir():
+        if leftover != folder:
+            shutil.rmtree(leftover)
+    return _placed_like(model, load_model(folder, dtype=model.dtype))
+
+
+def _placed_like(model: PreTrainedModel, made: PreTrainedModel) -> PreTrainedModel:
+    """`made`, computing where `model` does, with its blocks there or coming in turn."""
+    if storage_of(model) == model.device:
+        return made.to(model.device)  # type: ignore[arg-type]
+    run_blocks_in_turn(made, model.device)
+    return made
 
 
 def _as_cut(model: PreTrainedModel) -> Cut:

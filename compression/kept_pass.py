@@ -1,0 +1,81 @@
+"""How far a pass over a model's blocks has come, kept on disk for the run that goes on with it."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from foldstack.compression.gram_files import GramKey
+from foldstack.compression.hidden_states import file_name
+from foldstack.compression.spool import sync_files, write_at_once
+
+SECONDS_BETWEEN = 10.0
+"""A checkpoint waits for the disk, so there is none before so much work would be lost."""
+RECORD = "done.safetensors"
+STATES, BOUNDARIES = "states", "boundary"
+
+
+class KeptPass:
+    """The state of a pass in a folder that belongs to this one computation.
+
+    The hidden states and the Grams are written into files there while they are computed. A
+    checkpoint makes them last, and then the small rest is written at once: the blocks that are
+    done, the sums of their inputs, and the bounds on the ranks of their Grams.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        """Without a folder nothing is kept."""
+        self.folder = folder
+        self.position = 0
+        """Blocks that an earlier run has done."""
+        self.input_sums: dict[GramKey, Tensor] = {}
+        self.ranks: dict[str, int] = {}
+        """Of Grams that cannot have full rank, by what a person calls them."""
+        self._last = time.monotonic()
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / RECORD).is_file():
+                self._read(load_file(folder / RECORD))
+
+    def name(self, kind: str) -> str | None:
+        """What the files of hidden states are to be called; None: they need not stay."""
+        return None if self.folder is None else kind
+
+    def checkpoint(self, position: int) -> None:
+        """Keep what is done up to the input of block `position`, unless it was kept just now."""
+        if self.folder is None or time.monotonic() - self._last < SECONDS_BETWEEN:
+            return
+        sync_files(self.folder)
+        record = {"position": torch.tensor(position)}
+        record |= {f"input/{p}/{reads}": total for (p, reads), total in self.input_sums.items()}
+        record |= {f"rank/{name}": torch.tensor(rank) for name, rank in self.ranks.items()}
+        write_at_once(record, self.folder / RECORD)
+        for file in self.folder.glob(f"{STATES}-*"):
+            if file.name != file_name(STATES, position):
+                file.unlink()
+        self._last = time.monotonic()
+
+    def show_grams(self, folder: Path) -> None:
+        """Let the files of the Grams be in `folder` too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in () if self.folder is None else self.folder.glob("grams-*"):
+            target = folder / file.name
+            target.unlink(missing_ok=True)
+            try:
+                os.link(file, target)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(file, target)
+
+    def _read(self, record: dict[str, Tensor]) -> None:
+        self.position = int(record.pop("position"))
+        for name, tensor in record.items():
+            kind, _, rest = name.partition("/")
+            if kind == "rank":
+                self.ranks[rest] = int(tensor)
+            else:
+                block, _, reads = rest.partition("/")
+                self.input_sums[int(block), reads] = tensor
