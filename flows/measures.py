@@ -9,7 +9,7 @@ from foldstack.tasks.artifacts import Artifact
 from foldstack.tasks.benchmark_speed import BenchmarkSpeed
 from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
 from foldstack.tasks.execution import Execution, cores
-from foldstack.tasks.manifest import hardware
+from foldstack.tasks.hardware import hardware
 from foldstack.tasks.stage import ModelRef
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError
+from foldstack.tasks.hardware import hardware
 from foldstack.tasks.leases import Held, Lease, leased, living_holder
 from foldstack.tasks.manifest import (
     MANIFEST,
@@ -31,7 +32,6 @@ from foldstack.tasks.manifest import (
     Manifest,
     describe_files,
     find_damage,
-    hardware,
     now,
     publish_folder,
     read_manifest,

@@ -1,19 +1,20 @@
 """What an artifact says about itself: its files, where it came from, what was measured."""
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import platform
+import re
 import stat
-import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from foldstack.compression.digest import digest_file
 
@@ -33,6 +34,12 @@ RECORDED_PACKAGES = (
 )
 # Above this, a file that nobody touched since publication is trusted until it is read.
 CHECKED_AT_ONCE_BYTES = 64 << 20
+MANIFEST_BYTES = 16 << 20
+"""A longer manifest is not read: ours have some kilobytes."""
+PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+"""What weights must not be in: to read a pickle is to run whatever its maker wants."""
+UNSEALED = "0" * 64
+SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"\s*\}\s*\Z')
 
 Facts = dict[str, float | int | str | bool | None]
 
@@ -47,7 +54,7 @@ class FileEntry(BaseModel):
 
     name: str
     """Path inside the artifact, with forward slashes."""
-    size_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0, lt=1 << 63)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
     @field_validator("name")
@@ -55,10 +62,12 @@ class FileEntry(BaseModel):
     def _stays_inside(cls, name: str) -> str:
         path = PurePosixPath(name)
         leaves = (
-            path.is_absolute() or ".." in path.parts or not path.parts or set(name) & set("\\:")
+            path.is_absolute() or ".." in path.parts or not path.parts or set(name) & set("\\:\0")
         )
         if leaves or name != str(path):
             raise ValueError(f"a file of an artifact must be inside its folder, got {name!r}")
+        if path.suffix.lower() in PICKLES:
+            raise ValueError(f"weights must be safetensors, and {name} is named like a pickle")
         return name
 
 
@@ -75,7 +84,7 @@ class Manifest(BaseModel):
     label: str
     """The same for a person, e.g. "compress shortgpt 0.25"."""
     created: datetime
-    seconds: float
+    seconds: float = Field(ge=0, allow_inf_nan=False)
     """Wall time that producing it took."""
     ingredients: dict[str, Any]
     """What the fingerprint is the digest of."""
@@ -85,22 +94,38 @@ class Manifest(BaseModel):
     hardware: str
     facts: Facts
     files: tuple[FileEntry, ...]
+    seal: str = Field(default=UNSEALED, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the manifest's bytes with zeros in this place: facts are results too, and a bit
+    that flips in them must not become another result."""
+
+    @field_validator("files")
+    @classmethod
+    def _each_file_once(cls, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        names = [file.name for file in files]
+        if len(set(names)) < len(names) or MANIFEST in names:
+            raise ValueError(f"each file must be named once, and {MANIFEST} not at all")
+        return files
 
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
+    def sealed_bytes(self) -> bytes:
+        """The content of its file, with the seal."""
+        plain = self.model_copy(update={"seal": UNSEALED}).model_dump_json(indent=1).encode()
+        return _with_seal(plain, hashlib.sha256(plain).hexdigest())
+
 
 def describe_files(folder: Path) -> tuple[FileEntry, ...]:
     """Name, size and digest of every file below `folder`; each is also flushed to the disk."""
     assert not (folder / MANIFEST).exists(), f"{MANIFEST} is written by the store, nobody else"
-    return tuple(_describe(folder, file) for file in sorted(_files_below(folder)))
+    return tuple(_describe(folder, folder / name) for name in sorted(_files_below(folder)))
 
 
 def publish_folder(building: Path, final: Path, manifest: Manifest) -> None:
     """Seal a built folder with its manifest and let it appear at its final place at once."""
-    with (building / MANIFEST).open("w", encoding="utf-8") as stream:
-        stream.write(manifest.model_dump_json(indent=1))
+    with (building / MANIFEST).open("wb") as stream:
+        stream.write(manifest.sealed_bytes())
         stream.flush()
         os.fsync(stream.fileno())
     _flush_folder(building)
@@ -118,11 +143,26 @@ def publish_folder(building: Path, final: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`.
 
+    It may come from anybody who can write to the store, and is trusted with nothing.
+
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no manifest.
+        ValueError: it is no manifest, or not as it was written; says why in one line.
     """
-    return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    content = _plain_bytes(folder / MANIFEST)
+    try:
+        data = json.loads(content, object_pairs_hook=_each_key_once)
+        json.dumps(data, ensure_ascii=False).encode()  # half a character could not be printed
+        manifest = Manifest.model_validate(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{place}: {first['msg']}") from None
+    if hashlib.sha256(_with_seal(content, UNSEALED)).hexdigest() != manifest.seal:
+        raise ValueError("it has other contents than when it was written")
+    return manifest
 
 
 def find_damage(folder: Path, stage: str, fingerprint: str, *, thorough: bool) -> str | None:
@@ -140,17 +180,25 @@ def find_damage(folder: Path, stage: str, fingerprint: str, *, thorough: bool) -
     if (manifest.stage, manifest.fingerprint) != (stage, fingerprint):
         return f"its manifest is that of {manifest.stage}/{manifest.fingerprint[:12]}"
     published = manifest.created.timestamp() + 2  # clocks of file systems are coarse
-    damages = (_damage_of(folder / file.name, file, published, thorough) for file in manifest.files)
+    try:
+        there = _files_below(folder)
+    except (OSError, ValueError) as error:
+        return str(error)
+    if missing := [file.name for file in manifest.files if file.name not in there]:
+        return f"{missing[0]} is missing"
+    strangers = there.keys() - {MANIFEST, *(file.name for file in manifest.files)}
+    if strangers:  # what a folder holds decides what a library loads from it
+        return f"{min(strangers)} is not in its manifest"
+    damages = (
+        _damage_of(folder / file.name, there[file.name], file, published, thorough)
+        for file in manifest.files
+    )
     return next((damage for damage in damages if damage), None)
 
 
-def _damage_of(file: Path, entry: FileEntry, published: float, thorough: bool) -> str | None:
-    try:
-        status = file.lstat()
-    except OSError as error:
-        return f"{entry.name}: {error.strerror}"
-    if not stat.S_ISREG(status.st_mode):
-        return f"{entry.name} is not a plain file"
+def _damage_of(
+    file: Path, status: os.stat_result, entry: FileEntry, published: float, thorough: bool
+) -> str | None:
     if status.st_size != entry.size_bytes:
         return f"{entry.name} has {status.st_size} bytes instead of {entry.size_bytes}"
     untouched = status.st_mtime <= published and status.st_size > CHECKED_AT_ONCE_BYTES
@@ -177,34 +225,53 @@ def recorded_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | versions
 
 
-@lru_cache(maxsize=1)
-def hardware() -> str:
-    """The machine in words, without its name: "AMD EPYC 7B13, 2 cores, 23 GiB, no GPU"."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    parts = [_processor(), f"{os.cpu_count()} cores", f"{memory:.0f} GiB"]
-    torch = sys.modules.get("torch")  # imported where a GPU was used; not for a sentence
-    if torch is None or not torch.cuda.is_available():
-        return ", ".join([*parts, "no GPU"])
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(parts + gpus)
+def _files_below(folder: Path) -> dict[str, os.stat_result]:
+    """The files of an artifact by their names in its manifest; links are not followed.
 
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    for directory, folders, names in os.walk(folder):
+    Raises:
+        ValueError: there is something that is neither a file nor a folder.
+        OSError: a folder cannot be read.
+    """
+    found = {}
+    for directory, folders, names in os.walk(folder, onerror=_raise):
         for name in [*folders, *names]:
             path = Path(directory, name)
-            assert not path.is_symlink(), f"an artifact holds files, and {path} is a link"
-            if path.is_file():
-                yield path
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found[path.relative_to(folder).as_posix()] = status
+            elif not stat.S_ISDIR(status.st_mode):
+                raise ValueError(f"{path.relative_to(folder)} is not a plain file")
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _plain_bytes(file: Path) -> bytes:
+    """The content of a small plain file: a link, a pipe or a device is not waited for."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MANIFEST_BYTES:
+            raise ValueError(f"it must be a plain file of at most {MANIFEST_BYTES >> 20} MiB")
+        return stream.read()
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two readers of a key that stands there twice may see different values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {max(keys, key=keys.count)!r} stands there twice")
+    return found
+
+
+def _with_seal(content: bytes, seal: str) -> bytes:
+    found = SEAL.search(content)
+    if found is None:
+        raise ValueError("it carries no seal")
+    return content[: found.start(1)] + seal.encode() + content[found.end(1) :]
 
 
 def _describe(folder: Path, file: Path) -> FileEntry:

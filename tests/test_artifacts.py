@@ -1,8 +1,10 @@
 """The artifact store: whole or not at all, verified, one maker at a time, through crashes."""
 
 import errno
+import hashlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,6 +228,116 @@ def test_artifacts_outside_the_store_cannot_be_named(
 ) -> None:
     with pytest.raises(ValidationError):
         store.artifact(stage, fingerprint)
+
+
+def reseal(text: str) -> str:
+    """What a hostile maker can do as well: a seal that fits."""
+    plain = re.sub(r'(?<="seal": ")[0-9a-f]{64}', manifest.UNSEALED, text)
+    return plain.replace(manifest.UNSEALED, hashlib.sha256(plain.encode()).hexdigest())
+
+
+def names_as_well(name: str) -> tuple[str, str]:
+    entry = f'{{"name": "{name}", "size_bytes": 1, "sha256": "{"1" * 64}"}}'
+    return '"files": [', f'"files": [{entry}, '
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        pytest.param(('"size_bytes": 21', '"size_bytes": NaN'), "finite", id="size NaN"),
+        pytest.param(('"size_bytes": 21', '"size_bytes": 1e999'), "finite", id="size infinite"),
+        pytest.param(('"size_bytes": 21', '"size_bytes": -1'), "greater", id="size negative"),
+        pytest.param(('"size_bytes": 21', f'"size_bytes": {1 << 63}'), "less than", id="size huge"),
+        pytest.param(
+            ('"size_bytes": 21', f'"size_bytes": {"9" * 5000}'), "digits", id="size endless"
+        ),
+        pytest.param(('"seconds": ', '"seconds": NaN, "x": '), "finite", id="duration NaN"),
+        pytest.param(
+            ('"parameters": 7', '"parameters": 7, "parameters": 8'),
+            "key 'parameters' stands there twice",
+            id="key twice",
+        ),
+        pytest.param(
+            ('"ingredients": {}', f'"ingredients": {"[" * 100_000}{"]" * 100_000}'),
+            "nested too deeply",
+            id="deep",
+        ),
+        pytest.param(('"label": "', '"label": "\\ud800'), "surrogates", id="half a character"),
+        pytest.param(('"version": 1', '"version": 2'), "version: ", id="of another version"),
+        pytest.param(('"stage": "compress"', '"stage": "recover"'), "recover/", id="another's"),
+        pytest.param(names_as_well("../../x"), "inside its folder", id="parent folder"),
+        pytest.param(names_as_well("/etc/passwd"), "inside its folder", id="absolute path"),
+        pytest.param(names_as_well("x\\u0000y"), "inside its folder", id="NUL"),
+        pytest.param(names_as_well("model/pytorch_model.bin"), "like a pickle", id="pickle"),
+        pytest.param(names_as_well("model/weights.txt"), "named once", id="file twice"),
+        pytest.param(names_as_well(MANIFEST), "named once", id="itself"),
+        pytest.param(names_as_well("x" * 300), "is missing", id="name too long"),
+    ],
+)
+def test_hostile_manifest_is_refused_in_a_sentence(
+    artifact: Artifact, change: tuple[str, str], reason: str
+) -> None:
+    file = artifact.folder / MANIFEST
+    changed = file.read_text().replace(*change, 1)
+    assert changed != file.read_text()
+    file.write_text(reseal(changed))
+    with pytest.raises(InputError, match=re.escape(reason)) as refused:
+        artifact.open()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [('"perplexity": Infinity', '"perplexity": 7'), ("a quarter", "a third"), ("}", "} ")],
+)
+def test_a_changed_bit_of_the_manifest_is_noticed(
+    artifact: Artifact, change: tuple[str, str]
+) -> None:
+    file = artifact.folder / MANIFEST
+    file.write_text(file.read_text().replace(*change, 1))
+    with pytest.raises(InputError, match="other contents than when it was written"):
+        artifact.open()
+
+
+def link_the_manifest(folder: Path) -> None:
+    (folder / MANIFEST).rename(folder.parent / "elsewhere")
+    (folder / MANIFEST).symlink_to(folder.parent / "elsewhere")
+
+
+def make_the_manifest_a_pipe(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+
+
+def make_the_manifest_endless(folder: Path) -> None:
+    os.truncate(folder / MANIFEST, manifest.MANIFEST_BYTES + 1)
+
+
+def link_a_folder(folder: Path) -> None:
+    (folder / "model").rename(folder.parent / "elsewhere")
+    (folder / "model").symlink_to(folder.parent / "elsewhere")
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "model" / "adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (link_the_manifest, "Too many levels"),
+        (make_the_manifest_a_pipe, "plain file of at most 16 MiB"),
+        (make_the_manifest_endless, "plain file of at most 16 MiB"),
+        (link_a_folder, "model is not a plain file"),
+        (add_a_file, "model/adapter_config.json is not in its manifest"),
+    ],
+)
+def test_what_is_no_plain_file_of_the_manifest_is_refused(
+    artifact: Artifact, change: Callable[[Path], None], reason: str
+) -> None:
+    change(artifact.folder)
+    with pytest.raises(InputError, match=reason):
+        artifact.open()
 
 
 def test_failed_production_leaves_nothing_and_passes_its_error_on(store: ArtifactStore) -> None:
