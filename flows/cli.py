@@ -142,6 +142,14 @@ def cache_gc(
     keep_days: Annotated[
         float, typer.Option("--keep_days", "--keep-days", help="Keep what was used since.")
     ] = 30.0,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep this too: a sweep's folder, or how a fingerprint begins."),
+    ] = None,
+    max_gib: Annotated[
+        float | None,
+        typer.Option("--max_gib", "--max-gib", min=0, help="More goes, until this is left."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry_run", "--dry-run", help="Only say what would go.")
     ] = False,
@@ -151,7 +159,15 @@ def cache_gc(
     """Remove what no run has used for a while, and what killed runs left behind."""
     from foldstack.flows.command_cache import gc_command
 
-    print(gc_command(home, keep_days, dry_run, as_json))
+    text = gc_command(
+        home,
+        keep_days=keep_days,
+        keep=keep or [],
+        max_gib=max_gib,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+    print(text)
 
 
 @app.command()

@@ -1,10 +1,14 @@
 """`foldstack cache ls | explain | gc`."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foldstack.compression.errors import InputError
+from foldstack.flows.comparison import load
 from foldstack.flows.run_config import RunConfig
 from foldstack.tasks.artifacts import ArtifactStore
 from foldstack.tasks.explanation import Explanation, explain
@@ -41,20 +45,64 @@ def list_command(home: Path | None, as_json: bool) -> str:
     return "\n".join([*lines, f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {store.root}"])
 
 
-def gc_command(home: Path | None, keep_days: float, dry_run: bool, as_json: bool) -> str:
-    """Clean the store; says what went, or would go."""
+def gc_command(
+    home: Path | None,
+    *,
+    keep_days: float,
+    keep: Sequence[str],
+    max_gib: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> str:
+    """Clean the store; says what went, or would go, and how full the disk is then.
+
+    Raises:
+        InputError: `keep` names nothing in the home.
+    """
     store = store_of(home)
-    removals = collect_garbage(store, keep_days=keep_days, dry_run=dry_run)
+    removals = collect_garbage(
+        store,
+        keep_days=keep_days,
+        keep=[name for what in keep for name in _fingerprints(store, what)],
+        max_bytes=None if max_gib is None else int(max_gib * 2**30),
+        dry_run=dry_run,
+    )
     total = sum(removal.size_bytes for removal in removals)
+    left = sum(row.size_bytes for row in list_artifacts(store))
+    free = shutil.disk_usage(_existing(store.root)).free
     if as_json:
         entries = [
             {"kind": r.kind, "path": str(r.path), "size_bytes": r.size_bytes, "label": r.label}
             for r in removals
         ]
-        return json.dumps({"dry_run": dry_run, "bytes": total, "removed": entries}, indent=1)
+        report = {"dry_run": dry_run, "bytes": total, "bytes_left": left, "bytes_free": free}
+        return json.dumps(report | {"removed": entries}, indent=1)
     lines = [f"{r.kind:<9} {r.size_bytes / 2**20:9.1f} MiB  {r.label}" for r in removals]
     verb = "would go" if dry_run else "removed"
-    return "\n".join([*lines, f"{len(removals)} things {verb}, {total / 2**20:.1f} MiB"])
+    holds = f"artifacts take {left / 2**20:.1f} MiB, {free / 2**30:.1f} GiB of the disk are free"
+    return "\n".join([*lines, f"{len(removals)} things {verb}, {total / 2**20:.1f} MiB; {holds}"])
+
+
+def _fingerprints(store: ArtifactStore, what: str) -> list[str]:
+    """What `--keep` names: a sweep in the home, or the beginning of a fingerprint.
+
+    Raises:
+        InputError: there is neither.
+    """
+    sweeps = store.root.parent / "sweeps"
+    if what in {folder.name for folder in sweeps.glob("*")}:
+        return [name for row in load(sweeps / what).rows for name in row.fingerprints.values()]
+    names = [row.artifact.fingerprint for row in list_artifacts(store)]
+    if what and any(name.startswith(what) for name in names):
+        return [what]
+    raise InputError(
+        f"keep must name a sweep (a folder in {sweeps}) or begin the fingerprint of an artifact "
+        f"(`foldstack cache ls`), and {what!r} does neither"
+    )
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,6 +15,9 @@ from pydantic import ValidationError
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.leases import Held, Lease, living_holder
 from foldstack.tasks.manifest import MANIFEST, Manifest, now, read_manifest
+
+IN_USE_DAYS = 1.0
+"""What was used since then stays however full the store is: a sweep may be at it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def collect_garbage(
     *,
     keep_days: float = 30,
     keep: Collection[str] = (),
+    max_bytes: int | None = None,
     dry_run: bool = False,
 ) -> list[Removal]:
     """Remove what no run of the last `keep_days` used: artifacts, work of killed runs, rubbish.
@@ -63,12 +67,15 @@ def collect_garbage(
     Args:
         store: where to clean.
         keep_days: age, counted from the last use, from which something goes.
-        keep: fingerprints, or their beginnings, of artifacts that stay.
+        keep: fingerprints, or their beginnings, of artifacts that stay, with what they were made
+            from.
+        max_bytes: size of all artifacts together from which more of them go, those first that were
+            not used for longest; what was used in the last day stays.
         dry_run: only say what would go.
     """
     before = now() - timedelta(days=keep_days)
     removals = [
-        *_old_artifacts(store, before, keep),
+        *_old_artifacts(store, before, keep, max_bytes),
         *_orphaned_work(store, before),
         *_leftovers(store),
         *(_removal("damaged", path) for path in (store.root / "damaged").glob("*")),
@@ -79,12 +86,34 @@ def collect_garbage(
 
 
 def _old_artifacts(
-    store: ArtifactStore, before: datetime, keep: Collection[str]
+    store: ArtifactStore, before: datetime, keep: Collection[str], max_bytes: int | None
 ) -> Iterator[Removal]:
-    for row in list_artifacts(store):
-        if row.last_used < before and not row.artifact.fingerprint.startswith(tuple(keep)):
-            label = row.manifest.label if row.manifest else "unreadable"
-            yield Removal("artifact", row.artifact.folder, row.size_bytes, label)
+    """Those that are too old, then the oldest of the rest until it is small enough."""
+    rows = list_artifacts(store)
+    kept = _with_inputs(rows, keep)
+    size = sum(row.size_bytes for row in rows)
+    recently = now() - timedelta(days=IN_USE_DAYS)
+    for row in reversed(rows):
+        is_too_much = max_bytes is not None and size > max_bytes and row.last_used < recently
+        if row.artifact.fingerprint in kept or not (row.last_used < before or is_too_much):
+            continue
+        size -= row.size_bytes
+        label = row.manifest.label if row.manifest else "unreadable"
+        yield Removal("artifact", row.artifact.folder, row.size_bytes, label)
+
+
+def _with_inputs(rows: Sequence[StoredArtifact], keep: Collection[str]) -> set[str]:
+    """The fingerprints that begin so, and those of everything that they were made from."""
+    known = {row.artifact.fingerprint: row.manifest for row in rows}
+    waiting = [name for name in known if name.startswith(tuple(keep))]
+    kept: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        manifest = known.get(name)
+        if name not in kept and manifest is not None:
+            waiting.extend(reference.rpartition("/")[2] for reference in manifest.inputs)
+        kept.add(name)
+    return kept
 
 
 def _orphaned_work(store: ArtifactStore, before: datetime) -> Iterator[Removal]:
@@ -99,6 +128,8 @@ def _leftovers(store: ArtifactStore) -> Iterator[Removal]:
     for folder in (store.root / "tmp").glob("*"):
         if not _is_in_use(store, folder.name.rsplit("-", 2)[0]):
             yield _removal("leftover", folder)
+    if (store.root / "locks").is_dir():  # of the time before there were leases
+        yield _removal("leftover", store.root / "locks")
 
 
 def _useless_records(

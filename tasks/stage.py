@@ -137,16 +137,26 @@ def run_stage(stage: Stage, store: ArtifactStore, progress: Progress = no_progre
     if found is not None:
         logger.info("%s: found in the store as %s", stage.label, found)
         return found
+    is_made_here = False
+
+    def produce(folder: Path, work: Path) -> Facts:
+        nonlocal is_made_here
+        is_made_here = True
+        return stage.produce(folder, work, progress)
+
     artifact = store.publish(
         stage.stage,
         fingerprint,
-        lambda folder, work: stage.produce(folder, work, progress),
+        produce,
         label=stage.label,
         ingredients=ingredients,
         inputs=stage.inputs(),
         on_wait=lambda holder: progress(f"waiting for {holder}, which makes it", 0, 1),
     )
-    logger.info("%s: made in %.1f s as %s", stage.label, artifact.manifest().seconds, artifact)
+    if is_made_here:
+        logger.info("%s: made in %.1f s as %s", stage.label, artifact.manifest().seconds, artifact)
+    else:
+        logger.info("%s: another process has just made it, as %s", stage.label, artifact)
     return artifact
 
 

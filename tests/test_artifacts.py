@@ -513,3 +513,42 @@ def test_garbage_is_what_was_not_used_for_long(store: ArtifactStore, artifact: A
     assert young_work.exists()
     assert {row.artifact for row in list_artifacts(store)} == {artifact, kept}
     assert names(store.root / "tmp") == names(store.root / "damaged") == []
+
+
+def publish_chain(store: ArtifactStore, days: float, *names: str) -> list[Artifact]:
+    """Artifacts each made from the one before, all used so many days ago."""
+    inputs: tuple[str, ...] = ()
+    made = []
+    for name in names:
+        made.append(store.publish(STAGE, name * 32, write_weights, inputs=inputs))
+        age(made[-1].folder / MANIFEST, days)
+        inputs = (f"{STAGE}/{name * 32}",)
+    return made
+
+
+def test_garbage_leaves_what_a_kept_artifact_was_made_from(store: ArtifactStore) -> None:
+    kept = publish_chain(store, 40, "01", "02", "03")
+    publish_chain(store, 40, "04")
+    collect_garbage(store, keep=["0303"])
+    assert {row.artifact for row in list_artifacts(store)} == set(kept)
+
+
+def test_a_store_that_is_too_big_loses_what_was_not_used_for_longest(store: ArtifactStore) -> None:
+    (oldest,) = publish_chain(store, 9, "01")
+    (kept,) = publish_chain(store, 8, "02")
+    (old,) = publish_chain(store, 7, "03")
+    (young,) = publish_chain(store, 6, "04")
+    (in_use,) = publish_chain(store, 0.5, "05")
+    sizes = {row.artifact: row.size_bytes for row in list_artifacts(store)}
+    limit = sizes[kept] + sizes[young] + sizes[in_use]
+    went = collect_garbage(store, keep=["0202"], max_bytes=limit)
+    assert [removal.path for removal in went] == [oldest.folder, old.folder]
+    collect_garbage(store, max_bytes=0)
+    assert [row.artifact for row in list_artifacts(store)] == [in_use]
+
+
+def test_garbage_has_the_locks_of_older_versions_in_it(store: ArtifactStore) -> None:
+    (store.root / "locks").mkdir(parents=True)
+    (store.root / "locks" / "compress-abab.lock").touch()
+    assert [removal.kind for removal in collect_garbage(store)] == ["leftover"]
+    assert not (store.root / "locks").exists()

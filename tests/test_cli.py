@@ -156,3 +156,5 @@ def test_cache_explains_every_stage(
     assert json.loads(capfd.readouterr().out)["artifacts"] == []
     assert call(monkeypatch, "cache", "gc", "--dry_run", "--json") == 0
     assert json.loads(capfd.readouterr().out)["removed"] == []
+    assert call(monkeypatch, "cache", "gc", "--keep", "no-such-sweep") == 2
+    assert "keep must name a sweep" in capfd.readouterr().err

@@ -115,6 +115,19 @@ def test_copy_with_other_settings_has_another_fingerprint() -> None:
     assert copy.fingerprint == count(seed=5).fingerprint != before
 
 
+def test_who_only_waited_does_not_say_that_it_made_it(
+    store: ArtifactStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = count()
+    made = run_stage(stage, store)
+    monkeypatch.setattr(
+        ArtifactStore, "find", lambda *_: None
+    )  # made right after it was looked for
+    with caplog.at_level(logging.INFO, "foldstack"):
+        assert run_stage(stage, store) == made
+    assert caplog.messages == [f"count 0.25: another process has just made it, as {made}"]
+
+
 def test_stage_runs_once_then_is_found(
     store: ArtifactStore, caplog: pytest.LogCaptureFixture
 ) -> None:

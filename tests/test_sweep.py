@@ -1,5 +1,6 @@
 """The flow on a tiny model: what runs, what is found again, what a failure leaves alone."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from foldstack.compression.checkpoint import ReloadReport
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.flows.branches import lay_out
+from foldstack.flows.command_cache import gc_command
 from foldstack.flows.comparison import Comparison, columns, load, records
 from foldstack.flows.planning import dry_run
 from foldstack.flows.preflight import check
@@ -141,6 +143,20 @@ def test_report_holds_table_picture_and_resolved_config(first: Comparison, make:
     assert (folder / "quality_against_size.png").read_bytes().startswith(b"\x89PNG")
     assert load_config(str(folder / "config.yaml")).methods == make(folder).methods
     assert all(len(record) == len(columns(first)) for record in records(first))
+
+
+def test_garbage_leaves_a_sweep_that_is_kept(first: Comparison, home: Path) -> None:
+    options: dict[str, Any] = {"keep_days": -1, "max_gib": None, "dry_run": True, "as_json": True}
+    everything = json.loads(gc_command(home, keep=(), **options))
+    besides = json.loads(gc_command(home, keep=[Path(first.links["report"]).name], **options))
+    stages = {"compress_model", "recover_model", "evaluate_model", "gather_statistics"}
+
+    def stages_that_go(report: dict[str, Any]) -> set[str]:
+        paths = [Path(each["path"]) for each in report["removed"] if each["kind"] == "artifact"]
+        return {path.parent.name for path in paths}
+
+    assert stages <= stages_that_go(everything)
+    assert stages_that_go(besides) == set()
 
 
 def test_mlflow_has_a_run_per_model_and_one_of_the_sweep(first: Comparison) -> None:
