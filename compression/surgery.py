@@ -19,6 +19,7 @@ from foldstack.compression.architectures import (
 )
 from foldstack.compression.block_plan import LowRank
 from foldstack.compression.errors import InputError
+from foldstack.compression.mapped_memory import release
 from foldstack.compression.modeling_foldstack import (
     FoldstackConfig,
     FoldstackForCausalLM,
@@ -32,6 +33,9 @@ and two threads at once may leave them replaced for good, so that no model ties 
 
 # Config entries that hold one value per block; a survivor keeps its own.
 _PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+_READ_AT_ONCE = 1 << 29
+"""Bytes of weights in files that a look at them keeps in memory."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +142,15 @@ def cut(model: PreTrainedModel, change: Cut, *, share_memory: bool = False) -> P
     change of its precision is not copied, so that of weights in files none is read here.
 
     Raises:
-        ValueError: the change lacks a tensor, has one of the wrong shape, or one without a place.
+        ValueError: the change lacks a tensor, has one of the wrong shape or one without a place, or
+            a tensor is not finite (with `share_memory`: one of the change's).
     """
     architecture = architecture_of(model)
     config = config_for(model.config, change.plan)
     smaller = build_on_meta(config)
     target = stock_of(smaller)
     source = _Inherited(model, architecture)
-    state, unused, places = {}, set(change.tensors), set[int]()
+    state, unused, places, unread = {}, set(change.tensors), set[int](), set[str]()
     device = storage_of(model)
     for name, placeholder in target.state_dict().items():
         place = _place(name, architecture.blocks_path)
@@ -167,11 +172,14 @@ def cut(model: PreTrainedModel, change: Cut, *, share_memory: bool = False) -> P
         # Two stored tensors stay two, though one may have been made from the other.
         is_shared = share_memory and tensor.data_ptr() not in places and tensor.is_contiguous()
         state[name] = tensor.to(device, dtype) if is_shared else _copied(tensor, device, dtype)
+        if is_shared and given not in change.tensors:
+            unread.add(name)
         places.add(tensor.data_ptr())
     if unused:
         raise ValueError(f"the plan has no place for {', '.join(sorted(unused))}")
+    _check_finite({name: t for name, t in state.items() if name not in unread}, share_memory)
     target.load_state_dict(state, assign=True)
-    _fill_buffers(target, source, change.inherits)
+    _compute_buffers(target)
     smaller.tie_weights()
     target.to(device)  # the buffers
     if model.generation_config is not None:
@@ -243,18 +251,11 @@ class _Inherited:
             for name, module in stock_of(model).named_modules()
             if isinstance(module, SlicedLinear)
         }
-        self.buffers = dict(stock_of(model).named_buffers())
         self.dtype = model.dtype
 
     def outside_blocks(self, name: str) -> Tensor:
         tensor: Tensor = self.tensors[name]
         return tensor
-
-    def buffer(self, name: str, inherits: tuple[int | None, ...]) -> Tensor:
-        place = _place(name, self.blocks_path)
-        if place is None:
-            return self.buffers[name]
-        return self.buffers[f"{self.blocks_path}.{inherits[place.position]}.{place.inside}"]
 
     def in_block(self, position: int | None, place: _Place) -> Tensor:
         for holder in () if position is None else self._holders(position, place.inside):
@@ -283,11 +284,33 @@ class _Inherited:
             yield form.basis_of
 
 
-def _fill_buffers(target: nn.Module, source: _Inherited, inherits: tuple[int | None, ...]) -> None:
-    """Buffers in no checkpoint (rotary frequencies) were built on meta: take the source's."""
-    for name, buffer in list(target.named_buffers()):
-        if buffer.is_meta:
-            path, _, attribute = name.rpartition(".")
-            holder = target.get_submodule(path)
-            value = source.buffer(name, inherits)
-            holder.register_buffer(attribute, value.clone(), persistent=False)
+def _compute_buffers(target: Any) -> None:
+    """What is in no checkpoint (rotary frequencies, scales of embeddings), as a load computes it.
+
+    The input model's may have been cast with its weights, or scaled by a long input that it saw.
+    """
+    for module in target.modules():
+        absent = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+        for name, buffer in absent.items():
+            empty = torch.empty_like(buffer, device="cpu")
+            module.register_buffer(name, empty, persistent=False)
+        if absent:
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # it has its values
+            target._init_weights(module)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], in_files: bool) -> None:
+    """Raises ValueError for NaN and infinity; with `in_files` gives back the memory of the read."""
+    read: list[Tensor] = []
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
+        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):  # NaN is an extreme
+            raise ValueError(f"{name} has values that are not finite (NaN or infinity)")
+        read.append(tensor)
+        if in_files and sum(t.nbytes for t in read) > _READ_AT_ONCE:
+            release(read)
+            read = []
+    if in_files:
+        release(read)

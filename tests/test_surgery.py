@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.modeling_foldstack import AttentionFreeBlock, FoldstackForCausalLM
@@ -380,3 +381,44 @@ def test_a_missing_misplaced_or_misshapen_tensor_is_refused(tiny_model):
         cut(model, Cut(plan, (0, 1, 2, 3), {**everything, "blocks.9.x": first}))
     with pytest.raises(ValueError, match=r"shape \(3, 32\), its place \(32, 3\)"):
         cut(model, Cut(plan, (0, 1, 2, 3), {**everything, f"{place}.second.weight": first}))
+
+
+def test_buffers_are_what_a_reload_computes(architecture, tiny_model, ids, tmp_path):
+    """The input model was cast, its frequencies with it; a cut and its folder are float32 there."""
+    model = tiny_model(architecture).bfloat16()
+    for smaller in (keep(model, [1, 3]), share(model, 1, [2])):
+        smaller.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        buffers = dict(again.named_buffers())
+        assert buffers.keys() == dict(smaller.named_buffers()).keys()
+        for name, buffer in smaller.named_buffers():
+            if "embed_scale" not in name:  # is rounded to the weights' precision where it is used
+                assert buffer.dtype == buffers[name].dtype, name
+            assert torch.equal(buffer.to(buffers[name].dtype), buffers[name]), name
+        assert_same(logits(smaller, ids), logits(again, ids), tolerance=0)
+
+
+def test_a_cut_forgets_the_long_input_that_its_source_saw(tiny_model):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = tiny_model("llama", max_position_embeddings=32, rope_parameters=rope)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    logits(model, torch.ones(1, 60, dtype=torch.long))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert torch.equal(keep(model, [0, 2]).model.rotary_emb.inv_freq, frequencies)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tiny_model, value):
+    model = tiny_model("llama")
+    name = "mlp.down_proj.weight"
+    broken = model.model.layers[2].mlp.down_proj.weight.detach().clone()
+    broken[3, 4] = value
+    change = Cut(plan_of(model).keep([0, 2]), (0, 2), {f"blocks.1.{name}": broken})
+    for share_memory in (False, True):
+        with pytest.raises(ValueError, match=rf"layers\.1\.{name} has values .* not finite"):
+            cut(model, change, share_memory=share_memory)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.copy_(broken)
+    with pytest.raises(ValueError, match=rf"layers\.1\.{name} has values .* not finite"):
+        keep(model, [0, 2])
+    keep(model, [0, 1, 3])  # what goes may be anything
