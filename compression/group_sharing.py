@@ -139,6 +139,7 @@ class GroupSharing(Method):
         plan = plan_of(model)
         num_blocks = len(plan.blocks)
         owners = {block.weights_of for block in plan.blocks}
+        owners |= {lender for lender, _ in plan.lenders}  # of attention heads
         stretches: list[Window] = []
         for position in range(self.keep_head, num_blocks - self.keep_tail):
             block = plan.blocks[position]

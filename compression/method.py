@@ -24,6 +24,9 @@ from foldstack.compression.surgery import Cut, plan_of
 # reaching it.
 TOLERANCE = 0.005
 
+NO_DENSE_LINEAR = "none of its blocks' linears is dense and its own; factor before that"
+"""Why a method that factors linears finds nothing to do."""
+
 
 def no_progress(_what: str, _done: int, _total: int) -> None:
     """Tells nobody."""
@@ -65,6 +68,9 @@ class Method(BaseModel, ABC):
 
     needs: ClassVar[frozenset[str]]
     """Kinds of statistics that `compress` reads: "similarity", "gram"."""
+
+    grows: ClassVar[bool] = False
+    """Whether it adds parameters: its sparsity is negative."""
 
     name: str
     sparsity: float = Field(gt=0, lt=1)

@@ -252,16 +252,17 @@ class SlicedLinear(nn.Module):
         """Dimension of the stored weight that is cut; a Conv1D's is transposed."""
         return int(self.along_out == self.is_conv1d)
 
-    def connect(self, lenders: dict[int, tuple[Borrowed, list[int]]]) -> None:
-        """Use the slices of these linears: by position, the linear and what it stores."""
+    def connect(self, here: int, lenders: dict[int, tuple[Borrowed, list[int]]]) -> None:
+        """Use the slices of these linears: by position, the linear and what it stores; this one is
+        at position `here`."""
         self.lenders = tuple(lender for lender, _ in lenders.values())
         stored = [self.own, *(indices for _, indices in lenders.values())]
         place_in = [{index: place for place, index in enumerate(indices)} for indices in stored]
-        number = {position: 1 + k for k, position in enumerate(lenders)}
+        number = {here: 0} | {position: 1 + k for k, position in enumerate(lenders)}
         places = {}
         for index, (mine, origin) in enumerate(zip(self.indices, self.form["slices"], strict=True)):
-            position, theirs = (None, index) if origin is None else origin
-            holder = 0 if position is None else number[position]
+            position, theirs = (here, index) if origin is None else origin
+            holder = number[position]
             for my, their in zip(mine, self.indices[theirs], strict=True):
                 places[my] = holder, place_in[holder][their]
         self._runs = _runs([places[i] for i in range(len(places))])
@@ -719,7 +720,7 @@ def _connect_slices(blocks: nn.ModuleList, position: int, name: str) -> None:
     parent_path, attribute = _split(name)
     lenders = {}
     for origin in linear.form["slices"]:
-        if origin is None or origin[0] in lenders:
+        if origin is None or origin[0] == position or origin[0] in lenders:
             continue
         holder = blocks[origin[0]].get_submodule(parent_path)
         lender: Any = getattr(holder, attribute)
@@ -731,7 +732,7 @@ def _connect_slices(blocks: nn.ModuleList, position: int, name: str) -> None:
         else:
             everything = range(sum(map(len, linear.indices)))
             lenders[origin[0]] = Borrowed(holder, attribute), list(everything)
-    linear.connect(lenders)
+    linear.connect(position, lenders)
 
 
 def _borrow_linears(owner: nn.Module, borrower: nn.Module, adapters: dict[str, int]) -> None:

@@ -6,7 +6,7 @@ derive a new plan from the plan of the model that they are given (`keep`, `share
 `repeat`, `factor`, `share_slices`, `replace`), which is what makes methods stack.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -135,6 +135,7 @@ class Plan(Record):
             lender, index = origin
             self._check_owner(position, lender)
             lent = self.blocks[lender].linears.get(name)
+            # One of a position's own slices may stand for another: both had one donor that is gone.
             stores_it = 0 <= index < len(form.slices) and (
                 lent is None
                 or (
@@ -143,7 +144,7 @@ class Plan(Record):
                     and lent.slices[index] is None
                 )
             )
-            if lender == position or not stores_it or self.blocks[lender].narrow_heads is not None:
+            if not stores_it or self.blocks[lender].narrow_heads is not None:
                 raise ValueError(
                     f"position {position} uses slice {index} of {name} of position {lender}, which "
                     "does not store one like that"
@@ -179,11 +180,11 @@ class Plan(Record):
         """Position and name of every linear of which another position uses slices."""
         return frozenset(
             (origin[0], name)
-            for block in self.blocks
+            for position, block in enumerate(self.blocks)
             for name, form in block.linears.items()
             if isinstance(form, HeadSlices)
             for origin in form.slices
-            if origin is not None
+            if origin is not None and origin[0] != position
         )
 
     def _refuse_slices(self, positions: Iterable[int], what: str) -> None:
@@ -200,6 +201,24 @@ class Plan(Record):
         """Position that stores the linears that `position` uses."""
         weights_of = self.blocks[position].weights_of
         return position if weights_of is None else weights_of
+
+    def can_go(self, position: int, gone: Container[int]) -> bool:
+        """Whether a block may be removed with those in `gone`: no other that stays has adapters on
+        its linears."""
+        return all(
+            other in gone
+            for other, block in enumerate(self.blocks)
+            if block.adapters and block.weights_of == position
+        )
+
+    def order_of_removal(self, order: Iterable[int]) -> list[int]:
+        """`order`, in which a block waits until those with adapters on its linears have gone; one
+        that none of the order frees is left out."""
+        waiting, gone = list(order), list[int]()
+        while ready := [position for position in waiting if self.can_go(position, gone)]:
+            gone.append(ready[0])
+            waiting.remove(ready[0])
+        return gone
 
     def keep(self, positions: Iterable[int]) -> "Plan":
         """The plan with only these positions left, in ascending order.
@@ -441,7 +460,7 @@ class Plan(Record):
                 )
             if block.linears:
                 raise InputError(
-                    f"position {position} has factored linears; slice before factoring"
+                    f"position {position} has factored linears or shared heads; slice before that"
                 )
         return self._with_blocks(
             [

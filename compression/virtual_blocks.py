@@ -164,7 +164,7 @@ def lenders(model: PreTrainedModel) -> list[int]:
     if found and any(block_shapes(model, p) != block_shapes(model, found[0]) for p in found):
         raise InputError(
             "a virtual block borrows from a block of the same widths, and those of this model "
-            "differ; make blocks virtual before narrowing"
+            "differ; make blocks virtual before you narrow them or share heads"
         )
     return found
 

@@ -47,20 +47,20 @@ def logits(model, ids):
         return model(ids, use_cache=False).logits
 
 
-def shared_model(model):
+def shared_model(model, donors=DONORS):
     """The donors above, wherever the model has at least two groups of heads per block."""
-    change = plan_of(model).share_slices(head_cuts(model), DONORS)
+    change = plan_of(model).share_slices(head_cuts(model), donors)
     return cut(model, Cut(change, tuple(range(4))))
 
 
-def by_hand(model):
+def by_hand(model, donors=DONORS):
     """The stock model with the donors' weights copied into every place that uses them."""
     same = copy.deepcopy(model)
     architecture = architecture_of(same)
     blocks = architecture.blocks(same)
     originals = copy.deepcopy(blocks)
     for name, form in head_cuts(same).items():
-        for (position, index), (donor, theirs) in DONORS.items():
+        for (position, index), (donor, theirs) in donors.items():
             mine, lent = blocks[position].get_submodule(name), originals[donor].get_submodule(name)
             rows = form.axis == "out"
             for to, of in index_pairs(form, architecture.weight(mine).shape, index, theirs):
@@ -143,6 +143,18 @@ def test_the_first_user_of_a_lost_slice_stores_it(architecture, tiny_model, ids)
         assert torch.equal(logits(again, ids), logits(left, ids))
 
 
+def test_two_slices_of_one_lost_donor_become_one_of_their_own_block(architecture, tiny_model, ids):
+    donors = {(2, 0): (1, 1), (2, 1): (1, 1), (3, 1): (1, 1)}
+    model = tiny_model(architecture)
+    smaller, same = shared_model(model, donors), by_hand(model, donors)
+    for kept in ([0, 2, 3], [2], [3]):
+        left = cut(smaller, Cut(plan_of(smaller).keep(kept), tuple(kept)))
+        expected = cut(same, Cut(plan_of(same).keep(kept), tuple(kept)))
+        torch.testing.assert_close(logits(left, ids), logits(expected, ids), rtol=1e-5, atol=1e-5)
+        assert not plan_of(left).lenders or kept == [0, 2, 3]
+        assert size_of_plan(left.config, plan_of(left)).parameters == count_parameters(left)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_recovery_trains_stored_slices_and_merges_exactly(family, tiny_model, ids):
     smaller = shared_model(tiny_model(family))
@@ -222,7 +234,7 @@ def test_what_does_not_touch_a_lender_is_allowed():
     [
         ({(1, 0): (0, 0), (2, 0): (1, 0)}, "position 2 uses slice 0 of .* of position 1"),
         ({(1, 0): (0, 2)}, "does not store one like that"),
-        ({(1, 0): (1, 1)}, "does not store one like that"),
+        ({(1, 0): (1, 0)}, "does not store one like that"),
         ({(1, 0): (9, 1)}, "refers to 9, the plan has 4 blocks"),
     ],
 )
@@ -244,6 +256,13 @@ def test_slices_of_linears_in_other_forms_are_refused():
 STACKED = [
     (name, family) for name in ("shortgpt", "svd_llm", "sleb") for family in ("llama", "gpt2")
 ]
+
+
+def test_blocks_that_lend_heads_share_with_nobody_as_a_whole(tiny_model, ids):
+    donors = {(2, 0): (1, 1), (3, 1): (1, 0)}
+    smaller = shared_model(tiny_model("llama"), donors)
+    method = METHODS["block_sharing"](sparsity=0.1, keep_head=0, keep_tail=0)
+    assert method.stretches(smaller) == [range(1), range(2, 3), range(3, 4)]
 
 
 @pytest.mark.parametrize(("name", "family"), [*STACKED, ("direct_share", "gpt2")])

@@ -290,3 +290,14 @@ def test_any_removal_leaves_a_valid_plan_that_survives_json(data):
             assert len({basis(left, kept.index(o), name) for o in same_basis}) <= 1
         same_owner = [o for o in kept if changed.owner(o) == changed.owner(old)]
         assert {left.owner(kept.index(o)) for o in same_owner} == {left.owner(new)}
+
+
+def test_a_block_goes_after_those_with_adapters_on_its_linears():
+    virtual = Plan.identity("llama", 6).borrow({1: 3, 2: 3}, {Q: 2}).share(4, [5])
+    assert virtual.order_of_removal([3, 0, 2, 4, 1, 5]) == [0, 2, 4, 1, 3, 5]
+    assert virtual.order_of_removal([3, 0, 1]) == [0, 1]
+    assert virtual.can_go(3, {1, 2})
+    assert not virtual.can_go(3, {2})
+    for count in range(1, 6):
+        gone = virtual.order_of_removal([3, 4, 1, 0, 2, 5])[:count]
+        assert len(virtual.keep(set(range(6)) - set(gone)).blocks) == 6 - count

@@ -226,9 +226,3 @@ def test_it_ends_a_stack(before: str, family: str, tiny_model: Any, windows: Ten
     assert plan_of(smaller).is_sliced
     assert 1 - count_parameters(smaller) / count_parameters(model) >= 0.4 - TOLERANCE
     assert torch.isfinite(logits(smaller, windows)).all()
-
-
-def test_nothing_follows_it_in_a_stack(tiny_model: Any) -> None:
-    steps = [{"name": "slicegpt"}, {"name": "svd_llm"}]
-    with pytest.raises(InputError, match="slicegpt must be the last step, svd_llm follows it"):
-        Stack(sparsity=0.4, steps=steps).outline(build_on_meta(tiny_model("llama").config))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE, Evidence
+from foldstack.compression.methods import METHODS
 from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.stack import Stack
 from foldstack.compression.methods.svd_llm import SvdLlm
@@ -129,6 +130,8 @@ def test_a_step_that_overshoots_leaves_the_next_one_out(
         ([PRUNE, {"name": "stack"}], "a step is one of"),
         ([PRUNE, {"name": "svd_llm", "updat": "none"}], "updat"),
         ([PRUNE, {"name": "svd_llm", "sparsity": 0.1}], "sparsity belongs to the whole stack"),
+        ([{"name": "slicegpt"}, FACTOR], "slicegpt must be the last step, svd_llm follows it"),
+        ([PRUNE, {"name": "flexigpt_extend"}], "flexigpt_extend adds some: use it alone"),
         ([{**PRUNE, "portion": 0.5}, {**FACTOR, "portion": 0.4}], "add up to 1"),
         ([{**PRUNE, "portion": 0.9}, {**SHARE, "portion": 0.1}, FACTOR], "leave nothing"),
     ],
@@ -136,6 +139,33 @@ def test_a_step_that_overshoots_leaves_the_next_one_out(
 def test_what_is_no_stack_gets_a_sentence(steps: list[Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         Stack(sparsity=0.3, steps=steps)
+
+
+REMOVING: dict[str, dict[str, Any]] = {
+    "shortgpt": {},
+    "sleb": {},
+    "uidl": {},
+    "foldgpt": {"gates": {"steps": 4}, "removal_portion": 0.9},
+    "llm_streamline": {"replacement": "none"},
+}
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("name", REMOVING)
+@pytest.mark.parametrize("first", ["flexigpt", "direct_share"])
+def test_blocks_go_from_where_others_hang_on_them(
+    first: str, name: str, family: str, tiny_model: Callable[..., Any], windows: Tensor
+) -> None:
+    """Adapters sit on a base that must outlive them; heads pass to the first who uses them."""
+    model = tiny_model(family, **{DEPTH[family]: 6})
+    before = METHODS[first](sparsity=0.2 if first == "flexigpt" else 0.08)
+    shared = cut(model, before.compress(model, evidence_of(model, windows)))
+    method = METHODS[name](sparsity=0.2, **REMOVING[name])
+    method.outline(build_on_meta(shared.config))
+    smaller = cut(shared, method.compress(shared, evidence_of(shared, windows)))
+    assert 1 - count_parameters(smaller) / count_parameters(shared) >= 0.2 - TOLERANCE
+    with torch.no_grad():
+        assert torch.isfinite(smaller(windows).logits).all()
 
 
 def test_a_step_out_of_reach_is_named_with_what_the_stack_can_do(

@@ -49,6 +49,7 @@ class FlexiGptExtend(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    grows: ClassVar[bool] = True
 
     name: Literal["flexigpt_extend"] = "flexigpt_extend"
     sparsity: float = Field(gt=-1, lt=0)

@@ -65,17 +65,16 @@ class FoldGpt(GroupSharing):
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.
-        deepest = tuple(reversed(range(len(plan_of(model).blocks))))
+        deepest = _deepest(model)
         pruned = self._pruned(model, deepest[: self._num_removed(model, deepest)])
         sharing = self._sharing(model, pruned)
         return plan_of(pruned) if sharing is None else sharing.sharing_outline(pruned)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
-        num_blocks = len(plan_of(model).blocks)
-        count = self._num_removed(model, tuple(reversed(range(num_blocks))))
+        count = self._num_removed(model, _deepest(model))
         gates = self._gates(model, evidence, count)
-        order = _lowest(gates, num_blocks)
+        order = _lowest(model, gates)
         if count:  # counted again: blocks of a model that was cut before differ in size
             count = self._num_removed(model, order)
         survivors = tuple(sorted(order[count:]))
@@ -141,7 +140,7 @@ class FoldGpt(GroupSharing):
         losses: dict[frozenset[int], float] = {}
         chosen: dict[frozenset[int], list[float]] = {}
         for scores in (*gates, evidence.ranking.scores["block_influence"]):
-            gone = frozenset(_lowest(scores, count))
+            gone = frozenset(_lowest(model, scores)[:count])
             if gone not in losses:
                 losses[gone], chosen[gone] = loss_without(model, evidence, gone), list(scores)
         best = min(losses, key=losses.__getitem__)
@@ -210,9 +209,16 @@ class FoldGpt(GroupSharing):
         return build_on_meta(config_for(model.config, kept))
 
 
-def _lowest(scores: Sequence[float], count: int) -> list[int]:
-    """The `count` blocks of lowest score, in that order; ties go to the earlier block."""
-    return sorted(range(len(scores)), key=lambda block: (scores[block], block))[:count]
+def _deepest(model: PreTrainedModel) -> list[int]:
+    """The blocks from the last one up."""
+    plan = plan_of(model)
+    return plan.order_of_removal(reversed(range(len(plan.blocks))))
+
+
+def _lowest(model: PreTrainedModel, scores: Sequence[float]) -> list[int]:
+    """The blocks from that of lowest score up; ties go to the earlier block."""
+    order = sorted(range(len(scores)), key=lambda block: (scores[block], block))
+    return plan_of(model).order_of_removal(order)
 
 
 def loss_without(model: PreTrainedModel, evidence: Evidence, gone: Iterable[int]) -> float:

@@ -60,7 +60,7 @@ class ShortGpt(Method):
 
     def _survivors(self, model: PreTrainedModel, order: Sequence[int]) -> tuple[int, ...]:
         plan = plan_of(model)
-        num_blocks = len(plan.blocks)
+        num_blocks, order = len(plan.blocks), plan.order_of_removal(order)
 
         def without_first(count: int) -> list[int]:
             return sorted(set(range(num_blocks)) - set(order[:count]))

@@ -55,21 +55,22 @@ class Sleb(Method):
     """Calibration tokens on which removals are compared, in whole windows from the first one."""
 
     def outline(self, model: PreTrainedModel) -> Plan:
-        plan, removable = plan_of(model), self._removable(model)
+        plan = plan_of(model)
         num_blocks = len(plan.blocks)
-
         # Which blocks go is not known yet: the deepest ones stand in.
-        def without_deepest(count: int) -> Plan:
-            gone = removable[len(removable) - count :]
-            return plan.keep(p for p in range(num_blocks) if p not in gone)
+        order = plan.order_of_removal(reversed(self._removable(model)))
 
-        most = min(len(removable), num_blocks - 1)
+        def without_deepest(count: int) -> Plan:
+            return plan.keep(_without(order[:count], num_blocks))
+
+        most = min(len(order), num_blocks - 1)
         what = f"of {num_blocks} blocks"
         return without_deepest(smallest_reaching(self, model, without_deepest, most, what))
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
-        num_blocks = len(plan_of(model).blocks)
+        plan = plan_of(model)
+        num_blocks = len(plan.blocks)
         num_removals = num_blocks - len(self.outline(model).blocks)
         removable = self._removable(model)
         total = sum(len(removable) - step for step in range(num_removals))
@@ -83,13 +84,13 @@ class Sleb(Method):
             evidence.progress("sleb", done, max(done, total))
 
         while not self._is_reached(model, survivors := _without(gone, num_blocks)):
-            alive = [position for position in removable if position not in gone]
+            alive = [p for p in removable if p not in gone and plan.can_go(p, gone)]
             losses = deletion_losses(model, windows, alive, gone=gone, tell=tell)
             least = min(alive, key=lambda position: (losses[position], position))
             logger.info("sleb removes block %d: loss %.4f", least, losses[least])
             gone.append(least)
             _save(gone, evidence.work)
-        return Cut(plan_of(model).keep(survivors), survivors)
+        return Cut(plan.keep(survivors), survivors)
 
     def _removable(self, model: PreTrainedModel) -> list[int]:
         num_blocks = len(plan_of(model).blocks)

@@ -3,6 +3,7 @@
 import importlib
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,6 +44,8 @@ class Step(BaseModel):
         settings = self.model_extra or {}
         if taken := {"sparsity", "seed"} & settings.keys():
             raise ValueError(f"{min(taken)} belongs to the whole stack, not to step {self.name}")
+        if methods[self.name].grows:
+            raise ValueError(f"a step removes parameters, and {self.name} adds some: use it alone")
         self.method(sparsity=0.5, seed=0)
         return self
 
@@ -78,6 +81,16 @@ class Stack(Method):
         default_factory=lambda: (Step(name="shortgpt"), Step(name="svd_llm")), min_length=2
     )
     """The methods in their order, each with its own settings and, if wanted, its portion."""
+
+    @model_validator(mode="after")
+    def _slicing_ends_it(self) -> "Stack":
+        for step, following in pairwise(self.steps):
+            if step.name == "slicegpt":
+                raise ValueError(
+                    f"slicegpt must be the last step, {following.name} follows it: the blocks of a "
+                    "sliced model work in bases of their own"
+                )
+        return self
 
     @model_validator(mode="after")
     def _portions_fit(self) -> "Stack":
@@ -122,8 +135,6 @@ class Stack(Method):
         for number in range(len(self.steps)):
             method = self._method(number, dense, count_parameters(current))
             if method is not None:
-                if plan_of(current).is_sliced:
-                    raise InputError(f"slicegpt must be the last step, {method.name} follows it")
                 current = build_on_meta(config_for(current.config, method.outline(current)))
         return plan_of(current)
 

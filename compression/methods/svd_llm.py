@@ -30,6 +30,7 @@ from foldstack.compression.low_rank import (
 )
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import (
+    NO_DENSE_LINEAR,
     TOLERANCE,
     Evidence,
     Method,
@@ -114,7 +115,8 @@ class SvdLlm(Method):
         at_rank_one = sum(min(m + n, m * n) for m, n in shapes.values())
         farthest = (dense - at_rank_one) / whole
         if self.sparsity - TOLERANCE > farthest or not shapes:
-            raise InputError(unreachable(self, farthest, "rank 1 in every linear of the blocks"))
+            by = "rank 1 in every linear of the blocks" if shapes else NO_DENSE_LINEAR
+            raise InputError(unreachable(self, farthest, by))
         removed = min(1.0, self.sparsity * whole / dense)
         ranks = uniform_ranks(
             shapes,

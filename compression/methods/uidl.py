@@ -68,22 +68,36 @@ class Uidl(Method):
                 f"uidl needs a block that it may remove, got protect_first {self.protect_first} "
                 f"and protect_last {self.protect_last} for {num_blocks} blocks"
             )
-        length = smallest_reaching(
+        longest = min(stop - self.protect_first, num_blocks - 1)
+        deepest = [
+            range(stop, stop),
+            *(self._last_run(plan, n, stop) for n in range(1, longest + 1)),
+        ]
+        runs = [run for run in deepest if run is not None]
+        count = smallest_reaching(
             self,
             model,
-            lambda length: plan.keep(self._survivors(model, range(stop - length, stop))),
-            min(stop - self.protect_first, num_blocks - 1),
+            lambda count: plan.keep(self._survivors(model, runs[count])),
+            len(runs) - 1,
             f"of {num_blocks} blocks",
         )
-        return range(stop - length, stop)
+        return runs[count]
+
+    def _last_run(self, plan: Plan, length: int, stop: int) -> range | None:
+        """The deepest run of this length that can go."""
+        starts = reversed(range(self.protect_first, stop - length + 1))
+        runs = (range(start, start + length) for start in starts)
+        return next((run for run in runs if _can_go(plan, run)), None)
 
     def _least_angle(self, model: PreTrainedModel, evidence: Evidence, deepest: range) -> range:
         angle = evidence.ranking.run_angle(len(deepest))
         starts = range(self.protect_first, deepest.start + 1)
-        dense = count_parameters(model)
+        dense, before = count_parameters(model), plan_of(model)
         for start in sorted(starts, key=lambda start: (angle[start], start)):
             run = range(start, start + len(deepest))
-            plan = plan_of(model).keep(self._survivors(model, run))
+            if not _can_go(before, run):
+                continue
+            plan = before.keep(self._survivors(model, run))
             # Blocks that share weights or were replaced are of different sizes: a run as long as
             # the deepest one may hold too little.
             if 1 - size_of_plan(model.config, plan).parameters / dense >= self.sparsity - TOLERANCE:
@@ -92,3 +106,7 @@ class Uidl(Method):
 
     def _survivors(self, model: PreTrainedModel, run: range) -> tuple[int, ...]:
         return tuple(p for p in range(len(plan_of(model).blocks)) if p not in run)
+
+
+def _can_go(plan: Plan, run: range) -> bool:
+    return all(plan.can_go(position, run) for position in run)
