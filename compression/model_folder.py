@@ -9,6 +9,8 @@ from foldstack.compression.errors import InputError
 REFERENCE = "reference"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+"""A shard's name: without a folder, so that an index cannot point out of the model's own."""
 SAFETENSORS_LENGTH_BYTES = 8
 
 
@@ -62,7 +64,9 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder} is not a model directory: it holds no config.json")
     try:
         json.loads(config.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{config} is nested too deeply to be the config of a model") from None
+    except ValueError as error:
         raise InputError(f"{config} is not valid JSON: {error}") from error
     for shard in _weight_files(folder):
         _check_safetensors(shard)
@@ -73,8 +77,13 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            outside = [name for name in names if not SHARD.fullmatch(name)]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{index} does not list the weights of a sharded model") from error
+        if outside:
+            raise InputError(
+                f"{index} must name safetensors files beside it, and names {outside[0]!r}"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise InputError(f"{folder} lacks {missing[0]}, which {index.name} names")
@@ -100,8 +109,10 @@ def _check_safetensors(file: Path) -> None:
                 raise ValueError("the header is cut short")
             header = json.loads(stream.read(header_bytes))
             ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            promised = start + max((int(end) for end in ends), default=0)
+        except RecursionError:
+            raise InputError(f"{file} is not a whole safetensors file: nested headers") from None
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{file} is not a whole safetensors file: {error}") from error
-    promised = start + max(ends, default=0)
     if size != promised:
         raise InputError(f"{file} is damaged: it has {size} bytes, its header says {promised}")

@@ -19,9 +19,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ DEPLOY = Path(__file__).resolve().parent
 DATABASES = ("prefect", "mlflow")
 OWNER = "foldstack"
 POOL = "local-process"
+RESTARTS = 10
 SECRETS = ("postgres", "prefect", "mlflow", "mlflow_sessions")
 
 
@@ -239,28 +241,76 @@ async def make_databases(stack: Stack) -> None:
         await connection.close()
 
 
+@dataclass
+class Parts:
+    """The servers and their processes, in the order in which they were started."""
+
+    logs: Path
+    held: ExitStack
+    servers: list[Server] = field(default_factory=list)
+    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+
+    def add(self, server: Server) -> None:
+        """Start it; it is stopped with the others, before those that were there first."""
+        self.processes.append(self.held.enter_context(running(server, self.logs)))
+        self.servers.append(server)
+
+    def watch(self) -> None:
+        """Return never, unless one ends.
+
+        Raises:
+            InputError: it did.
+        """
+        watch(self.servers, self.processes, self.logs)
+
+    def kill(self, name: str) -> None:
+        """End one at once, as a machine would that fails."""
+        process = self.processes[self._place(name)]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def restart(self, name: str) -> None:
+        """Start one again that has ended; Postgres refuses as long as its children are there.
+
+        Raises:
+            InputError: it does not start.
+        """
+        place = self._place(name)
+        for attempt in range(RESTARTS):
+            try:
+                started = self.held.enter_context(running(self.servers[place], self.logs))
+            except InputError:
+                if attempt == RESTARTS - 1:
+                    raise
+                time.sleep(1)
+            else:
+                self.processes[place] = started
+                return
+
+    def _place(self, name: str) -> int:
+        return [server.name for server in self.servers].index(name)
+
+
 @contextmanager
-def up(stack: Stack, say: Any = lambda _: None) -> Iterator[Any]:
-    """The whole stack, with its deployments registered; gives what watches over it.
+def up(stack: Stack, say: Any = lambda _: None) -> Iterator[Parts]:
+    """The whole stack, with its deployments registered.
 
     Raises:
         InputError: a part of it does not start.
     """
     logs = stack.home / "logs"
     initialise(stack)
-    with ExitStack() as parts:
-        servers = [postgres(stack)]
-        processes = [parts.enter_context(running(servers[0], logs))]
+    with ExitStack() as held:
+        parts = Parts(logs, held)
+        parts.add(postgres(stack))
         asyncio.run(make_databases(stack))
         for server in web_servers(stack):
-            servers.append(server)
-            processes.append(parts.enter_context(running(server, logs)))
+            parts.add(server)
             say(f"{server.name}: {server.page}, user admin, password in secrets.json")
         prefect_command(stack, "work-pool", "create", POOL, "--type", "process", "--overwrite")
         prefect_command(stack, "deploy", "--all", "--prefect-file", str(DEPLOY / "prefect.yaml"))
-        servers.append(worker(stack))
-        processes.append(parts.enter_context(running(servers[-1], logs)))
-        yield lambda: watch(servers, processes, logs)
+        parts.add(worker(stack))
+        yield parts
 
 
 def prefect_command(stack: Stack, *arguments: str) -> None:
@@ -296,9 +346,9 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     try:
-        with temporary_or(arguments.home) as home, up(stack_in(home), print) as watched:
+        with temporary_or(arguments.home) as home, up(stack_in(home), print) as parts:
             print(f"files and logs are in {home}; Ctrl-C stops everything", flush=True)
-            watched()
+            parts.watch()
     except InputError as error:
         sys.exit(f"local_stack: {error}")
     except KeyboardInterrupt:

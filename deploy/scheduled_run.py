@@ -141,12 +141,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     started = time.monotonic()
     try:
-        with temporary_or(arguments.home) as home, up(stack := stack_in(home)) as watched:
+        with temporary_or(arguments.home) as home, up(stack := stack_in(home)) as parts:
             up_seconds = time.monotonic() - started
             figures = {"up_seconds": up_seconds, **see_one_through(stack)}
             print(json.dumps(figures) if arguments.json else told(figures), flush=True)
             if arguments.keep:
-                watched()
+                parts.watch()
     except InputError as error:
         sys.exit(f"scheduled_run: {error}")
     except KeyboardInterrupt:

@@ -88,7 +88,8 @@ class Layout:
     def windows(self) -> list[CollectCalibration]:
         """The stages that everything begins with."""
         both = (self.calibration, self.recovery_windows)
-        return [stage for stage in both if stage is not None]
+        wanted = {stage.fingerprint: stage for stage in both if stage is not None}
+        return list(wanted.values())  # one, where recovery trains on what calibration reads
 
     @property
     def before_speeds(self) -> list[Stage]:

@@ -9,6 +9,8 @@ import yaml
 from foldstack.compression.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+MAX_VALUES = 100_000
+"""A config of more values, each alias counted with all that it stands for, is no config."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -22,6 +24,25 @@ class _StrictLoader(yaml.SafeLoader):
                     None, None, f"key {key} stands there twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Refuses aliases that are short to write and would fill the memory, or never end."""
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None and _num_values(root, {}) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it stands for more than {MAX_VALUES} values", root.start_mark
+            )
+        return root
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for; endlessly many when it is a part of itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # until it is counted
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        below = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
+        known[id(node)] = 1 + sum(_num_values(each, known) for each in below)
+    return known[id(node)]
 
 
 def recipes() -> dict[str, Path]:
@@ -106,6 +127,8 @@ def _index(items: list[Any], part: str, where: str) -> int:
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply to be a config") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""

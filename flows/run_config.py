@@ -1,5 +1,6 @@
 """RunConfig: the YAML of a run, and what becomes of it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -49,8 +50,8 @@ class ModelChoice(_Section):
 
     @property
     def short_name(self) -> str:
-        """The last part of the name, for titles and folders."""
-        return Path(self.name).name or self.name
+        """The last part of the name, for titles and folders: never one that leads elsewhere."""
+        return Path(os.path.abspath(self.name)).name or "model"
 
 
 class Calibration(WindowSpec):
@@ -151,6 +152,13 @@ class Output(_Section):
 
     home: Path = Field(default_factory=foldstack_home)
     """Holds the store, reports and the MLflow file; by default FOLDSTACK_HOME, else runs/."""
+
+    @field_validator("home")
+    @classmethod
+    def _can_be_a_path(cls, value: Path) -> Path:
+        if not str(value).isprintable():
+            raise ValueError(f"output.home must be a path, got {str(value)!r}")
+        return value
 
 
 class RunConfig(_Section):

@@ -10,7 +10,9 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -60,10 +62,7 @@ class WorkerPool:
             RuntimeError: the process was killed, for example for want of memory.
             Exception: whatever the stage raises.
         """
-        with self._lock:
-            worker = self._idle.pop() if self._idle else _Worker()
-            if worker not in self._all:
-                self._all.append(worker)
+        worker = self._idle_or_new()
         try:
             facts = worker.run(stage, folder, work, progress)
         except _WorkerDied as death:
@@ -75,6 +74,17 @@ class WorkerPool:
             raise
         self._rest(worker)
         return facts
+
+    def _idle_or_new(self) -> "_Worker":
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_alive():
+                    return worker
+                self._all.remove(worker)  # killed while it had nothing to do: nothing is lost
+            worker = _Worker()
+            self._all.append(worker)
+            return worker
 
     def close(self) -> None:
         """Let every process end; one that still computes is killed."""
@@ -156,6 +166,9 @@ class _Worker:
             hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
             raise _WorkerDied(f"its process ended with {reason}{hint}") from None
 
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
     def dismiss(self) -> None:
         """Tell the process that nothing comes any more."""
         self._connection.close()
@@ -182,11 +195,28 @@ def _serve(connection: Connection, parent: int, level: int) -> None:
             message = connection.recv_bytes()
             try:
                 stage, folder, work = pickle.loads(message)
-                facts = stage.compute(folder, work, sender.progress)
+                with _temporary_files_in(work / "temporary"):
+                    facts = stage.compute(folder, work, sender.progress)
             except Exception as error:
                 sender.send("error", _portable(error))
             else:
                 sender.send("facts", facts)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """What a killed stage leaves of its temporary files goes with its work, and not never."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
 
 
 def _end_with(parent: int) -> None:

@@ -159,6 +159,48 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"lacks model-00002-of-00002\.safetensors"):
             load_model(folder)
 
+    @pytest.mark.parametrize("name", ["../../x.safetensors", "/x.safetensors", "model.bin"])
+    def test_index_that_names_what_is_no_shard(self, name, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        with pytest.raises(InputError, match="must name safetensors files beside it"):
+            check_folder(tmp_path)
+
+    @pytest.mark.parametrize(
+        "file, content, sentence",
+        [
+            ("config.json", "[" * 100_000, "nested too deeply"),
+            ("model.safetensors.index.json", "[" * 100_000, "does not list the weights"),
+            ("model.safetensors.index.json", '{"weight_map": {"a": 1, "b": "x"}}', "does not list"),
+            ("model.safetensors.index.json", '{"weight_map": []}', "does not list"),
+        ],
+    )
+    def test_hostile_json(self, file, content, sentence, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / file).write_text(content)
+        with pytest.raises(InputError, match=sentence):
+            check_folder(tmp_path)
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            "{",
+            "[]",
+            "[" * 100_000,
+            '{"a": {"data_offsets": [0]}}',
+            '{"a": {"data_offsets": [0, "x"]}}',
+            '{"a": {"data_offsets": [0, NaN]}}',
+            '{"a": {"data_offsets": [0, Infinity]}}',
+        ],
+    )
+    def test_hostile_safetensors_header(self, header, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        size = len(header).to_bytes(8, "little")
+        (tmp_path / "model.safetensors").write_bytes(size + header.encode())
+        with pytest.raises(InputError, match="not a whole safetensors file"):
+            check_folder(tmp_path)
+
     def test_missing_weights(self, model_folder):
         from safetensors.torch import load_file, save_file
 

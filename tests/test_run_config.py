@@ -46,10 +46,37 @@ def complaint(**data: Any) -> str:
         ({"workers": "many"}, "workers must be a whole number or auto, got 'many'"),
         ({"methods": ["shortgpt", "shortgpt"]}, "shortgpt 0.20 stands there twice"),
         ({"model": {"dtype": "float8"}}, "model.dtype must be auto or float32"),
+        ({"output": {"home": "a\0b"}}, "output.home must be a path"),
     ],
 )
 def test_mistake_is_named_with_its_place(data: dict[str, Any], sentence: str) -> None:
     assert sentence in complaint(**data)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("Qwen/Qwen3-0.6B", "Qwen3-0.6B"), ("/", "model"), ("/a/b/..", "a"), ("/a/../..", "model")],
+)
+def test_no_name_of_a_model_leads_out_of_the_home(name: str, expected: str) -> None:
+    assert parse_config(METHODS_ENTRY | {"model": name}).model.short_name == expected
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("methods: &a [*a]", "stands for more than 100000 values"),
+        (
+            "a0: &a0 [x, x]\n"
+            + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+            "stands for more than 100000 values",
+        ),
+    ],
+)
+def test_a_config_cannot_fill_the_memory(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        read_config(tmp_path / "config.yaml")
 
 
 def test_every_mistake_is_named_at_once() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from foldstack.tasks.stage import run_stage
 from foldstack.tasks.worker_pool import ComputedStage, WorkerPool, worker_processes
 
 ERRAND = """
-import os, signal, time
+import os, signal, tempfile, time
 from foldstack.compression.errors import InputError
 from foldstack.tasks.worker_pool import ComputedStage
 
@@ -37,7 +38,7 @@ class Errand(ComputedStage):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.what == "sleep":
             time.sleep(600)
-        return {"pid": os.getpid()}
+        return {"pid": os.getpid(), "temporary": tempfile.mkdtemp()}
 """
 
 
@@ -62,6 +63,16 @@ def test_without_a_pool_a_stage_computes_here(
     assert run_stage(errand(what="a"), store).manifest().facts["pid"] == os.getpid()
 
 
+def test_temporary_files_of_a_stage_lie_in_its_work_and_go_with_it(
+    errand: type[ComputedStage], store: ArtifactStore
+) -> None:
+    with worker_processes():
+        made = run_stage(errand(what="a"), store)
+        folder = Path(str(made.manifest().facts["temporary"]))
+        assert folder.is_relative_to(store.root / "work" / "errand" / made.fingerprint)
+        assert not folder.exists()
+
+
 def test_a_pool_computes_elsewhere_and_passes_everything_on(
     errand: type[ComputedStage], store: ArtifactStore
 ) -> None:
@@ -70,8 +81,14 @@ def test_a_pool_computes_elsewhere_and_passes_everything_on(
         made = run_stage(errand(what="a"), store, lambda *args: told.append(args))
         again = run_stage(errand(what="b"), store)
         assert made.manifest().facts["pid"] != os.getpid()
-        assert made.manifest().facts == again.manifest().facts, "a worker is used again"
+        worker = made.manifest().facts["pid"]
+        assert worker == again.manifest().facts["pid"], "a worker is used again"
         assert told == [("a", 1, 1)]
+
+        os.kill(int(str(worker)), signal.SIGKILL)
+        time.sleep(0.2)
+        other = run_stage(errand(what="d"), store).manifest().facts["pid"]
+        assert other != worker, "one that was killed while it was idle costs nothing"
 
         with pytest.raises(InputError, match="not today"):
             run_stage(errand(what="refuse"), store)
