@@ -56,8 +56,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Compress the reference model with every method and print the comparison
 	$(BIN)/foldstack run flows/recipes/demo.yaml
 
+# A process per core; the tests of one file stay together, since they share models and servers.
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED) ## Check format, style and types
 	$(BIN)/ruff format --check .
