@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
-from foldstack.compression.grams import summed_inputs
+from foldstack.compression.grams import paired_inputs, summed_inputs
+from foldstack.compression.hidden_states import MEMORY_BYTES
 from foldstack.compression.low_rank import updated_directions
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import Evidence
@@ -58,14 +59,22 @@ def fitted_in_order(
     factors_of: Callable[[int], Mapping[str, Factors]],
     evidence: Evidence,
     what: str,
+    dense_target: float,
 ) -> dict[str, Tensor]:
     """Tensors of the factors of all blocks, each second factor fitted again by least squares on
     the inputs that the compressed blocks before it produce.
 
     The update of SVD-LLM's released code (`--step 2`). Inside a block every linear sees the inputs
-    that its original siblings produce. Linears that several blocks use are fitted when the first of
-    them is reached; the others count with their inputs in the dense model, since what compression
-    makes of those is not known yet.
+    that its original siblings produce. With x a linear's input in the dense model and x' that
+    behind the compressed blocks, the target of W' x' is
+
+        W ((1 - a) x' + a x),   a = `dense_target`
+
+    so that a linear repairs a part of what those before it have spoilt (as layer-wise quantisation
+    does, arXiv 2504.09629); at 0 it is the released code's.
+
+    Linears that several blocks use are fitted when the first of them is reached; the others count
+    with their inputs in the dense model, since what compression makes of those is not known yet.
 
     Args:
         factors_of: the factors of the linears stored at a position, by their name in the block;
@@ -73,51 +82,88 @@ def fitted_in_order(
         what: whose progress this is.
     """
     plan, spool = plan_of(model), evidence.spool()
-    stream = BlockStream(
-        model, evidence.calibration, dtype=cpu_precision(model), folder=evidence.work
-    )
+    streams = _Streams(model, evidence, dense_target)
     fitted: dict[int, dict[str, LowRankLinear]] = {}
-    for position, block in enumerate(stream.blocks):
+    for position, block in enumerate(streams.deviated.blocks):
         owner = plan.owner(position)
         if owner not in fitted:
-            fit = partial(_fitted, model, stream, factors_of, evidence)
+            fit = partial(_fitted, model, streams, factors_of, evidence)
             tensors = spool.part(f"block-{owner}", fit)
             fitted[owner] = _thin_linears(tensors, owner, model.device)
-        stream.advance(_with_linears(block, fitted[owner]))
+        streams.advance(_with_linears(block, fitted[owner]))
         release(tensors_of(block))
         release(t for linear in fitted[owner].values() for t in linear.parameters())
-        evidence.progress(what, position + 1, len(stream.blocks))
+        evidence.progress(what, position + 1, len(streams.deviated.blocks))
     return spool.tensors
+
+
+class _Streams:
+    """The compressed model's hidden states and, where the target asks for them, the dense one's."""
+
+    def __init__(self, model: PreTrainedModel, evidence: Evidence, dense_target: float) -> None:
+        open_stream = partial(
+            BlockStream,
+            model,
+            evidence.calibration,
+            dtype=cpu_precision(model),
+            memory_bytes=MEMORY_BYTES // 2 if dense_target > 0 else MEMORY_BYTES,
+            folder=evidence.work,
+        )
+        self.architecture = architecture_of(model)
+        self.dense_target = dense_target
+        self.deviated = open_stream()
+        self.dense = open_stream() if dense_target > 0 else None
+
+    def sums(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """By what the linears of the block at hand read: the sums of x' x'^T, and unless a = 0
+        those of a (x - x') x'^T. The dense stream passes the block meanwhile."""
+        block = self.deviated.blocks[self.deviated.position]
+        if self.dense is None:
+            with summed_inputs(block, self.architecture) as seen:
+                for _ in self.deviated.outputs(block):
+                    pass
+            return seen.grams, None
+        with paired_inputs(block, self.architecture) as paired:
+            self.dense.advance(block, beside=self.deviated)
+        return paired.grams, {
+            reads: self.dense_target * shift for reads, shift in paired.shifts.items()
+        }
+
+    def advance(self, compressed: nn.Module) -> None:
+        """Pass the block, compressed; where nothing was fitted in it, the dense one as well."""
+        self.deviated.advance(compressed)
+        if self.dense is not None and self.dense.position < self.deviated.position:
+            self.dense.advance()
 
 
 def _fitted(
     model: PreTrainedModel,
-    stream: BlockStream,
+    streams: _Streams,
     factors_of: Callable[[int], Mapping[str, Factors]],
     evidence: Evidence,
 ) -> dict[str, Tensor]:
-    """The factors that the block before which the stream stands uses, fitted on what it holds, as
+    """The factors that the block before which the streams stand uses, fitted on what they hold, as
     a cut names them."""
     architecture, plan = architecture_of(model), plan_of(model)
-    position, block = stream.position, stream.blocks[stream.position]
+    position, blocks = streams.deviated.position, streams.deviated.blocks
     owner = plan.owner(position)
     factors = factors_of(owner)
     if not factors:
         return {}
-    with summed_inputs(block, architecture) as deviated:
-        for _ in stream.outputs(block):
-            pass
+    grams, shifts = streams.sums()
     fitted: dict[str, Tensor] = {}
     for site in architecture.linears:
         if site.name not in factors:
             continue
-        dense = stream.blocks[owner].get_submodule(site.name)
-        gram = deviated.grams[site.reads].double()
+        dense = blocks[owner].get_submodule(site.name)
+        gram = grams[site.reads].double()
         for user in users_of(plan, owner):
             if user != position:
                 gram = gram + evidence.statistics.gram(user, site.reads).to(gram.device)
         first, second = factors[site.name]
-        second = updated_directions(architecture.weight(dense).detach(), first, second, gram)
+        weight = architecture.weight(dense).detach()
+        shift = None if shifts is None else shifts[site.reads]
+        second = updated_directions(weight, first, second, gram, shift)
         fitted |= named_factors(owner, site.name, (first, second), dense)
     return fitted
 

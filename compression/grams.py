@@ -29,6 +29,17 @@ class InputSums:
     """Sum of x, which outputs with a bias need."""
 
 
+@dataclass
+class PairedSums:
+    """Sums over tokens of what a linear reads of the same token in two models, x and x'."""
+
+    grams: dict[str, Float64[Tensor, "n n"]] = field(default_factory=dict)
+    """Sum of x' x'^T."""
+    shifts: dict[str, Float64[Tensor, "n n"]] = field(default_factory=dict)
+    """Sum of (x - x') x'^T, from the differences themselves: those of two sums would drown small
+    ones."""
+
+
 def rank_bounds(grams: Mapping[str, Float[Tensor, "n n"]], num_tokens: int) -> dict[str, int]:
     """The Grams that cannot have full rank, and the rank that they have at most.
 
@@ -82,15 +93,48 @@ def summed_inputs(block: nn.Module, architecture: Architecture) -> Iterator[Inpu
             sums.grams[reads] = _mirrored(upper.to(precision))
 
 
+@contextmanager
+def paired_inputs(block: nn.Module, architecture: Architecture) -> Iterator[PairedSums]:
+    """Inside, `block` is called on hidden states of two models in turn, batch by batch, and what is
+    yielded adds what the second's inputs x' are and how far the first's are from them.
+
+    Precision as in `summed_inputs`; the sums stay in float64.
+    """
+    sums = PairedSums()
+    first: dict[str, Float[Tensor, "tokens n"]] = {}
+
+    def add(reads: str, rows: Float[Tensor, "tokens n"]) -> None:
+        if not _multiplies_exactly(rows):
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if reads not in first:
+            first[reads] = rows
+            return
+        if reads not in sums.grams:
+            for total in (sums.grams, sums.shifts):
+                size = rows.shape[1], rows.shape[1]
+                total[reads] = torch.zeros(size, dtype=torch.float64, device=rows.device)
+        _add_upper_product(sums.grams[reads], rows)
+        sums.shifts[reads] += _product((first.pop(reads) - rows).T, rows)
+
+    try:
+        with _input_hooks(block, architecture, add):
+            yield sums
+    finally:
+        for reads, upper in sums.grams.items():
+            sums.grams[reads] = _mirrored(upper)
+
+
 def _add_upper_product(total: Float64[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
     """Add X^T X to `total`, above the diagonal and in the square on it of every strip."""
     for start in range(0, len(total), STRIP_ROWS):
         strip = slice(start, start + STRIP_ROWS)
-        left, right = rows[:, strip].T, rows[:, start:]
-        if _multiplies_exactly(rows):
-            total[strip, start:] += torch.mm(left, right, out_dtype=torch.float32)
-        else:
-            total[strip, start:] += left @ right
+        total[strip, start:] += _product(rows[:, strip].T, rows[:, start:])
+
+
+def _product(left: Float[Tensor, "n t"], right: Float[Tensor, "t m"]) -> Float[Tensor, "n m"]:
+    if _multiplies_exactly(left):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
 
 
 def _multiplies_exactly(rows: Tensor) -> bool:

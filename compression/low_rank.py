@@ -33,6 +33,9 @@ UNSEEN_DIRECTION_WEIGHT = 1e-10
 # Singular values of a Gram below this share of the largest one are rounding noise of float32 sums.
 RELATIVE_TOLERANCE = 1e-10
 
+# The same for sums that are divided by: below it an inverse would blow up their noise.
+NOISE_FLOOR = 1e-6
+
 # No linear loses more than this share of its parameters to a better use elsewhere.
 LARGEST_RATIO = 0.9
 
@@ -145,13 +148,15 @@ def updated_directions(
     coordinates: Float[Tensor, "rank in"],
     directions: Float[Tensor, "out rank"],
     deviated_gram: Float[Tensor, "in in"],
+    target_shift: Float[Tensor, "in in"] | None = None,
 ) -> Float[Tensor, "out rank"]:
-    """Directions that fit the outputs best on the inputs that the compressed model really sees.
+    """Directions that fit the outputs best on the inputs x' that the compressed model really sees.
 
-    The closed form of SVD-LLM's layer-wise update (the authors' `--step 2`), with A the coordinates
-    and G' the Gram of the deviated inputs:
+    Least squares of U A x' against W t, with A the coordinates, G' the sum of x' x'^T, and
+    `target_shift` D that of (t - x') x'^T. Without it t = x', the closed form of SVD-LLM's
+    layer-wise update (the authors' `--step 2`):
 
-        U_new = W G' A^T (A G' A^T)^-1 = U + (W - U A) G' A^T (A G' A^T)^-1
+        U_new = W (G' + D) A^T (A G' A^T)^-1 = U + ((W - U A) G' + W D) A^T (A G' A^T)^-1
 
     The second form is the one computed: where A G' A^T is singular it leaves U as it was.
     """
@@ -161,10 +166,11 @@ def updated_directions(
     normal = coordinates @ crossed
     scale = normal.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale.reciprocal(), torch.zeros_like(scale))
-    inverse = torch.linalg.pinv(
-        scale[:, None] * normal * scale, rtol=RELATIVE_TOLERANCE, hermitian=True
-    )
+    tolerance = RELATIVE_TOLERANCE if target_shift is None else NOISE_FLOOR
+    inverse = torch.linalg.pinv(scale[:, None] * normal * scale, rtol=tolerance, hermitian=True)
     residual = weight @ crossed - directions @ normal
+    if target_shift is not None:
+        residual = residual + weight @ (target_shift.double() @ coordinates.T)
     updated: Tensor = directions + (residual * scale) @ inverse * scale
     return updated
 

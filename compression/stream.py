@@ -121,9 +121,18 @@ class BlockStream:
                 yield output
                 self.states.let_go()
 
-    def advance(self, block: nn.Module | None = None) -> None:
-        """Pass the block at `position`, or `block` in its place, and stand before the next one."""
-        self.states = self._kept(self.outputs(block), self.position + 1)
+    def advance(
+        self, block: nn.Module | None = None, *, beside: "BlockStream | None" = None
+    ) -> None:
+        """Pass the block at `position`, or `block` in its place, and stand before the next one.
+
+        `beside`, another stream of the same windows that stands before the same block, runs each
+        batch through it right after this one has, and stays where it is.
+        """
+        outputs = self.outputs(block)
+        if beside is not None:
+            outputs = (out for out, _ in zip(outputs, beside.outputs(block), strict=True))
+        self.states = self._kept(outputs, self.position + 1)
         self.position += 1
 
     def put(self, batches: Iterable[Hidden]) -> None:

@@ -126,6 +126,18 @@ def test_the_update_is_least_squares_on_the_deviated_inputs() -> None:
     assert loss(deviated, weight, updated @ first) < before
 
 
+def test_the_update_fits_the_outputs_on_other_inputs_too() -> None:
+    weight, x = problem(20, 16)
+    _, noise = problem(20, 16, seed=1)
+    deviated = x + 0.3 * noise
+    first, second = truncate(whitened_svd(weight, x.T @ x), 6)
+    wanted = 0.7 * deviated + 0.3 * x
+    shift = (wanted - deviated).T @ deviated
+    updated = updated_directions(weight, first, second, deviated.T @ deviated, shift)
+    by_tokens = torch.linalg.lstsq(deviated @ first.T, wanted @ weight.T).solution.T
+    torch.testing.assert_close(updated, by_tokens, rtol=1e-8, atol=1e-8)
+
+
 def test_the_update_changes_nothing_on_unchanged_inputs() -> None:
     weight, x = problem(20, 16)
     first, second = truncate(whitened_svd(weight, x.T @ x), 6)

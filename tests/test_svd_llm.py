@@ -78,15 +78,12 @@ def test_the_output_error_is_the_least_possible(tiny_model: Any, windows: Tensor
     smaller = cut(
         model, SvdLlm(sparsity=0.3, update="none").compress(model, evidence_of(model, windows))
     )
-    seen: list[Tensor] = []
+    seen = _inputs(model, windows, 2, "mlp.down_proj")
     dense = model.model.layers[2].mlp.down_proj
-    handle = dense.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, 1)))
-    logits(model, windows)
-    handle.remove()
     thin = architecture_of(smaller).blocks(smaller)[2].mlp.down_proj
     product = (thin.second.weight @ thin.first.weight).detach()
-    loss = float((seen[0] @ (dense.weight.detach() - product).T).square().sum())
-    outputs = torch.linalg.svdvals(seen[0] @ dense.weight.detach().T)
+    loss = float((seen @ (dense.weight.detach() - product).T).square().sum())
+    outputs = torch.linalg.svdvals(seen @ dense.weight.detach().T)
     assert loss == pytest.approx(float(outputs[len(thin.first.weight) :].square().sum()), rel=1e-6)
 
 
@@ -104,6 +101,25 @@ def test_the_update_lowers_the_error_on_what_the_model_sees(
             torch.testing.assert_close(updated[name], tensor, rtol=1e-6, atol=1e-8)
     name = "blocks.3.mlp.down_proj.second.weight"
     assert (updated[name] - plain[name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dense_target", [0, 0.5, 1])
+def test_the_update_aims_between_both_models_outputs(
+    dense_target: float, tiny_model: Any, windows: Tensor
+) -> None:
+    """Against least squares over the tokens themselves."""
+    model = tiny_model("qwen2").double()
+    method = SvdLlm(sparsity=0.4, dense_target=dense_target)
+    change = method.compress(model, evidence_of(model, windows))
+    seen = [_inputs(m, windows, 3, "self_attn.q_proj") for m in (model, cut(model, change))]
+    name = "blocks.3.self_attn.q_proj"
+    weight = model.model.layers[3].self_attn.q_proj.weight.detach()
+    target = (dense_target * seen[0] + (1 - dense_target) * seen[1]) @ weight.T
+    coordinates = seen[1] @ change.tensors[f"{name}.first.weight"].T
+    expected = torch.linalg.lstsq(coordinates, target).solution.T
+    torch.testing.assert_close(
+        change.tensors[f"{name}.second.weight"], expected, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_biases_are_kept_once(tiny_model: Any, windows: Tensor) -> None:
@@ -148,7 +164,7 @@ def test_the_update_runs_through_shared_weights_too(tiny_model: Any, windows: Te
     shared = cut(model, Cut(plan, tuple(range(5)), tensors))
     evidence = evidence_of(shared, windows)
     plain = SvdLlm(sparsity=0.3, update="none").compress(shared, evidence).tensors
-    change = SvdLlm(sparsity=0.3, update="closed_form").compress(shared, evidence)
+    change = SvdLlm(sparsity=0.3, dense_target=0).compress(shared, evidence)
     seen = gather(cut(shared, change), windows, {"gram"}).gram(4, "attention_input")
     name = f"blocks.4.{q}"
     factors = plain[f"{name}.first.weight"], plain[f"{name}.second.weight"]
@@ -213,3 +229,13 @@ def test_share_of_the_linears_in_llama_7b() -> None:
     assert share == pytest.approx(0.961, abs=5e-4)
     plan = SvdLlm(sparsity=0.2 * share, allocation="paper").outline(model)
     assert plan.blocks[0].linears["self_attn.q_proj"].rank == 1638
+
+
+def _inputs(model: Any, windows: Tensor, position: int, name: str) -> Tensor:
+    """What enters a linear, a row a token."""
+    seen: list[Tensor] = []
+    linear: Any = architecture_of(model).blocks(model)[position].get_submodule(name)
+    handle = linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, 1)))
+    logits(model, windows)
+    handle.remove()
+    return torch.cat(seen)

@@ -75,7 +75,8 @@ class BasisSharing(Method):
     token does not fall as the parameters do.
 
     `update` fits the coefficients again on the inputs that the compressed model produces: global
-    (the paper's, all at once, from one pass) or layerwise (in order, as SVD-LLM's closed form).
+    (the paper's at high sparsities, all at once, from one pass) or layerwise (in order, to a target
+    that repairs what the blocks before have spoilt, as `SvdLlm` does).
 
     Departs from the paper: Gram matrices are scaled to equal traces before they are pooled, so that
     the block with the largest activations does not own the basis (`pooling` paper adds them as they
@@ -100,9 +101,12 @@ class BasisSharing(Method):
     """How the Gram matrices of a group add up: scaled to equal traces, or as they are."""
     coefficients: Literal["refit", "paper"] = "refit"
     """refit: by the block's own inputs; paper: as the SVD on the pooled inputs leaves them."""
-    update: Literal["none", "global", "layerwise"] = "none"
+    update: Literal["none", "global", "layerwise"] = "layerwise"
     """Whether, and in which order, coefficients are fitted again on the compressed model's inputs;
     layerwise always fits a block's to its own."""
+    dense_target: float = Field(default=0.5, ge=0, le=1)
+    """Share of the dense model's own outputs in what the layerwise update fits; 0: only what the
+    dense weights make of the compressed model's inputs."""
     allocation: Literal["exact", "paper"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone."""
 
@@ -230,7 +234,7 @@ class BasisSharing(Method):
                     )
             return {group.name: ready.pop((position, group.name)) for group in mine}
 
-        tensors = fitted_in_order(model, factors_of, evidence, self.name)
+        tensors = fitted_in_order(model, factors_of, evidence, self.name, self.dense_target)
         for group in groups:
             for position in group.positions[1:]:
                 del tensors[f"{_place(position, group)}.first.weight"]

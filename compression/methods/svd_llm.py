@@ -54,9 +54,9 @@ class SvdLlm(Method):
         W' = (U Sigma^1/2) (Sigma^1/2 V^T S^-1),   k = floor(m n (1 - R) / (m + n))
 
     R is one fraction for all linears, so chosen that the whole model loses `sparsity`. Embeddings,
-    head, norms and biases stay. `update` closed_form is the authors' `--step 2`: going through the
-    blocks in order, U is fitted again by least squares on the inputs that the blocks compressed so
-    far produce.
+    head, norms and biases stay. `update` closed_form goes through the blocks in order and fits U
+    again by least squares on the inputs that the blocks compressed so far produce: with
+    `dense_target` 0 that is the authors' `--step 2`.
 
     `allocation` v2 is the ratio allocation of SVD-LLM V2 (Wang et al. 2025, arXiv 2503.12340,
     algorithm 1): among the linears of one name and shape, those that lose more at the uniform rank
@@ -65,10 +65,12 @@ class SvdLlm(Method):
     Departs from the paper: the factors come from the eigenvectors of W G W^T, which is the same
     optimum without the inverse of S (so a singular G is no special case; `whitening` eigen is V2's
     form); what the floors of the ranks leave over is spent on single ranks (`allocation` exact;
-    paper keeps the floors); the update's target leaves the bias out, which the released code counts
-    twice; a linear that would not become smaller stays dense; in V2's allocation no linear loses
-    more than nine tenths and a loss below e counts as e, where the score has its pole. The paper's
-    LoRA recovery is a recovery stage, not part of this method.
+    paper keeps the floors); the update aims between the outputs on its inputs and those of the
+    dense model (`dense_target`), which repairs what the blocks before have spoilt, and its target
+    leaves the bias out, which the released code counts twice; a linear that would not become
+    smaller stays dense; in V2's allocation no linear loses more than nine tenths and a loss below e
+    counts as e, where the score has its pole. The paper's LoRA recovery is a recovery stage, not
+    part of this method.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -77,6 +79,9 @@ class SvdLlm(Method):
     update: Literal["none", "closed_form"] = "closed_form"
     """Whether U is fitted again on the inputs that the compressed blocks before it produce; none is
     the paper's SVD-LLM (W)."""
+    dense_target: float = Field(default=0.5, ge=0, le=1)
+    """Share of the dense model's own outputs in what the update fits; 0: the released code's
+    target, what the dense weights make of the compressed model's inputs."""
     allocation: Literal["exact", "paper", "v2"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone; v2: as
     exact, then by loss among the linears of one name and shape."""
@@ -102,6 +107,7 @@ class SvdLlm(Method):
                 lambda position: self._factors(model, position, ranks, evidence),
                 evidence,
                 self.name,
+                self.dense_target,
             )
         else:
             tensors = self._independent(model, ranks, evidence)
