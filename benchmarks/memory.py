@@ -29,6 +29,7 @@ from pathlib import Path
 
 from foldstack.compression.calibration import Windows
 from foldstack.compression.digest import digest_folder
+from foldstack.compression.memory_probe import peak_resident_bytes
 from foldstack.compression.methods import METHODS
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.compress_model import CompressModel
@@ -121,9 +122,9 @@ class Fresh:
             raise SystemExit(f"a stage ended with {self.process.returncode}")
         return {**json.loads(told), "seconds": time.monotonic() - self.started}
 
-    def kill_after(self, spool: Path, parts: int) -> None:
+    def kill_after(self, left: Path, parts: int) -> None:
         """SIGKILL once so many parts are done and the next one is on its way."""
-        while len(list(spool.glob("*.safetensors"))) < parts:
+        while len(list(left.glob("*/spool/*.safetensors"))) < parts:
             if self.process.poll() is not None:
                 raise SystemExit("the stage was done before it could be killed")
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -132,10 +133,15 @@ class Fresh:
         self.process.communicate()
 
 
+def left_behind(store: ArtifactStore, stage: Stage) -> Path:
+    """Where killed runs of a stage leave what the next one goes on from."""
+    return store.root / "work" / stage.stage / stage.fingerprint
+
+
 def compress_in_one_go(work: Path, name: str) -> dict[str, float]:
     """One method; its result is kept as a digest only."""
     stage, store = stages(work, [name])[name], ArtifactStore(work / "store")
-    shutil.rmtree(store.work_folder(stage.stage, stage.fingerprint), ignore_errors=True)
+    shutil.rmtree(left_behind(store, stage), ignore_errors=True)
     figures = Fresh(work, name).finish()
     folder = stage.artifact(store).folder
     (work / f"{name}.digest").write_text(digest_folder(folder / "model", ("*",)))
@@ -146,10 +152,10 @@ def compress_in_one_go(work: Path, name: str) -> dict[str, float]:
 def compress_killed(work: Path, name: str, blocks: int) -> dict[str, float]:
     """The same, killed on the way; needs the digest of the first result."""
     stage, store = stages(work, [name])[name], ArtifactStore(work / "store")
-    folder = store.work_folder(stage.stage, stage.fingerprint)
-    shutil.rmtree(folder, ignore_errors=True)
+    left = left_behind(store, stage)
+    shutil.rmtree(left, ignore_errors=True)
     for number in range(1, KILLS + 1):
-        Fresh(work, name).kill_after(folder / "spool", number * blocks // (KILLS + 1))
+        Fresh(work, name).kill_after(left, number * blocks // (KILLS + 1))
     last = Fresh(work, name).finish()
     out = stage.artifact(store).folder
     is_same = digest_folder(out / "model", ("*",)) == (work / f"{name}.digest").read_text()
@@ -164,11 +170,9 @@ def compress_killed(work: Path, name: str, blocks: int) -> dict[str, float]:
 def run_here(work: Path, name: str) -> None:
     """The stage in this process; prints its peak memory."""
     run_stage(stages(work, [name] if name in METHODS else [])[name], ArtifactStore(work / "store"))
-    own, others = (
-        resource.getrusage(who).ru_maxrss / MIB
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    print(json.dumps({"peak_mib": own, "reload_peak_mib": others}))
+    # Of children Linux tells what they began with, a copy of this process, or more.
+    others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / MIB
+    print(json.dumps({"peak_mib": peak_resident_bytes() / MIB**2, "reload_peak_mib": others}))
 
 
 def make_here(work: Path, blocks: int) -> dict[str, float]:

@@ -56,6 +56,13 @@ def refitted(
     return down[:, kept] + (scale[:, None] * torch.cholesky_solve(crossed, factor)).T
 
 
+def narrowing_operations(rows: int, width: int, kept: int) -> float:
+    """Float64 operations of `leverage_scores` and `refitted` of a matrix (rows, width), times what
+    their triangular factors take over matrix products (benchmarks/decomposition.py)."""
+    scores = 2.5 * width**3
+    return scores + 1.9 * (kept**3 / 3 + 2.0 * kept**2 * rows + 2.0 * kept * (width - kept) * rows)
+
+
 def _symmetric(gram: Tensor) -> Float[Tensor, "n n"]:
     if not torch.isfinite(gram).all():
         raise InputError(

@@ -88,6 +88,20 @@ class Method(BaseModel, ABC):
         """The library modules whose code its result depends on, besides what they import."""
         return (type(self).__module__,)
 
+    @property
+    def goes_in_turn(self) -> bool:
+        """Whether `compress` holds the weights of one block at a time, not those of the model."""
+        return False
+
+    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+        """Operations of the closed forms in `compress` after `num_tokens` of calibration, from
+        which the time that it takes is told before.
+
+        `model` may be on the meta device.
+        """
+        del model, num_tokens
+        return 0.0
+
     @abstractmethod
     def outline(self, model: PreTrainedModel) -> Plan:
         """The structure that `compress` will choose, or one of the same size, before any data is

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,21 @@ def list_command(home: Path | None, as_json: bool) -> str:
         return json.dumps({"store": str(store.root), "bytes": total, "artifacts": rows}, indent=1)
     lines = [
         f"{row['last_used'][:19]}  {row['size_bytes'] / 2**20:9.1f} MiB  "
-        f"{row['fingerprint'][:12]}  {row['label']}"
+        f"{row['seconds'] or 0:8.1f} s  {row['fingerprint'][:12]}  {row['label']}"
         for row in rows
     ]
-    return "\n".join([*lines, f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {store.root}"])
+    lines.append(f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {store.root}")
+    if rows:
+        lines.append(f"made in {_seconds_by_stage(rows)}")
+    return "\n".join(lines)
+
+
+def _seconds_by_stage(rows: list[dict[str, Any]]) -> str:
+    """The kinds of stages with the time that their artifacts took, the dearest first."""
+    seconds: Counter[str] = Counter()
+    for row in rows:
+        seconds[row["stage"]] += row["seconds"] or 0
+    return ", ".join(f"{stage} {took:.1f} s" for stage, took in seconds.most_common())
 
 
 def gc_command(

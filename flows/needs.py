@@ -15,9 +15,11 @@ PROCESS_BYTES = 450 << 20
 """The interpreter and the libraries of one worker."""
 FLOAT64_COPIES = 5
 """Matrices of the widest Gram's size that a closed form holds at once."""
+COMPARED_COPIES = 3
+"""Of the hidden states that are compared at once."""
 KNOBS = {
     "gather_statistics": "lower statistics.batch_size or calibration.window_tokens",
-    "compress_model": "set model.dtype to bfloat16, or model.device to cpu",
+    "compress_model": "set model.dtype to bfloat16, model.device to cpu, or take another method",
     "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
     "recover_model": "lower recovery.batch_size and raise recovery.gradient_accumulation",
     "benchmark_speed": "lower speed.batch_sizes, or set speed.enabled to false",
@@ -103,8 +105,7 @@ def _shapes(meta: Any, layout: Layout) -> _Shapes:
 
 def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
     """Of a stage that no variant owns."""
-    from foldstack.compression.hidden_states import MEMORY_BYTES
-    from foldstack.compression.similarity import SIMILARITY_TOKENS
+    from foldstack.compression.similarity import BYTES_AT_ONCE
 
     chosen = layout.config
     tokens = chosen.calibration.num_windows * chosen.calibration.window_tokens
@@ -112,16 +113,13 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
         return Need(PROCESS_BYTES, 4 * tokens)
     has_grams = "gram" in chosen.statistics.kinds
     elements = shapes.gram_elements if has_grams else 0
-    states = 2 * tokens * shapes.hidden * shapes.element_bytes
-    boundaries = shapes.num_blocks + 1
-    compared = min(tokens, SIMILARITY_TOKENS) * shapes.hidden * shapes.element_bytes * boundaries
     batch = chosen.statistics.batch_size * chosen.calibration.window_tokens
+    # Blocks of half precision compute in float32 on a CPU; hidden states are in files.
+    in_float32 = max(1, 4 // shapes.element_bytes)
     memory = (
-        shapes.block_bytes
+        in_float32 * (shapes.block_bytes + shapes.activations(batch))
         + 12 * elements  # sums in float64, and rounded to float32 for their file
-        + shapes.activations(batch)
-        + min(states, MEMORY_BYTES)
-        + min(compared, MEMORY_BYTES)
+        + COMPARED_COPIES * BYTES_AT_ONCE
     )
     return Need(PROCESS_BYTES + memory, 4 * elements * shapes.num_blocks)
 
@@ -132,9 +130,7 @@ def _need(stage: Stage, branch: Branch, model_bytes: int, shapes: _Shapes, layou
     protocol = chosen.evaluation.perplexity.protocol
     match stage.stage:
         case "compress_model":
-            closed_form = FLOAT64_COPIES * 8 * shapes.widest**2
-            memory = shapes.dense_bytes + model_bytes + closed_form
-            return Need(PROCESS_BYTES + memory, model_bytes)
+            return Need(PROCESS_BYTES + _of_compressing(branch, model_bytes, shapes), model_bytes)
         case "recover_model":
             tokens = chosen.recovery.batch_size * chosen.recovery.windows.window_tokens
             kept = tokens * shapes.num_blocks * (3 * shapes.widest + 8 * shapes.hidden) * 4
@@ -151,6 +147,19 @@ def _need(stage: Stage, branch: Branch, model_bytes: int, shapes: _Shapes, layou
             return Need(PROCESS_BYTES + shapes.dense_bytes + model_bytes, 0)
         case _:
             return Need(PROCESS_BYTES, 0)
+
+
+def _of_compressing(branch: Branch, model_bytes: int, shapes: _Shapes) -> int:
+    """Bytes of a method's work, or of writing its result, whichever is more."""
+    from foldstack.compression.checkpoint import SHARD_BYTES
+
+    assert branch.variant is not None
+    method = branch.variant.method
+    closed_form = FLOAT64_COPIES * 8 * shapes.widest**2 if "gram" in method.needs else 0
+    if not method.goes_in_turn:
+        return shapes.dense_bytes + model_bytes + closed_form
+    # Weights lie in files: those of one block are read, and of two shards while they are written.
+    return max(shapes.block_bytes + closed_form, min(model_bytes, 2 * SHARD_BYTES))
 
 
 def check_room(layout: Layout, missing: set[str]) -> list[str]:

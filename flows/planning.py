@@ -1,6 +1,5 @@
 """The dry run: sizes of every variant, what is in the store already, time and memory to come."""
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,20 +10,13 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from foldstack.flows.branches import Branch, Layout, lay_out
+from foldstack.flows.branches import Layout, lay_out
 from foldstack.flows.needs import needs_of
 from foldstack.flows.preflight import check, is_stored
 from foldstack.flows.run_config import RunConfig
+from foldstack.flows.stage_arithmetic import StageArithmetic
 from foldstack.tasks.garbage import list_artifacts
 from foldstack.tasks.manifest import Manifest
-from foldstack.tasks.stage import Stage
-
-MATMUL_SIZE = 768
-MATMUL_SECONDS = 0.3
-# A forward and a backward pass cost three forward passes.
-TRAINING_FACTOR = 3
-START_SECONDS = 15.0
-"""Loading and the check in a fresh process, where nothing is known of a stage."""
 
 
 class _Record(BaseModel):
@@ -132,8 +124,9 @@ _SIZES = ("parameters", "bytes", "flops_per_token", "kv_bytes_per_token", "num_b
 def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list[ExpectedStage]:
     """Every stage with the time it will take: as in earlier runs, else from its arithmetic."""
     history, needs = _seconds_of_earlier_runs(layout), needs_of(layout)
-    owner = {s.fingerprint: branch for branch in layout.branches for s in branch.stages.values()}
-    rate = 0.0
+    arithmetic = StageArithmetic(
+        layout, needs, {m.label: m.flops_per_token for m in models.values()}
+    )
     expected = []
     for stage in layout.stages:
         basis: Literal["stored", "earlier runs", "arithmetic"]
@@ -143,9 +136,7 @@ def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list
         elif earlier:
             seconds, basis = median(earlier), "earlier runs"
         else:
-            rate = rate or matmul_rate()
-            work = _flops(stage, owner.get(stage.fingerprint), layout, models)
-            seconds, basis = START_SECONDS + work / rate, "arithmetic"
+            seconds, basis = arithmetic.seconds(stage), "arithmetic"
         expected.append(
             ExpectedStage(
                 label=stage.label, stage=stage.stage, is_stored=basis == "stored",
@@ -176,44 +167,6 @@ def _seconds_of_earlier_runs(layout: Layout) -> dict[tuple[str, str], list[float
             for label in (manifest.label, ""):
                 seconds[manifest.stage, label].append(manifest.seconds)
     return seconds
-
-
-def _flops(
-    stage: Stage, branch: Branch | None, layout: Layout, models: Mapping[str, ExpectedModel]
-) -> float:
-    """Multiplications and additions of a stage, from the tokens that pass the model."""
-    dense = models[layout.branches[0].label].flops_per_token
-    mine = models[branch.label].flops_per_token if branch else dense
-    config = layout.config
-    calibration = config.calibration.num_windows * config.calibration.window_tokens
-    match stage.stage:
-        case "gather_statistics":
-            return 2.0 * dense * calibration
-        case "compress_model":
-            return 2.0 * TRAINING_FACTOR * dense * calibration
-        case "recover_model":
-            schedule, windows = config.recovery, config.recovery.windows
-            tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
-            tokens *= windows.window_tokens
-            teacher = dense if schedule.needs_teacher else 0
-            return float(tokens) * (TRAINING_FACTOR * mine + teacher)
-        case "evaluate_model":
-            return float(mine) * calibration
-        case _:
-            return 0.0
-
-
-def matmul_rate() -> float:
-    """Floating-point operations per second of a matrix product, measured for a moment."""
-    import torch
-
-    a, b = torch.randn(MATMUL_SIZE, MATMUL_SIZE), torch.randn(MATMUL_SIZE, MATMUL_SIZE)
-    torch.mm(a, b)
-    started, products = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < MATMUL_SECONDS:
-        torch.mm(a, b)
-        products += 1
-    return products * 2 * MATMUL_SIZE**3 / elapsed
 
 
 def print_dry_run(expected: DryRun, console: Console) -> None:

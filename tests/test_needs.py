@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from foldstack.compression import checkpoint
+from foldstack.compression.checkpoint import load_model
 from foldstack.compression.errors import InputError
 from foldstack.compression.statistics import gather
 from foldstack.flows import needs
 from foldstack.flows.branches import Layout, lay_out
 from foldstack.flows.needs import needs_of
+from foldstack.flows.planning import expected_models, expected_stages
 from foldstack.flows.preflight import check
 from foldstack.flows.run_config import parse_config
 
@@ -22,11 +25,11 @@ PLENTY = Usage(1 << 50, 0, 1 << 50)
 
 
 @pytest.fixture
-def layout(model_folder: Callable[..., Path], tmp_path: Path) -> Layout:
+def data(model_folder: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 400)
     source: dict[str, Any] = {"corpus": str(text)}
-    data: dict[str, Any] = {
+    return {
         "model": {"name": str(model_folder("llama")), "device": "cpu"},
         "calibration": {"source": source, "num_windows": 4, "window_tokens": 16},
         "evaluation": {"perplexity": {"source": source, "protocol": {"window_tokens": 16}}},
@@ -34,6 +37,10 @@ def layout(model_folder: Callable[..., Path], tmp_path: Path) -> Layout:
         "sparsities": [0.25],
         "output": {"home": str(tmp_path / "home")},
     }
+
+
+@pytest.fixture
+def layout(data: dict[str, Any]) -> Layout:
     return lay_out(parse_config(data))
 
 
@@ -46,6 +53,36 @@ def test_the_size_of_the_statistics_is_known(
     written = sum(file.stat().st_size for file in folder.glob("grams-*"))
     expected = needs_of(layout)[layout.statistics.fingerprint].disk_bytes
     assert expected <= written <= 1.05 * expected
+
+
+def test_weights_count_whole_only_where_a_method_holds_them(
+    model_folder: Callable[..., Path], data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 0)  # else the whole tiny model is one shard
+    layout = lay_out(parse_config(data | {"methods": ["shortgpt", "laco"]}))
+    found = needs_of(layout)
+    in_turn, at_once = (
+        found[branch.compress.fingerprint].memory_bytes - needs.PROCESS_BYTES
+        for branch in layout.branches
+        if branch.compress is not None
+    )
+    model = load_model(model_folder("llama"))
+    dense, block = (
+        sum(p.nbytes for p in module.parameters()) for module in (model, model.model.layers[0])
+    )
+    assert in_turn == block
+    assert dense < at_once < 2 * dense
+
+
+def test_the_time_of_closed_forms_grows_with_the_width(data: dict[str, Any]) -> None:
+    layout = lay_out(parse_config(data | {"methods": ["modegpt", "svd_llm", "shortgpt"]}))
+    seconds = {
+        stage.label: stage.seconds
+        for stage in expected_stages(layout, expected_models(layout))
+        if stage.stage == "compress_model"
+    }
+    modegpt, svd_llm, shortgpt = seconds.values()
+    assert svd_llm > modegpt > shortgpt > 0
 
 
 def test_a_run_that_fits_is_not_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

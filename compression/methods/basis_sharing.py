@@ -25,6 +25,7 @@ from foldstack.compression.low_rank import (
     shared_factors,
     uniform_ranks,
     updated_directions,
+    whitened_svd_operations,
 )
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import (
@@ -115,6 +116,20 @@ class BasisSharing(Method):
 
     def outline(self, model: PreTrainedModel) -> Plan:
         return _factored(plan_of(model), self._groups(model))
+
+    @property
+    def goes_in_turn(self) -> bool:
+        return True
+
+    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+        shapes = linear_shapes(model)
+        return sum(
+            whitened_svd_operations(
+                sum(shapes[position, group.name][0] for position in group.positions),
+                shapes[group.positions[0], group.name][1],
+            )
+            for group in self._groups(model)
+        )
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

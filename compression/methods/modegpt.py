@@ -25,6 +25,7 @@ from foldstack.compression.inner_pairs import (
     kept_coordinates,
     leverage_scores,
     narrower_values,
+    narrowing_operations,
     output_energy,
     refitted,
     top,
@@ -108,6 +109,22 @@ class MoDeGpt(Method):
         dimensions = self._dimensions(model)
         widths = self._widths(model, dimensions, self._uniform(dimensions))
         return self._plan(model, widths)
+
+    @property
+    def goes_in_turn(self) -> bool:
+        return True
+
+    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+        shapes, architecture = linear_shapes(model), architecture_of(model)
+        plan, total = self.outline(model), 0.0
+        for position, block in enumerate(plan.blocks):
+            for site in architecture.linears:
+                rows, columns = shapes[position, site.name]
+                if site.reads == "mlp_output" and block.mlp_width is not None:
+                    total += narrowing_operations(rows, columns, block.mlp_width)
+                elif site.reads == "attention_input" and block.narrow_heads is not None:
+                    total += 2.0 * rows * columns**2
+        return total
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

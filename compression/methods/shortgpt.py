@@ -41,6 +41,10 @@ class ShortGpt(Method):
         # Which blocks go is not known yet: the deepest ones stand in.
         return plan_of(model).keep(self._survivors(model, self._removable(model)[::-1]))
 
+    @property
+    def goes_in_turn(self) -> bool:
+        return True
+
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         removable = set(self._removable(model))

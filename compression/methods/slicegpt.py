@@ -19,6 +19,7 @@ from foldstack.compression.residual_slicing import (
     principal_basis,
     sliced_tensors,
 )
+from foldstack.compression.size import linear_shapes
 from foldstack.compression.surgery import Cut, plan_of
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,16 @@ class SliceGpt(Method):
     def outline(self, model: PreTrainedModel) -> Plan:
         # The energies are not known yet: one width for all stands in.
         return self._plan_of_one_width(model)
+
+    @property
+    def goes_in_turn(self) -> bool:
+        return True
+
+    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+        hidden, num_links = self._hidden(model), 2 * len(plan_of(model).blocks)
+        linears = sum(rows * columns for rows, columns in linear_shapes(model).values())
+        bases = num_links * (9.0 * hidden**3 + 2.0 * num_tokens * hidden**2)
+        return bases + 4.0 * hidden * linears
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

@@ -110,6 +110,18 @@ class Stack(Method):
         of_steps = {module for step in self.steps for module in step.method(0.5, 0).modules()}
         return (*super().modules(), *sorted(of_steps))
 
+    @property
+    def goes_in_turn(self) -> bool:
+        return all(step.method(0.5, 0).goes_in_turn for step in self.steps)
+
+    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+        # What one step leaves for the next would need its outline: as if each did its part alone.
+        part = self.sparsity / len(self.steps)
+        return sum(
+            step.method(part, self.seed).float64_operations(model, num_tokens)
+            for step in self.steps
+        )
+
     def outline(self, model: PreTrainedModel) -> Plan:
         try:
             return self._outline(model)

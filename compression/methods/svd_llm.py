@@ -27,6 +27,7 @@ from foldstack.compression.low_rank import (
     truncate,
     uniform_ranks,
     whitened_svd,
+    whitened_svd_operations,
 )
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import (
@@ -94,6 +95,15 @@ class SvdLlm(Method):
     def outline(self, model: PreTrainedModel) -> Plan:
         # v2 gives a type of linear as many ranks as the uniform allocation does, and so its size.
         return plan_of(model).factor(self._ranks(model))
+
+    @property
+    def goes_in_turn(self) -> bool:
+        return True
+
+    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+        shapes = linear_shapes(model)
+        once = sum(whitened_svd_operations(*shapes[site]) for site in self._ranks(model))
+        return once * (2 if self.allocation == "v2" else 1)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

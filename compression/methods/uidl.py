@@ -51,6 +51,10 @@ class Uidl(Method):
         # Where the run is is not known yet: the deepest one stands in.
         return plan_of(model).keep(self._survivors(model, self._deepest(model)))
 
+    @property
+    def goes_in_turn(self) -> bool:
+        return True
+
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         run = self._deepest(model)

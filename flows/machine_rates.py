@@ -1,0 +1,96 @@
+"""How fast this machine is, measured for a moment, in what stages are made of."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+MATMUL_SIZE = 768
+SECONDS = 0.3
+"""That each measurement goes on."""
+TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one thread pool and one precision."""
+
+    block_seconds: float
+    """That one token takes through one block of the dense model, forward."""
+    float32: float
+    """Operations per second of a matrix product."""
+    float64: float
+    head_seconds: float
+    """That one token takes from the hidden state to the logits."""
+
+
+def measure_rates(
+    config: "PreTrainedConfig", dtype: "torch.dtype", window_tokens: int, threads: int
+) -> Rates:
+    """The rates for a model of this config that computes in `dtype` on windows of this length."""
+    import torch
+
+    text, before = config.get_text_config(decoder=True), torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return Rates(
+            block_seconds=_block_seconds(config, dtype, window_tokens),
+            float32=_matmul_rate(torch.float32),
+            float64=_matmul_rate(torch.float64),
+            head_seconds=2 * text.hidden_size * text.vocab_size / _matmul_rate(dtype),
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _matmul_rate(dtype: "torch.dtype") -> float:
+    import torch
+
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
+    return 2 * MATMUL_SIZE**3 / _seconds_of(lambda: torch.mm(a, b))
+
+
+def _block_seconds(config: "PreTrainedConfig", dtype: "torch.dtype", window_tokens: int) -> float:
+    """A block of this shape, all its weights alike: what they are changes no time."""
+    import torch
+
+    from foldstack.compression.architectures import architecture_of, base_config_of
+    from foldstack.compression.plan import Plan
+    from foldstack.compression.stream import BlockStream
+    from foldstack.compression.surgery import build_on_meta, config_for
+
+    base = base_config_of(config)
+    plan = Plan.identity(architecture_of(base).model_type, base.num_hidden_layers)
+    one: Any = config_for(base, plan.keep([0]))
+    one.vocab_size, one.pad_token_id = 8, None
+    model: Any = build_on_meta(one).to_empty(device="cpu")
+    model = model.to(dtype)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(0.01)
+    count = max(1, TOKENS_AT_ONCE // window_tokens)
+    windows = torch.zeros(count, window_tokens, dtype=torch.long)
+    stream = BlockStream(model, windows, batch_size=count)
+    block, (batch,) = stream.blocks[0], stream.hidden
+
+    def forward() -> None:
+        with torch.no_grad():
+            stream.call(block, batch)
+
+    return _seconds_of(forward) / windows.numel()
+
+
+def _seconds_of(work: Callable[[], Any]) -> float:
+    """The least of several times: what disturbs the machine only ever adds."""
+    work()
+    took: list[float] = []
+    begun = time.perf_counter()
+    while len(took) < 2 or time.perf_counter() - begun < SECONDS:
+        started = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - started)
+    return min(took)

@@ -1,0 +1,133 @@
+"""Seconds of a stage of which no earlier run is known, from its shapes and this machine's rates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from foldstack.flows.branches import Branch, Layout
+from foldstack.flows.machine_rates import Rates, measure_rates
+from foldstack.flows.needs import Need
+from foldstack.tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRAINING_FACTOR = 3
+"""A forward and a backward pass over a forward pass."""
+TRAINED_PASSES = 2
+"""Over the calibration windows, of a method that trains or tries out."""
+GRAM_FACTOR = 1.2
+"""Of the upper triangle of a Gram over its multiplications, and of adding it up."""
+WRITE_RATE = 5e8
+"""Bytes per second that go to disk."""
+FRESH_SECONDS = 6.0
+"""A process of its own that loads the libraries and a model: the check of what was saved."""
+LITTLE_SECONDS = 1.0
+DECODING_FACTOR = 8
+"""A token that is written over one that is read with others."""
+CHARACTERS_PER_TOKEN = 3
+WHOLE_BENCHMARK, TOKENS_PER_ITEM = 1000, 400
+
+
+@dataclass(frozen=True)
+class StageArithmetic:
+    """Times of the stages of one run.
+
+    Args:
+        needs: of every stage, by its fingerprint.
+        flops: per token of every model, by its label.
+    """
+
+    layout: Layout
+    needs: Mapping[str, Need]
+    flops: Mapping[str, float]
+
+    def seconds(self, stage: Stage) -> float:
+        """Expected, with the libraries loaded already."""
+        config, rates, branch = self.layout.config, self._rates, self._owners.get(stage.fingerprint)
+        match stage.stage:
+            case "gather_statistics":
+                disk = self.needs[stage.fingerprint].disk_bytes
+                products = GRAM_FACTOR * disk / 4 * self._calibration / rates.float32
+                return self._calibration * self._token + products + disk / WRITE_RATE
+            case "compress_model":
+                return FRESH_SECONDS + self._of_method(branch)
+            case "recover_model":
+                schedule = config.recovery
+                tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
+                tokens *= schedule.windows.window_tokens
+                student = TRAINING_FACTOR * self._passing(tokens, branch)
+                teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
+                return FRESH_SECONDS + student + teacher
+            case "evaluate_model":
+                return self._passing(self._evaluated_tokens, branch)
+            case "benchmark_speed":
+                spec = config.speed
+                turns = (spec.warmup + spec.repeats) * sum(spec.batch_sizes)
+                tokens = turns * (spec.prompt_tokens + DECODING_FACTOR * spec.new_tokens)
+                return FRESH_SECONDS + self._passing(tokens) + self._passing(tokens, branch)
+            case _:
+                return LITTLE_SECONDS
+
+    def _passing(self, tokens: float, branch: Branch | None = None) -> float:
+        """Of tokens through the dense model or that of a branch, with its head, forward: less
+        arithmetic takes that much less time."""
+        dense = self.flops[self.layout.branches[0].label]
+        flops = dense if branch is None else self.flops[branch.label]
+        return tokens * (self._rates.head_seconds + self._token * flops / dense)
+
+    def _of_method(self, branch: Branch | None) -> float:
+        """Of a method's own work: its closed forms, or its training on the calibration windows."""
+        assert branch is not None
+        assert branch.variant is not None
+        method = branch.variant.method
+        operations = method.float64_operations(self._meta, self._calibration)
+        passes = 0 if method.goes_in_turn else TRAINED_PASSES * TRAINING_FACTOR
+        return operations / self._rates.float64 + passes * self._passing(self._calibration)
+
+    @cached_property
+    def _calibration(self) -> int:
+        """Tokens."""
+        chosen = self.layout.config.calibration
+        return chosen.num_windows * chosen.window_tokens
+
+    @cached_property
+    def _evaluated_tokens(self) -> int:
+        """Of the perplexity and, by a guess, of the benchmarks."""
+        from foldstack.compression.corpus import documents
+
+        evaluation = self.layout.config.evaluation
+        tokens = evaluation.perplexity.protocol.max_tokens
+        if not tokens:
+            texts = documents(evaluation.perplexity.source)
+            tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        items = (WHOLE_BENCHMARK if n is None else n for n in evaluation.limits.values())
+        return tokens + TOKENS_PER_ITEM * sum(items)
+
+    @cached_property
+    def _owners(self) -> dict[str, Branch]:
+        return {s.fingerprint: b for b in self.layout.branches for s in b.stages.values()}
+
+    @property
+    def _token(self) -> float:
+        """Seconds of a token in all blocks of the dense model."""
+        from foldstack.compression.surgery import plan_of
+
+        return len(plan_of(self._meta).blocks) * self._rates.block_seconds
+
+    @cached_property
+    def _meta(self) -> "PreTrainedModel":
+        from foldstack.compression.checkpoint import load_config
+        from foldstack.compression.surgery import build_on_meta
+
+        return build_on_meta(load_config(self.layout.model.folder))
+
+    @cached_property
+    def _rates(self) -> Rates:
+        from foldstack.tasks.execution import torch_dtype
+
+        dtype = torch_dtype(self.layout.config.model.dtype) or self._meta.dtype
+        threads = self.layout.statistics.execution.threads
+        tokens = self.layout.config.calibration.window_tokens
+        return measure_rates(self._meta.config, dtype, tokens, threads)
