@@ -234,15 +234,28 @@ def check_reload(model: PreTrainedModel, folder: Path) -> ReloadReport:
     Raises:
         RuntimeError: the folder does not load there, or computes something else.
     """
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="foldstack-reload-") as work:
-        probe = Path(work) / "probe.safetensors"
-        save_file(_probe(model), probe)
-        seen = _run_fresh(folder, probe, Path(work), isinstance(model, FoldstackForCausalLM))
-    seen["generated_tokens"] = tuple(seen["generated_tokens"])
-    report = ReloadReport(**seen, seconds=time.perf_counter() - started)
-    _judge(report, model, folder)
+    (report,) = check_reloads({folder: model}).values()
     return report
+
+
+def check_reloads(saved: Mapping[Path, PreTrainedModel]) -> dict[Path, ReloadReport]:
+    """`check_reload` of many folders in one fresh process per grade.
+
+    Raises:
+        RuntimeError: a folder does not load there, or computes something else; names the first.
+    """
+    reports: dict[Path, ReloadReport] = {}
+    for grade in (False, True):
+        models = {f: m for f, m in saved.items() if isinstance(m, FoldstackForCausalLM) == grade}
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="foldstack-reload-") as work:
+            all_seen = _run_fresh(models, Path(work), grade) if models else []
+        seconds = (time.perf_counter() - started) / max(1, len(models))
+        for (folder, model), seen in zip(models.items(), all_seen, strict=True):
+            seen["generated_tokens"] = tuple(seen["generated_tokens"])
+            reports[folder] = ReloadReport(**seen, seconds=seconds)
+            _judge(reports[folder], model, folder)
+    return reports
 
 
 def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -255,10 +268,18 @@ def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "logits": logits.contiguous()}
 
 
-def _run_fresh(folder: Path, probe: Path, work: Path, is_ours: bool) -> dict[str, Any]:
+def _run_fresh(
+    models: Mapping[Path, PreTrainedModel], work: Path, is_ours: bool
+) -> list[dict[str, Any]]:
+    """What the fresh process saw in each folder, in their order."""
     flags = ["--trust_remote_code"] if is_ours else []
+    pairs: list[Path] = []
+    for number, (folder, model) in enumerate(models.items()):
+        probe = work / f"probe-{number}.safetensors"
+        save_file(_probe(model), probe)
+        pairs += [folder.resolve(), probe]
     finished = subprocess.run(
-        [sys.executable, "-I", reload_check.__file__, folder.resolve(), probe, *flags],
+        [sys.executable, "-I", reload_check.__file__, *pairs, *flags],
         cwd=work,
         # The code that was copied beside the weights is imported from a cache of its own.
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")},
@@ -266,10 +287,11 @@ def _run_fresh(folder: Path, probe: Path, work: Path, is_ours: bool) -> dict[str
         text=True,
         check=False,
     )
+    seen = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
     if finished.returncode != 0:
         lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        raise RuntimeError(f"{folder} does not load in a fresh process: {lines[-1]}")
-    seen: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+        failed = list(models)[len(seen)]
+        raise RuntimeError(f"{failed} does not load in a fresh process: {lines[-1]}")
     return seen
 
 

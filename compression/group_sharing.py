@@ -122,6 +122,8 @@ class GroupSharing(Method):
                 return size, self._count(model, windows)
         of = f"groups of {self.group_size}" if fixed else "groups of any size"
         free = sum(map(len, stretches))
+        if longest < 2:
+            of = "no two neighbours of one form"
         raise InputError(
             unreachable(self, farthest, f"{of} among {free} of {len(plan.blocks)} blocks")
         )

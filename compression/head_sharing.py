@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -53,6 +54,8 @@ def groups_of_heads(model: PreTrainedModel) -> list[Slice]:
 
 class HeadSharing(Method):
     """The settings of every method that lets attention heads use the weights of earlier ones."""
+
+    steps_of: ClassVar[str] = "groups of attention heads"
 
     match: Match = Field(default="qk")
     """What is compared. qk, q, k, v, qkv: the projections themselves; product: the logits' and the

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.low_rank import truncate, whitened_svd
+from foldstack.compression.low_rank import NO_ENERGY, truncate, whitened_svd
 
 # First ridge of a fit on kept channels, relative to their unit diagonals, and how it grows while
 # rounding noise keeps the matrix from being positive definite.
@@ -30,7 +30,7 @@ def leverage_scores(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "
     (arXiv 2408.09632, algorithm 1).
     """
     gram = _symmetric(gram)
-    shift = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    shift = ridge * gram.diagonal().mean().clamp_min(NO_ENERGY)
     factor = _cholesky(gram, shift)
     return (1 - shift * torch.cholesky_inverse(factor).diagonal()).clamp(0, 1)
 

@@ -30,6 +30,8 @@ from foldstack.compression.errors import InputError
 # Weight of directions that never occurred, relative to the mean energy of those that did: it orders
 # the leading directions of W G W^T beyond its rank, and is far below float32's noise in G.
 UNSEEN_DIRECTION_WEIGHT = 1e-10
+# Mean squares below this are no energy at all: products with them would leave float64's range.
+NO_ENERGY = 1e-200
 # Singular values of a Gram below this share of the largest one are rounding noise of float32 sums.
 RELATIVE_TOLERANCE = 1e-10
 
@@ -64,9 +66,9 @@ def whitened_svd(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
         InputError: the Gram has an entry that is not finite.
     """
     weight, gram = weight.double(), _symmetric(gram)
-    unseen = UNSEEN_DIRECTION_WEIGHT * gram.diagonal().mean().clamp_min(
-        torch.finfo(gram.dtype).tiny
-    )
+    seen = gram.diagonal().mean()
+    # Inputs that are always zero say nothing: then the weight alone orders its directions.
+    unseen = UNSEEN_DIRECTION_WEIGHT * seen if seen > NO_ENERGY else torch.ones_like(seen)
     if weight.shape[0] > weight.shape[1]:
         basis, core = torch.linalg.qr(weight)  # the outputs span no more than `in` directions
     else:

@@ -79,6 +79,9 @@ class Method(BaseModel, ABC):
     seed: int = Field(default=0, ge=0)
     """Seed of whatever is random in the method."""
 
+    steps_of: ClassVar[str] = "whole blocks"
+    """What it removes one after the other: why it may miss a sparsity."""
+
     @property
     def title(self) -> str:
         """What a person calls it in a table."""
@@ -144,6 +147,22 @@ def smallest_reaching(
     if farthest < enough:
         raise InputError(unreachable(method, farthest, f"{most} {what}"))
     return bisect_left(range(most + 1), enough, key=lambda count: removed(count) if count else 0.0)
+
+
+def missed(method: Method, realised: float) -> str | None:
+    """Why `method` removed another fraction than it was asked; None within the tolerance."""
+    if abs(realised - method.sparsity) <= TOLERANCE:
+        return None
+    return (
+        f"{method.title} removed {realised:.1%} of the parameters where {method.sparsity:.1%} was "
+        f"asked: it goes in steps of {method.steps_of}, and {_WHICH[realised > method.sparsity]}"
+    )
+
+
+_WHICH = {
+    True: "one step fewer would have left too much",
+    False: "one more was out of its reach",
+}
 
 
 def unreachable(method: Method, farthest: float, by: str) -> str:

@@ -1,9 +1,9 @@
-"""Load a model folder in this process and compare it with what the maker saw.
+"""Load model folders in this process and compare each with what its maker saw.
 
-Run as a script in a fresh process, without foldstack: `python -I reload_check.py FOLDER PROBE`. It
-imports nothing of ours on purpose, so that it sees what any user of transformers sees. `PROBE` is a
-safetensors file with `input_ids` [1, tokens] and the maker's `logits` [1, tokens, vocab]. Prints
-one JSON object.
+Run as a script in a fresh process, without foldstack: `python -I reload_check.py FOLDER PROBE
+[FOLDER PROBE ...]`. It imports nothing of ours on purpose, so that it sees what any user of
+transformers sees. `PROBE` is a safetensors file with `input_ids` [1, tokens] and the maker's
+`logits` [1, tokens, vocab]. Prints one JSON object per folder, in their order, one a line.
 """
 
 import argparse
@@ -59,9 +59,11 @@ def cached_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("probe", type=Path)
+    parser.add_argument("folders_and_probes", type=Path, nargs="+", metavar="FOLDER PROBE")
     parser.add_argument("--trust_remote_code", action="store_true")
     arguments = parser.parse_args()
-    report = check(arguments.folder, load_file(arguments.probe), arguments.trust_remote_code)
-    json.dump(report, sys.stdout)
+    given = arguments.folders_and_probes
+    for folder, probe in zip(given[::2], given[1::2], strict=True):
+        report = check(folder, load_file(probe), arguments.trust_remote_code)
+        sys.stdout.write(json.dumps(report) + "\n")
+        sys.stdout.flush()

@@ -92,6 +92,14 @@ class Comparison(BaseModel):
     def dense(self) -> Row | None:
         return next((row for row in self.rows if row.is_dense), None)
 
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """Why variants have another sparsity than they were asked for."""
+        sentences = {
+            str(row.structure["missed"]) for row in self.rows if row.structure.get("missed")
+        }
+        return tuple(sorted(sentences))
+
     def benchmarks(self) -> dict[str, str]:
         """The metric that is shown of each benchmark, by benchmark."""
         shown: dict[str, str] = {}

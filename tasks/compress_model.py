@@ -51,7 +51,7 @@ class CompressModel(ComputedStage):
         from foldstack.compression.architectures import architecture_of
         from foldstack.compression.calibration import Windows
         from foldstack.compression.checkpoint import check_reload, save_model
-        from foldstack.compression.method import Evidence
+        from foldstack.compression.method import Evidence, missed
         from foldstack.compression.model_card import CardFacts, save_facts, write_model_card
         from foldstack.compression.size import size_of, sparsity_between
         from foldstack.compression.statistics import Statistics
@@ -84,10 +84,12 @@ class CompressModel(ComputedStage):
         progress("check in a fresh process", 0, 1)
         report = check_reload(smaller, out)
         (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))
+        realised = sparsity_between(dense, size)
         return {
             "grade": grade,
             "sparsity": self.method.sparsity,
-            "realised_sparsity": sparsity_between(dense, size),
+            "realised_sparsity": realised,
+            "missed": missed(self.method, realised),
             "block_linear_sparsity": 1
             - size.block_linear_parameters / dense.block_linear_parameters,
             **size.as_dict(),

@@ -93,6 +93,16 @@ def test_a_singular_gram_needs_no_fallback(fault: str) -> None:
     torch.testing.assert_close(second @ first, weight, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("out", [24, 8])
+def test_silent_data_leave_what_the_update_starts_from(out: int) -> None:
+    weight, _ = problem(out, 16, tokens=3)
+    silent = torch.zeros(16, 16, dtype=torch.float64)
+    first, second = truncate(whitened_svd(weight, silent), 5)
+    assert torch.isfinite(first.float()).all()  # in the precision in which it is stored, too
+    assert torch.linalg.matrix_rank(second @ first) == 5
+    assert torch.equal(updated_directions(weight, first, second, silent), second)
+
+
 def test_a_gram_that_is_not_finite_is_refused() -> None:
     with pytest.raises(InputError, match="finite"):
         whitened_svd(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, float("inf")]]))

@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from foldstack.compression.method import TOLERANCE
+from foldstack.compression.reference import MODEL_FOLDER
+from foldstack.compression.size import count_parameters, size_of_plan
+from foldstack.compression.surgery import build_on_meta
 from foldstack.flows.config_file import RECIPES, recipes
 from foldstack.flows.run_config import json_schema, load_config
 
@@ -29,6 +34,21 @@ def test_recipes_on_the_hub_are_pinned() -> None:
         if model.name.count("/") == 1:  # a hub id
             assert model.revision is not None, f"{name} follows a branch"
             assert len(model.revision) == 40, f"{name} follows a branch"
+
+
+@pytest.mark.parametrize("name", ["prune-then-share", "prune-then-factor", "share-then-factor"])
+def test_a_recipe_that_stacks_has_one_budget_and_recovers(name: str) -> None:
+    config = load_config(name)
+    assert config.recovery.steps > 0
+    model = build_on_meta(AutoConfig.from_pretrained(MODEL_FOLDER))
+    (stack,) = [variant.method for variant in config.variants if variant.method.name == "stack"]
+    alone = {variant.method.name for variant in config.variants} - {"stack"}
+    assert {step.name for step in stack.steps} == alone  # beside each alone, at the same size
+    left = size_of_plan(model.config, stack.outline(model)).parameters
+    removed = 1 - left / count_parameters(model)
+    assert removed >= stack.sparsity - TOLERANCE
+    if "factor" in name:
+        assert removed == pytest.approx(stack.sparsity, abs=TOLERANCE)
 
 
 def test_published_schema_is_current() -> None:

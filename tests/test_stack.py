@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from foldstack.compression.checkpoint import check_reloads, load_model, load_plan, save_model
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE, Evidence
 from foldstack.compression.methods import METHODS
@@ -17,10 +18,11 @@ from foldstack.compression.methods.shortgpt import ShortGpt
 from foldstack.compression.methods.stack import Stack
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.recovery import Recovery, recover
 from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.spool import Spool
 from foldstack.compression.statistics import KINDS, gather
-from foldstack.compression.surgery import build_on_meta, cut
+from foldstack.compression.surgery import build_on_meta, cut, plan_of
 from foldstack.flows.method_entries import ENTRIES, expand
 
 SHARE = {"name": "block_sharing", "keep_head": 0, "keep_tail": 0, "leader_windows": 2}
@@ -139,6 +141,23 @@ def test_a_step_that_overshoots_leaves_the_next_one_out(
 def test_what_is_no_stack_gets_a_sentence(steps: list[Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         Stack(sparsity=0.3, steps=steps)
+
+
+def test_stacked_and_recovered_models_load_like_any_other(
+    tiny_model: Callable[..., Any], windows: Tensor, tmp_path: Path
+) -> None:
+    saved = {}
+    for steps in ((PRUNE, SHARE), (PRUNE, FACTOR), (SHARE, FACTOR)):
+        model = tiny_model("qwen2", num_hidden_layers=6)
+        stack = Stack(sparsity=0.4, steps=steps)
+        smaller = cut(model, stack.compress(model, evidence_of(model, windows)))
+        settings = Recovery(steps=2, batch_size=4, learning_rate=1e-2, lora_rank=4)
+        recover(smaller, windows.repeat(4, 1), settings)
+        folder = tmp_path / stack.title
+        save_model(smaller, folder, tokenizer_from=folder)
+        assert load_plan(folder) == plan_of(smaller) == plan_of(load_model(folder))
+        saved[folder] = smaller
+    assert check_reloads(saved).keys() == saved.keys()
 
 
 REMOVING: dict[str, dict[str, Any]] = {

@@ -113,6 +113,45 @@ def test_removed_blocks_act_as_identity(architecture, tiny_model, ids, kept):
     assert_cached_decoding_equals_full_forward(smaller, ids)
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+PATTERNS = [
+    ("mistral", {}),
+    ("gemma2", {}),
+    ("gemma3_text", {}),
+    ("phi3", {"sliding_window": 16}),
+    ("qwen2", WINDOWED),
+    ("qwen3", WINDOWED),
+    ("qwen2", {**WINDOWED, "layer_types": ["full_attention", "sliding_attention"] * 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "entries"), PATTERNS)
+@pytest.mark.parametrize("kept", [[1, 2], [3], [0, 2, 3]])
+def test_what_a_config_says_per_block_goes_with_the_block(
+    family, entries, kept, tiny_model, ids, tmp_path
+):
+    """Windows of 16 over 40 tokens: a block with another's attention would compute other logits."""
+    model = tiny_model(family, **entries)
+    smaller = keep(model, kept)
+    smaller.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    blocks, left = (architecture_of(m).blocks(m) for m in (model, again))
+    for new, old in enumerate(kept):
+        mine, before = left[new].self_attn, blocks[old].self_attn
+        assert mine.layer_idx == new
+        for name in ("layer_type", "sliding_window", "is_sliding", "rotary_emb"):
+            assert getattr(mine, name, None) == getattr(before, name, None)
+    types = getattr(model.config, "layer_types", None)
+    assert getattr(again.config, "layer_types", None) == (types and [types[p] for p in kept])
+    assert getattr(again.config, "max_window_layers", 0) <= len(kept)
+    assert again.config.num_hidden_layers == len(kept)
+    assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
+    for position in set(range(4)) - set(kept):
+        blocks[position] = PassThrough()
+    assert_same(logits(again, ids), logits(model, ids))
+    assert_cached_decoding_equals_full_forward(again, ids)
+
+
 def test_survivors_keep_their_attention_type(tiny_model):
     model = tiny_model("gemma3_text")
     types = model.config.layer_types

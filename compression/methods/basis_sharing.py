@@ -91,6 +91,7 @@ class BasisSharing(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
+    steps_of: ClassVar[str] = "ranks"
     name: Literal["basis_sharing"] = "basis_sharing"
     group_size: int = Field(default=2, ge=1)
     """Consecutive blocks that share a basis; what is left at the end is a smaller group."""

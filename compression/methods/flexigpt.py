@@ -64,6 +64,7 @@ class FlexiGpt(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
 
+    steps_of: ClassVar[str] = "virtual blocks and ranks of their adapters"
     name: Literal["flexigpt"] = "flexigpt"
     rank: Annotated[int, Field(ge=1)] | Literal["by_width"] = "by_width"
     """Rank of the adapters and of the leading parts that are compared, at most half a linear's

@@ -51,6 +51,7 @@ class FlexiGptExtend(Method):
     needs: ClassVar[frozenset[str]] = frozenset()
     grows: ClassVar[bool] = True
 
+    steps_of: ClassVar[str] = "ranks of its adapters"
     name: Literal["flexigpt_extend"] = "flexigpt_extend"
     sparsity: float = Field(gt=-1, lt=0)
     """Minus the fraction of the whole model's stored parameters to add at most."""

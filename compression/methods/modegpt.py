@@ -78,6 +78,7 @@ class MoDeGpt(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "similarity"})
 
+    steps_of: ClassVar[str] = "widths of heads and MLPs"
     name: Literal["modegpt"] = "modegpt"
     mlp: bool = True
     """Whether the MLPs become narrower."""

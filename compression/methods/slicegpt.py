@@ -47,6 +47,7 @@ class SliceGpt(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    steps_of: ClassVar[str] = "widths of the residual stream"
     name: Literal["slicegpt"] = "slicegpt"
     widths: Literal["one", "explained_variance"] = "one"
     """one: the same width at all links; explained_variance: at each as many directions as leave

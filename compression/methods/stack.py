@@ -1,6 +1,7 @@
 """Several methods one after the other, budgeted to one sparsity."""
 
 import importlib
+import logging
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -19,6 +20,8 @@ from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.spool import sync_files
 from foldstack.compression.statistics import KINDS
 from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of, storage_of
+
+logger = logging.getLogger(__name__)
 
 # How finely the reachable sparsity is searched for, to name it in a refusal.
 _REACH_STEP = 0.01
@@ -76,6 +79,7 @@ class Stack(Method):
 
     needs: ClassVar[frozenset[str]] = KINDS
 
+    steps_of: ClassVar[str] = "those of its methods"
     name: Literal["stack"] = "stack"
     steps: tuple[Step, ...] = Field(
         default_factory=lambda: (Step(name="shortgpt"), Step(name="svd_llm")), min_length=2
@@ -136,6 +140,8 @@ class Stack(Method):
         for number in range(len(self.steps)):
             method = self._method(number, dense, count_parameters(current))
             if method is None:
+                name, before = self.steps[number].name, self.steps[number - 1].name
+                logger.warning("step %s is left out: %s removed enough already", name, before)
                 continue
             work = None if evidence.work is None else evidence.work / f"step-{number}"
             step = replace(evidence, work=work)

@@ -76,6 +76,7 @@ class SvdLlm(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
+    steps_of: ClassVar[str] = "ranks"
     name: Literal["svd_llm"] = "svd_llm"
     update: Literal["none", "closed_form"] = "closed_form"
     """Whether U is fitted again on the inputs that the compressed blocks before it produce; none is
