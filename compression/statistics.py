@@ -180,6 +180,7 @@ def gather(
     folder: Path | None = None,
     memory_bytes: int = MEMORY_BYTES,
     work: Path | None = None,
+    warn_of_ranks: bool = True,
 ) -> Statistics:
     """The statistics of `kinds` over `windows`, in one pass that holds one block and its Grams.
 
@@ -190,7 +191,8 @@ def gather(
     `memory_bytes`, those on their way and those that are compared each, are in files in `work`.
     With both folders, which belong to this one computation, all of them are, and a call after one
     that was killed goes on behind the blocks that it has kept (`KeptPass`). On a CPU the blocks of
-    a model of half precision compute in float32, one at a time.
+    a model of half precision compute in float32, one at a time. `warn_of_ranks` is for windows that
+    are all there are: a shard's tell nothing by themselves.
 
     Raises:
         InputError: a kind is unknown, hidden states are not finite, or those of two boundaries
@@ -231,7 +233,8 @@ def gather(
         kept.checkpoint(stream.position)
         if progress is not None:
             progress("gather statistics", stream.position, len(stream.blocks))
-    report_ranks(kept.ranks)
+    if warn_of_ranks:
+        report_ranks(kept.ranks)
     similarity = None
     if "similarity" in kinds:
         boundaries.add(stream.states)
@@ -262,3 +265,12 @@ def _summed(stream: BlockStream, kept: KeptPass, folder: Path | None) -> dict[Gr
         return {(position, reads): gram for reads, gram in of_block.items()}
     save_grams(folder, position, of_block)
     return {}
+
+
+def report_deficient_grams(statistics: Statistics) -> None:
+    """Say which Grams cannot have full rank; reads all of them."""
+    ranks: dict[str, int] = {}
+    for (position, reads), gram in statistics.grams.items():
+        bounds = rank_bounds({reads: gram}, statistics.num_tokens)
+        ranks |= {f"{name} of block {position}": rank for name, rank in bounds.items()}
+    report_ranks(ranks)

@@ -21,7 +21,7 @@ from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.compress_model import CompressModel
 from foldstack.tasks.evaluate_model import EvaluateModel
 from foldstack.tasks.execution import Execution, cores
-from foldstack.tasks.gather_statistics import GatherStatistics
+from foldstack.tasks.gather_statistics import AddStatistics, GatherStatistics, Shard
 from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.recover_model import RecoverModel
 from foldstack.tasks.stage import ModelRef, Stage
@@ -73,11 +73,17 @@ class Layout:
     model: ModelRef
     calibration: CollectCalibration
     recovery_windows: CollectCalibration | None
-    statistics: GatherStatistics
+    shards: tuple[GatherStatistics, ...]
+    statistics: GatherStatistics | AddStatistics
+    """The only shard, or what adds them."""
     ranking: RankBlocks
     branches: tuple[Branch, ...]
     """The dense model's first."""
-    workers: int
+
+    @cached_property
+    def workers(self) -> int:
+        """Stages that run at once."""
+        return num_workers(self.config)
 
     @property
     def stages(self) -> list[Stage]:
@@ -117,6 +123,7 @@ class Layout:
 
     def _in_order(self) -> Iterator[Stage]:
         yield from self.windows
+        yield from self.shards
         yield self.statistics
         yield self.ranking
         for parts in (
@@ -137,8 +144,10 @@ def lay_out(config: RunConfig) -> Layout:
     """
     store = ArtifactStore(config.output.home / "store")
     model = ModelRef.of(config.model.name, config.model.revision)
-    workers = num_workers(config)
-    shared = Execution(device=config.model.device, threads=max(1, cores() // workers))
+    # A worker of Dask's is told by its environment how many threads it may use.
+    is_here = config.execution.engine == "processes"
+    threads = max(1, cores() // num_workers(config)) if is_here else 0
+    shared = Execution(device=config.model.device, threads=threads)
     digests: dict[TextSource, str] = {}
 
     def digest(source: TextSource) -> str:
@@ -161,27 +170,49 @@ def lay_out(config: RunConfig) -> Layout:
             windows=config.recovery.windows,
             purpose="recovery",
         )
-    statistics = GatherStatistics(
-        model=model,
-        calibration=calibration.artifact(store),
-        kinds=tuple(sorted(config.statistics.kinds)),
-        dtype=config.model.dtype,
-        batch_size=config.statistics.batch_size,
-        execution=shared,
-    )
+    shards = _shards(config, model, calibration.artifact(store), shared)
+    statistics: GatherStatistics | AddStatistics = shards[0]
+    if len(shards) > 1:
+        statistics = AddStatistics(shards=tuple(shard.artifact(store) for shard in shards))
     ranking = RankBlocks(statistics=statistics.artifact(store))
     builder = _BranchBuilder(
         config, store, model, calibration, recovery_windows, statistics, ranking, shared,
         evaluation_digests(config),
     )  # fmt: skip
     return Layout(
-        config, store, model, calibration, recovery_windows, statistics, ranking,
-        (builder.dense(), *(builder.of(variant) for variant in config.variants)), workers,
+        config, store, model, calibration, recovery_windows, shards, statistics, ranking,
+        (builder.dense(), *(builder.of(variant) for variant in config.variants)),
     )  # fmt: skip
 
 
+def _shards(
+    config: RunConfig, model: ModelRef, calibration: Artifact, execution: Execution
+) -> tuple[GatherStatistics, ...]:
+    count = config.statistics.shards
+    return tuple(
+        GatherStatistics(
+            model=model,
+            calibration=calibration,
+            kinds=tuple(sorted(config.statistics.kinds)),
+            shard=Shard(index=index, count=count),
+            dtype=config.model.dtype,
+            batch_size=config.statistics.batch_size,
+            execution=execution,
+        )
+        for index in range(count)
+    )
+
+
 def num_workers(config: RunConfig) -> int:
-    """Stages that run at once."""
+    """Stages that run at once.
+
+    Raises:
+        InputError: the Dask scheduler does not answer.
+    """
+    if config.execution.engine == "dask":
+        from foldstack.flows.engines import num_dask_workers
+
+        return num_dask_workers(config.execution.address)
     if isinstance(config.workers, int):
         return max(1, config.workers)
     if config.model.device == "cpu":
@@ -198,7 +229,7 @@ class _BranchBuilder:
     model: ModelRef
     calibration: CollectCalibration
     recovery_windows: CollectCalibration | None
-    statistics: GatherStatistics
+    statistics: GatherStatistics | AddStatistics
     ranking: RankBlocks
     execution: Execution
     evaluation_digests: EvaluationDigests

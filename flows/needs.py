@@ -109,10 +109,13 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
 
     chosen = layout.config
     tokens = chosen.calibration.num_windows * chosen.calibration.window_tokens
-    if stage.stage != "gather_statistics":
+    if stage.stage not in ("gather_statistics", "add_statistics"):
         return Need(PROCESS_BYTES, 4 * tokens)
     has_grams = "gram" in chosen.statistics.kinds
     elements = shapes.gram_elements if has_grams else 0
+    disk = 4 * elements * shapes.num_blocks
+    if stage.stage == "add_statistics":
+        return Need(PROCESS_BYTES + 12 * elements, disk)
     batch = chosen.statistics.batch_size * chosen.calibration.window_tokens
     # Blocks of half precision compute in float32 on a CPU; hidden states are in files.
     in_float32 = max(1, 4 // shapes.element_bytes)
@@ -121,7 +124,7 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
         + 12 * elements  # sums in float64, and rounded to float32 for their file
         + COMPARED_COPIES * BYTES_AT_ONCE
     )
-    return Need(PROCESS_BYTES + memory, 4 * elements * shapes.num_blocks)
+    return Need(PROCESS_BYTES + memory, disk)
 
 
 def _need(stage: Stage, branch: Branch, model_bytes: int, shapes: _Shapes, layout: Layout) -> Need:

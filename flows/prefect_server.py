@@ -105,7 +105,7 @@ class TemporaryServer:
         if process is None:
             self._log.close()
             return
-        _deliver_what_waits()
+        deliver_what_waits()
         if os.environ.get("PREFECT_API_URL") == self._url:
             del os.environ["PREFECT_API_URL"]
         process.terminate()
@@ -198,7 +198,7 @@ def _check_answers(url: str) -> None:
         ) from None
 
 
-def _deliver_what_waits() -> None:
+def deliver_what_waits() -> None:
     """Let Prefect send its last logs and events: without a server it retries for a minute."""
     if "prefect.logging.handlers" not in sys.modules:
         return

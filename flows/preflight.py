@@ -21,9 +21,14 @@ def check(layout: Layout) -> None:
     missing = {stage.fingerprint for stage in layout.stages if not is_stored(stage, layout)}
     if not missing:
         return
-    from foldstack.tasks.execution import device_named
+    if layout.config.execution.engine == "dask":
+        from foldstack.flows.engines import check_dask_workers
 
-    device_named(layout.config.model.device)
+        check_dask_workers(layout)
+    else:
+        from foldstack.tasks.execution import device_named
+
+        device_named(layout.config.model.device)
     check_model(layout)
     objections = [
         *unreachable_variants(layout, missing),

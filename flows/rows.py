@@ -67,8 +67,8 @@ def _failure(
     layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]
 ) -> tuple[str, Outcome | None]:
     """The first stage that failed, of those that the branch is made of or depends on."""
-    shared = [layout.calibration, layout.recovery_windows, layout.statistics, layout.ranking]
-    needed = [] if branch.variant is None else [stage for stage in shared if stage is not None]
+    shared = [*layout.windows, *layout.shards, layout.statistics, layout.ranking]
+    needed = [] if branch.variant is None else shared
     for stage in [*needed, *branch.stages.values()]:
         outcome = outcomes.get(stage.fingerprint)
         if outcome is not None and outcome.kind == "failed":

@@ -1,6 +1,7 @@
 """RunConfig: the YAML of a run, and what becomes of it."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -69,6 +70,8 @@ class StatisticsChoice(_Section):
     """All by default, so that a method that is added later finds what it needs."""
     batch_size: int = Field(default=8, ge=1)
     """Windows per forward pass."""
+    shards: int = Field(default=1, ge=1)
+    """Parts of the windows that are passed through the model side by side; their sums are added."""
 
 
 class RecoveryChoice(Recovery):
@@ -161,6 +164,29 @@ class Output(_Section):
         return value
 
 
+class ExecutionChoice(_Section):
+    """What stages run on."""
+
+    engine: Literal["processes", "dask"] = "processes"
+    """processes: of this machine; dask: the workers of a Dask scheduler, also of other machines."""
+    address: str = ""
+    """The Dask scheduler's, e.g. tcp://127.0.0.1:8786."""
+
+    @model_validator(mode="after")
+    def _address_belongs_to_dask(self) -> Self:
+        if self.engine == "dask" and not re.fullmatch(r"(tcp|tls)://[^\s/@]+:\d+", self.address):
+            raise ValueError(
+                "execution.address must be where the Dask scheduler listens, like "
+                f"tcp://127.0.0.1:8786, got {redacted(self.address)!r}"
+            )
+        if self.engine != "dask" and self.address:
+            raise ValueError(
+                f"execution.address is for Dask, and execution.engine is {self.engine}; set it to "
+                "dask"
+            )
+        return self
+
+
 class RunConfig(_Section):
     """One sweep: a model, methods times sparsities times seeds, recovery, and evaluation."""
 
@@ -180,8 +206,10 @@ class RunConfig(_Section):
     speed: Speed = Speed()
     tracking: Tracking = Tracking()
     output: Output = Field(default_factory=Output)
+    execution: ExecutionChoice = ExecutionChoice()
     workers: int | Literal["auto"] = "auto"
-    """Stages that run at once; auto: one on a GPU, else as many as there are cores."""
+    """Stages that run at once; auto: one on a GPU, else as many as there are cores. Of Dask's
+    workers each runs one."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -194,6 +222,24 @@ class RunConfig(_Section):
         if isinstance(value, (list, tuple)):
             return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
         return value
+
+    @model_validator(mode="after")
+    def _workers_are_ours(self) -> Self:
+        if self.execution.engine == "dask" and self.workers != "auto":
+            raise ValueError(
+                "workers is for execution.engine processes; with dask as many stages run at once "
+                f"as it has workers, got {self.workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_enough(self) -> Self:
+        if self.statistics.shards > self.calibration.num_windows:
+            raise ValueError(
+                f"statistics.shards may be at most the {self.calibration.num_windows} windows of "
+                f"calibration.num_windows, got {self.statistics.shards}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _variants_are_valid(self) -> Self:

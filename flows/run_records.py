@@ -27,7 +27,7 @@ from foldstack.tasks.run_record import PREFIX, DatasetUse, RunRecord, Status
 from foldstack.tasks.tracking import Tracker
 
 # Parts of a config that change nothing that is computed.
-BESIDE_THE_POINT = ("name", "tracking", "output", "workers")
+BESIDE_THE_POINT = ("name", "tracking", "output", "execution", "workers")
 CURVES = ("loss", "cross_entropy", "divergence", "gradient_norm", "learning_rate_fraction")
 SMALL_BYTES = 32 << 20
 MODEL_REFERENCE = "model/reference.json"

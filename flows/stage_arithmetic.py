@@ -49,8 +49,9 @@ class StageArithmetic:
         match stage.stage:
             case "gather_statistics":
                 disk = self.needs[stage.fingerprint].disk_bytes
-                products = GRAM_FACTOR * disk / 4 * self._calibration / rates.float32
-                return self._calibration * self._token + products + disk / WRITE_RATE
+                tokens = self._calibration / config.statistics.shards
+                products = GRAM_FACTOR * disk / 4 * tokens / rates.float32
+                return tokens * self._token + products + disk / WRITE_RATE
             case "compress_model":
                 return FRESH_SECONDS + self._of_method(branch)
             case "recover_model":

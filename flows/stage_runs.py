@@ -10,6 +10,7 @@ from prefect.tasks import Task
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.branches import Branch, Layout
+from foldstack.flows.engines import Engine
 from foldstack.flows.terminal import Display
 from foldstack.tasks.artifacts import Artifact
 from foldstack.tasks.prefect_cache import stage_task
@@ -17,6 +18,7 @@ from foldstack.tasks.redaction import redacted
 from foldstack.tasks.stage import Stage
 
 Future = PrefectFuture[Artifact]
+WORKERS_DIED = "every worker that ran it died, perhaps for want of memory"
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class Outcome:
 class StageRuns:
     """Submits stages as Prefect tasks, each once, and collects their outcomes."""
 
-    def __init__(self, layout: Layout, display: Display) -> None:
+    def __init__(self, layout: Layout, display: Display, engine: Engine) -> None:
         self.layout = layout
         self.outcomes: dict[str, Outcome] = {}
         """By the stage's fingerprint."""
         self._display = display
+        self._engine = engine
         self._tasks: dict[str, Task[..., Artifact]] = {}
         self._futures: dict[str, Future] = {}
         self._labels: dict[str, str] = {}
@@ -63,10 +66,13 @@ class StageRuns:
             self._tasks[stage.stage] = stage_task(name, self.layout.store)
         inputs = [reference.rpartition("/")[2] for reference in stage.inputs()]
         self._labels[fingerprint] = stage.label
-        self._futures[fingerprint] = self._tasks[stage.stage].submit(
-            stage=stage,
-            store_root=self.layout.store.root,
-            report=self._report,
+        self._futures[fingerprint] = self._engine.runner.submit(
+            self._tasks[stage.stage],
+            {
+                "stage": stage,
+                "store_root": self.layout.store.root,
+                "report": self._engine.report,
+            },
             wait_for=[self._futures[name] for name in inputs if name in self._futures],
         )
         return self._futures[fingerprint]
@@ -125,17 +131,16 @@ class StageRuns:
         said = f"failed: {outcome.cause}" if outcome.kind == "failed" else outcome.kind
         self._display.finished(label, said, seconds)
 
-    def _report(self, stage: Stage, what: str, done: int, total: int) -> None:
-        self._display.report(stage.label, what, done, total)
-
 
 def outcome_of(state: State[Any]) -> Outcome:
     """What the final state of a task run says."""
     if state.is_completed():
         kind: Literal["cached", "done"] = "cached" if state.name == "Cached" else "done"
         return Outcome(kind, artifact=state.result())
-    if state.name == "NotReady":
+    if state.name == "NotReady" or state.is_pending():  # of Dask's no worker began it
         return Outcome("skipped")
+    if not state.is_final():
+        return Outcome("failed", cause=WORKERS_DIED)
     error = state.result(raise_on_failure=False)
     said = str(error if isinstance(error, BaseException) else state.message or "")
     lines = redacted(said).splitlines()

@@ -17,11 +17,11 @@ from prefect.artifacts import (
     create_link_artifact,
     create_table_artifact,
 )
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from foldstack.flows import comparison as tables
 from foldstack.flows.branches import Layout, lay_out
 from foldstack.flows.comparison import Comparison
+from foldstack.flows.engines import Engine, engine_for
 from foldstack.flows.prefect_server import note_flow_run
 from foldstack.flows.preflight import check
 from foldstack.flows.rows import row_of
@@ -29,7 +29,6 @@ from foldstack.flows.run_config import RunConfig, to_yaml
 from foldstack.flows.run_records import SweepLog
 from foldstack.flows.stage_runs import StageRuns
 from foldstack.flows.terminal import Display, Silent
-from foldstack.tasks.execution import cores
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
 from foldstack.tasks.redaction import hide_in_logs, without_secrets
 from foldstack.tasks.worker_pool import worker_processes
@@ -60,12 +59,7 @@ def _title() -> str:
     return config.title if isinstance(config, RunConfig) else "sweep"
 
 
-@flow(
-    name="sweep",
-    flow_run_name=_title,
-    task_runner=ThreadPoolTaskRunner(max_workers=cores()),  # type: ignore[arg-type]
-    persist_result=False,
-)
+@flow(name="sweep", flow_run_name=_title, persist_result=False)
 def sweep(config: RunConfig) -> Comparison:
     """Compress, recover, evaluate and compare, as `config` says.
 
@@ -86,7 +80,12 @@ def _run(config: RunConfig) -> Comparison:
     if layout is None or layout.config != config:
         layout = lay_out(config)
         check(layout)
-    runs = StageRuns(layout, display.get())
+    with engine_for(layout, display.get()) as engine:
+        return _run_on(engine, layout, started)
+
+
+def _run_on(engine: Engine, layout: Layout, started: float) -> Comparison:
+    runs = StageRuns(layout, display.get(), engine)
     log = SweepLog(layout, _flow_run_tags())
     runs.require(layout.windows)
     for stage in layout.before_speeds:
@@ -98,9 +97,9 @@ def _run(config: RunConfig) -> Comparison:
     runs.run_speeds()  # alone and one by one: whatever else runs would slow them down
     rows = tuple(row_of(layout, branch, runs.outcomes) for branch in layout.branches)
     comparison = Comparison(
-        title=config.title,
+        title=layout.config.title,
         sweep=layout.sweep,
-        model=config.model.name,
+        model=layout.config.model.name,
         rows=rows,
         num_stages=len(layout.stages),
         num_cached=runs.num_cached,
@@ -109,14 +108,10 @@ def _run(config: RunConfig) -> Comparison:
 
 
 def run_sweep(layout: Layout, shown_on: Display) -> Comparison:
-    """Run the flow with as many threads as the layout was made for."""
+    """Run the flow on a layout that was checked."""
     tokens = prepared.set(layout), display.set(shown_on)
-    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=layout.workers)
     try:
-        result: Comparison = sweep.with_options(task_runner=runner)(  # type: ignore[arg-type]
-            layout.config
-        )
-        return result
+        return sweep(layout.config)
     finally:
         prepared.reset(tokens[0])
         display.reset(tokens[1])

@@ -24,7 +24,7 @@ from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
-from foldstack.tasks.redaction import without_secrets
+from foldstack.tasks.redaction import hide_in_logs, without_secrets
 from foldstack.tasks.stage import Stage, run_stage
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def _write_record(store: ArtifactStore, key: str, artifact: Artifact) -> None:
     task_run_name="{stage.label}",
 )
 def _stage_in_prefect(stage: Stage, store_root: Path, report: Report | None = None) -> Artifact:
+    hide_in_logs()  # also in a worker of Dask's
     with without_secrets():
         return run_stage(stage, ArtifactStore(store_root), _Progress(stage, report))
 
