@@ -32,16 +32,16 @@ IMPORTED = ("torch", "transformers", "safetensors", "foldstack.flows.sweep", "fo
 
 
 def sweep_config(home: Path, address: str) -> dict[str, Any]:
-    """Six variants, and the windows in two shards."""
+    """Four variants, and the windows in two shards."""
     windows = {"num_windows": 64, "window_tokens": 128}
     return {
         "name": "fan-out",
         "model": {"name": "reference", "device": "cpu"},
         "calibration": windows,
         "statistics": {"shards": 2},
-        "methods": ["shortgpt", "svd_llm", "modegpt"],
+        "methods": ["shortgpt", "svd_llm"],
         "sparsities": [0.15, 0.3],
-        "evaluation": {"perplexity": {"protocol": {"window_tokens": 256, "max_tokens": 16384}}},
+        "evaluation": {"perplexity": {"protocol": {"window_tokens": 256, "max_tokens": 8192}}},
         "speed": {"enabled": False},
         "tracking": {"enabled": False},
         "execution": {"engine": "dask", "address": address},

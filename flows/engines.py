@@ -11,6 +11,7 @@ import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 
 # isort: split
 
+import asyncio
 import os
 import time
 import urllib.error
@@ -71,7 +72,12 @@ def engine_for(layout: "Layout", display: Display) -> Iterator[Engine]:
         with suppress(
             Exception
         ):  # the server may end with us: what workers have to say comes first
-            dask.client.run(deliver_what_waits, on_error="ignore")
+            dask.client.run(_deliver, on_error="ignore")
+
+
+async def _deliver() -> None:
+    """Runs on a worker, in its event loop, where Prefect's own delivery cannot wait."""
+    await asyncio.to_thread(deliver_what_waits)
 
 
 @dataclass
