@@ -129,6 +129,6 @@ class StageArithmetic:
         from foldstack.tasks.execution import torch_dtype
 
         dtype = torch_dtype(self.layout.config.model.dtype) or self._meta.dtype
-        threads = self.layout.statistics.execution.threads
+        threads = self.layout.shards[0].execution.threads
         tokens = self.layout.config.calibration.window_tokens
         return measure_rates(self._meta.config, dtype, tokens, threads)
