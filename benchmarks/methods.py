@@ -43,18 +43,26 @@ from foldstack.compression.surgery import cut
 
 # Methods that make a model larger are not compared with those that make it smaller.
 SHRINKING = tuple(name for name in METHODS if name != "flexigpt_extend")
+# One departure switched off each; the last of a method switches off all.
 PAPER_FORMS = (
-    "svd_llm update=none allocation=paper",
+    "svd_llm allocation=paper",
+    "svd_llm dense_target=0",
     "svd_llm update=none",
-    "svd_llm allocation=v2",
-    "basis_sharing pooling=paper coefficients=paper",
-    "basis_sharing update=layerwise",
-    "basis_sharing group_size=4",
+    "svd_llm update=none allocation=v2",
+    "svd_llm update=none allocation=paper",
+    "basis_sharing pooling=paper",
+    "basis_sharing dense_target=0",
+    "basis_sharing update=none",
+    "basis_sharing update=none coefficients=paper",
+    "basis_sharing update=none pooling=paper coefficients=paper allocation=paper",
     "modegpt allocation=uniform",
+    "modegpt query_key_weight=1",
+    "modegpt pair_score=sum",
+    "modegpt value_subspace=values",
     "modegpt query_key_weight=1 pair_score=sum value_subspace=values",
     "llm_streamline replacement=none",
-    "llm_streamline replacement=layer loss=llm",
     "llm_streamline replacement=ffn",
+    "llm_streamline replacement=layer loss=llm",
     "llm_streamline initial=paper learning_rate=2e-4",
 )
 RECOVERY_BATCH = 8

@@ -106,7 +106,7 @@ class BasisSharing(Method):
     update: Literal["none", "global", "layerwise"] = "layerwise"
     """Whether, and in which order, coefficients are fitted again on the compressed model's inputs;
     layerwise always fits a block's to its own."""
-    dense_target: float = Field(default=0.5, ge=0, le=1)
+    dense_target: float = Field(default=0.4, ge=0, le=1)
     """Share of the dense model's own outputs in what the layerwise update fits; 0: only what the
     dense weights make of the compressed model's inputs."""
     allocation: Literal["exact", "paper"] = "exact"

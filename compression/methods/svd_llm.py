@@ -81,7 +81,7 @@ class SvdLlm(Method):
     update: Literal["none", "closed_form"] = "closed_form"
     """Whether U is fitted again on the inputs that the compressed blocks before it produce; none is
     the paper's SVD-LLM (W)."""
-    dense_target: float = Field(default=0.5, ge=0, le=1)
+    dense_target: float = Field(default=0.4, ge=0, le=1)
     """Share of the dense model's own outputs in what the update fits; 0: the released code's
     target, what the dense weights make of the compressed model's inputs."""
     allocation: Literal["exact", "paper", "v2"] = "exact"
