@@ -19,22 +19,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 from foldstack.compression.errors import InputError
-from foldstack.flows.servers import Server, mlflow, prefect, running, watch
+from foldstack.flows.servers import Parts, Server, mlflow, prefect
 
 DEPLOY = Path(__file__).resolve().parent
 DATABASES = ("prefect", "mlflow")
 OWNER = "foldstack"
 POOL = "local-process"
-RESTARTS = 10
 SECRETS = ("postgres", "prefect", "mlflow", "mlflow_sessions")
 
 
@@ -239,56 +237,6 @@ async def make_databases(stack: Stack) -> None:
                 await connection.execute(f"CREATE DATABASE {name}")
     finally:
         await connection.close()
-
-
-@dataclass
-class Parts:
-    """The servers and their processes, in the order in which they were started."""
-
-    logs: Path
-    held: ExitStack
-    servers: list[Server] = field(default_factory=list)
-    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
-
-    def add(self, server: Server) -> None:
-        """Start it; it is stopped with the others, before those that were there first."""
-        self.processes.append(self.held.enter_context(running(server, self.logs)))
-        self.servers.append(server)
-
-    def watch(self) -> None:
-        """Return never, unless one ends.
-
-        Raises:
-            InputError: it did.
-        """
-        watch(self.servers, self.processes, self.logs)
-
-    def kill(self, name: str) -> None:
-        """End one at once, as a machine would that fails."""
-        process = self.processes[self._place(name)]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-    def restart(self, name: str) -> None:
-        """Start one again that has ended; Postgres refuses as long as its children are there.
-
-        Raises:
-            InputError: it does not start.
-        """
-        place = self._place(name)
-        for attempt in range(RESTARTS):
-            try:
-                started = self.held.enter_context(running(self.servers[place], self.logs))
-            except InputError:
-                if attempt == RESTARTS - 1:
-                    raise
-                time.sleep(1)
-            else:
-                self.processes[place] = started
-                return
-
-    def _place(self, name: str) -> int:
-        return [server.name for server in self.servers].index(name)
 
 
 @contextmanager

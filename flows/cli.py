@@ -295,6 +295,17 @@ def main() -> None:
     except InputError as error:
         print(f"foldstack: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        from foldstack.tasks.artifacts import DISK_FULL
+
+        if error.errno not in DISK_FULL:
+            raise
+        where = f" of {error.filename}" if error.filename else ""
+        said = (
+            f"no space is left on the disk{where}; what is finished is kept, `foldstack cache gc`"
+        )
+        print(f"foldstack: {said} frees some, and then: {_command_line()}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"foldstack: stopped; to go on: {_command_line()}", file=sys.stderr)
         sys.exit(INTERRUPTED)

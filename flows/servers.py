@@ -23,6 +23,7 @@ from foldstack.flows.prefect_defaults import DEFAULTS as PREFECT_DEFAULTS
 
 START_SECONDS = 180.0
 STOP_SECONDS = 10.0
+RESTARTS = 10
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,56 @@ def running(server: Server, logs: Path) -> Iterator["subprocess.Popen[bytes]"]:
     with _running(server, logs) as process:
         _wait_for(server, process, logs)
         yield process
+
+
+@dataclass
+class Parts:
+    """The servers and their processes, in the order in which they were started."""
+
+    logs: Path
+    held: ExitStack
+    servers: list[Server] = field(default_factory=list)
+    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+
+    def add(self, server: Server) -> None:
+        """Start it; it is stopped with the others, before those that were there first."""
+        self.processes.append(self.held.enter_context(running(server, self.logs)))
+        self.servers.append(server)
+
+    def watch(self) -> None:
+        """Return never, unless one ends.
+
+        Raises:
+            InputError: it did.
+        """
+        watch(self.servers, self.processes, self.logs)
+
+    def kill(self, name: str) -> None:
+        """End one at once, as a machine would that fails."""
+        process = self.processes[self._place(name)]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def restart(self, name: str) -> None:
+        """Start one again that has ended; Postgres refuses as long as its children are there.
+
+        Raises:
+            InputError: it does not start.
+        """
+        place = self._place(name)
+        for attempt in range(RESTARTS):
+            try:
+                started = self.held.enter_context(running(self.servers[place], self.logs))
+            except InputError:
+                if attempt == RESTARTS - 1:
+                    raise
+                time.sleep(1)
+            else:
+                self.processes[place] = started
+                return
+
+    def _place(self, name: str) -> int:
+        return [server.name for server in self.servers].index(name)
 
 
 class _running:

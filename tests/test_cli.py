@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, exit codes, one sentence per mistake."""
 
+import errno
 import json
 import os
 import subprocess
@@ -134,6 +135,18 @@ def test_dry_run_prints_one_json_object_and_nothing_else(
     expected = json.loads(capfd.readouterr().out)
     assert [entry["label"] for entry in expected["models"]] == ["dense", "shortgpt 0.15"]
     assert not any(stage["is_stored"] for stage in expected["stages"])
+
+
+def test_full_disk_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fill(what: str) -> dict[str, str]:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/comparison.json")
+
+    monkeypatch.setattr("foldstack.flows.listing.listing", fill)
+    assert call(monkeypatch, "ls", "methods") == 2
+    said = capfd.readouterr().err
+    assert "no space is left on the disk of /data/comparison.json; what is finished is kept" in said
 
 
 def test_cache_explains_every_stage(
