@@ -45,7 +45,7 @@ class Scene:
     sweep: SmallSweep
     chance: random.Random
     moment: Callable[[], float]
-    """Seconds after the start of a run at which to strike, drawn anew."""
+    """Seconds after the beginning of the work at which to strike, drawn anew."""
     home_bytes: int
     """What a finished home takes."""
     afterwards: ExitStack
@@ -53,6 +53,7 @@ class Scene:
 
     def run_until(self, moment: float) -> "subprocess.Popen[bytes]":
         process = self.sweep.start()
+        self.sweep.wait_for_work(process)
         deadline = time.monotonic() + moment
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -182,6 +183,7 @@ def kill_server(scene: Scene, kind: str) -> Struck:
 
 
 BLOWS: dict[str, Callable[[Scene], Struck]] = {
+    "chain": kill_flow,
     "flow": kill_flow,
     "worker": kill_worker,
     "truncate": truncate,

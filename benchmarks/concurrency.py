@@ -100,16 +100,14 @@ class Flows:
 
 
 def overlap(home: Path) -> dict[str, Any]:
-    flows = Flows(
-        home, {"a": ["svd_llm"], "b": ["shortgpt", "svd_llm"], "c": ["svd_llm", "shortgpt"]}
-    )
+    flows = Flows(home, {"a": ["shortgpt"], "b": ["shortgpt", "uidl"], "c": ["uidl", "shortgpt"]})
     figures = flows.figures()
     good = figures["made"] == figures["artifacts"] and set(figures["exit_codes"].values()) == {0}
     return figures | {"good": good and figures["made_more_than_once"] == 0}
 
 
 def dead(home: Path) -> dict[str, Any]:
-    flows = Flows(home, {"a": ["svd_llm"], "b": ["svd_llm"]})
+    flows = Flows(home, {"a": ["shortgpt"], "b": ["shortgpt"]})
     holder, waiting = flows.wait_for_waiting()
     before = flows.sweeps[holder].finished()
     struck = time.monotonic()
@@ -124,7 +122,7 @@ def dead(home: Path) -> dict[str, Any]:
 
 
 def paused(home: Path) -> dict[str, Any]:
-    flows = Flows(home, {"a": ["svd_llm"], "b": ["svd_llm"]})
+    flows = Flows(home, {"a": ["shortgpt"], "b": ["shortgpt"]})
     holder, waiting = flows.wait_for_waiting()
     stopped = list(flows.sweeps[holder].processes())
     for process in stopped:

@@ -5,6 +5,8 @@
 A small sweep is run once in peace. Then, round after round, it is run in a fresh home and hit at
 random moments, a few times in a row, and then run to its end:
 
+    chain                      kill -9 of a process that runs stages which only wait and write: no
+                               model, no Prefect, so that many can be tried
     flow, worker               kill -9 of the flow's process, of a process that computes stages
     truncate, flip             files of finished artifacts are cut short, or one bit in them flips
     disk                       the disk of the home (a tmpfs; needs root) is full
@@ -36,10 +38,11 @@ from typing import Any
 
 from blows import BLOWS, SERVERS, Scene, Servers
 from small_sweep import RUN_SECONDS, SmallSweep
+from stage_chain import StageChain
 
 from foldstack.flows.prefect_server import TemporaryServer
 
-BLOWS_PER_ROUND = 6
+BLOWS_PER_ROUND = 3
 
 
 @dataclass
@@ -61,25 +64,27 @@ class Undisturbed:
 
     result: dict[str, Any]
     seconds: float
-    begins: float
-    """When the first stage begins: before it, programs are loaded."""
+    work_seconds: float
+    """Without the loading of programs."""
+    home_bytes: int
 
     @classmethod
     def run(cls, sweep: SmallSweep) -> "Undisturbed":
-        started, begins = time.monotonic(), 0.0
+        started = time.monotonic()
         process = sweep.start()
-        while process.poll() is None:
-            if not begins and list((sweep.store.root / "leases").glob("*")):
-                begins = time.monotonic() - started
-            time.sleep(0.05)
+        sweep.wait_for_work(process)
+        begun = time.monotonic()
+        process.wait(RUN_SECONDS)
         if process.returncode != 0:
             sys.exit(f"the undisturbed sweep ended with {process.returncode}; see {sweep.log}")
-        return cls(sweep.result(), time.monotonic() - started, begins)
+        ended = time.monotonic()
+        size = sum(file.stat().st_size for file in sweep.home.rglob("*") if file.is_file())
+        return cls(sweep.result(), ended - started, ended - begun, size)
 
     def moment(self, chance: random.Random, sweep: SmallSweep) -> float:
-        """When to strike, in seconds from the start: while something is left to be done."""
+        """When to strike, in seconds since the work began: while something is left to be done."""
         left = 1 - len(sweep.finished()) / len(self.result["artifacts"])
-        return self.begins + chance.uniform(0, 1) * max(left, 0.1) * (self.seconds - self.begins)
+        return chance.uniform(0, 1) * max(left, 0.1) * self.work_seconds
 
 
 def run_round(
@@ -126,22 +131,31 @@ def whats_wrong(
     return wrong + [f"{orphan} is left" for orphan in sweep.orphans()]
 
 
-def run_kind(kind: str, arguments: argparse.Namespace, folder: Path, servers: Servers) -> None:
-    """So many blows of one kind, after a run in peace."""
-    environment = servers.environment
-    peaceful = SmallSweep(folder / f"{kind}-peace", servers.changes(f"{kind} peace"), environment)
-    peace = Undisturbed.run(peaceful)
-    size = sum(file.stat().st_size for file in peaceful.home.rglob("*") if file.is_file())
-    peaceful.orphans()
+def run_kinds(
+    kinds: list[str], arguments: argparse.Namespace, folder: Path, servers: Servers
+) -> None:
+    """A run in peace, then so many blows of each kind."""
+    name = f"peace before {kinds[0]}"
+    what = StageChain if kinds == ["chain"] else SmallSweep
+    peace = Undisturbed.run(what(folder / name, servers.changes(name), servers.environment))
+    for kind in kinds:
+        run_kind(kind, arguments, folder, servers, peace)
+
+
+def run_kind(
+    kind: str, arguments: argparse.Namespace, folder: Path, servers: Servers, peace: Undisturbed
+) -> None:
+    """So many blows of one kind, a few on each home."""
     number, left = 0, arguments.kills
     while left > 0:
         number += 1
         name = f"{kind}-{arguments.seed}-{number}"
-        sweep = SmallSweep(folder / name, servers.changes(name), environment)
+        what = StageChain if kind == "chain" else SmallSweep
+        sweep = what(folder / name, servers.changes(name), servers.environment)
         chance = random.Random(name)
         moment = partial(peace.moment, chance, sweep)
         with ExitStack() as afterwards:
-            scene = Scene(sweep, chance, moment, size, afterwards, servers)
+            scene = Scene(sweep, chance, moment, peace.home_bytes, afterwards, servers)
             done = run_round(kind, number, min(left, BLOWS_PER_ROUND), sweep, peace, scene)
         left -= done.blows
         sweep.end_processes()
@@ -179,7 +193,7 @@ def show(figures: dict[str, Any]) -> None:
         of = f"{each['survived']} of {each['tried']}"
         mean, most = each["lost_seconds_mean"], each["lost_seconds_most"]
         whole = each["undisturbed_seconds"]
-        print(f"{kind:<10} {of:>10} {mean:>10.1f} s {most:>6.1f} s {whole:>11.1f} s")
+        print(f"{kind:<10} {of:>10} {mean:>10.2f} s {most:>6.2f} s {whole:>11.1f} s")
         for what in each["wrong"]:
             print(f"    {what}")
     print(f"{figures['survived']} of {figures['tried']} survived")
@@ -205,16 +219,15 @@ def main() -> None:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         arguments.log = arguments.log or folder / "rounds.jsonl"
-        kinds = [kind for kind in arguments.kind if kind not in SERVERS]
-        if kinds:
+        if "chain" in arguments.kind:
+            run_kinds(["chain"], arguments, folder, Servers())
+        if kinds := [kind for kind in arguments.kind if kind not in (*SERVERS, "chain")]:
             os.environ.setdefault("PREFECT_HOME", str(folder / "prefect"))
             parts.enter_context(TemporaryServer()).ready()
-            for kind in kinds:
-                run_kind(kind, arguments, folder, Servers())
+            run_kinds(kinds, arguments, folder, Servers())
         if kinds := [kind for kind in arguments.kind if kind in SERVERS]:
             servers = parts.enter_context(Servers.up(folder / "stack"))
-            for kind in kinds:
-                run_kind(kind, arguments, folder, servers)
+            run_kinds(kinds, arguments, folder, servers)
         figures = summary(arguments.log)
     print(json.dumps(figures, indent=1)) if arguments.json else show(figures)
     sys.exit(0 if figures["tried"] == figures["survived"] else 1)

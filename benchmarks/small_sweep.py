@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from foldstack.compression.digest import digest_file, digest_json
 from foldstack.flows.comparison import load
@@ -35,7 +35,7 @@ def config_of(home: Path, **changes: Any) -> dict[str, Any]:
         "name": "small",
         "model": {"name": "reference", "device": "cpu"},
         "calibration": {"source": source, **windows},
-        "methods": ["svd_llm"],
+        "methods": ["shortgpt"],
         "sparsities": [0.15],
         "evaluation": {
             "perplexity": {"source": source, "protocol": {"window_tokens": 64, "max_tokens": 512}}
@@ -54,19 +54,31 @@ class SmallSweep:
     changes: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     name: str = "sweep"
+    _told: int = 0
+    """How long the log was at the last start."""
 
     def start(self) -> "subprocess.Popen[bytes]":
         """`foldstack run`; what it says is appended to <home>.log."""
-        file, temporary = self.beside("yaml"), self.beside("tmp")
+        file = self.beside("yaml")
         file.write_text(json.dumps(config_of(self.home, **self.changes)))  # JSON is YAML
-        temporary.mkdir(exist_ok=True)
-        known = {MARK: self.mark, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-        with self.log.open("ab") as log:
+        with self.open_log() as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "foldstack.flows.cli", "run", str(file), "--json"],
-                env=os.environ | self.environment | known,
+                env=self.marked(),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
             )  # fmt: skip
+
+    def wait_for_work(self, process: "subprocess.Popen[bytes]") -> None:
+        """Return when its programs are loaded, as its first line in the log tells, or it ended."""
+        while process.poll() is None and self.log.stat().st_size == self._told:
+            time.sleep(0.01)
+
+    def marked(self) -> dict[str, str]:
+        """The environment by which its processes are known; temporary files are beside the home."""
+        temporary = self.beside("tmp")
+        temporary.mkdir(exist_ok=True)
+        known = {MARK: self.mark, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+        return os.environ | self.environment | known
 
     def beside(self, what: str) -> Path:
         return self.home.with_suffix(f".{self.name}.{what}")
@@ -74,6 +86,11 @@ class SmallSweep:
     @property
     def log(self) -> Path:
         return self.beside("log")
+
+    def open_log(self) -> BinaryIO:
+        log = self.log.open("ab")
+        self._told = log.tell()
+        return log
 
     @property
     def mark(self) -> str:
@@ -128,10 +145,13 @@ class SmallSweep:
         (report,) = (self.home / "sweeps").iterdir()
         rows = [row.model_dump(exclude={"folder", TIMES}) for row in load(report).rows]
         return {
-            "artifacts": {row.artifact.key: _digests(row.artifact.folder) for row in self.rows()},
+            "artifacts": self.digests(),
             "rows": [_without_times(row) for row in rows],
             "runs": self.runs(),
         }
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        return {row.artifact.key: _digests(row.artifact.folder) for row in self.rows()}
 
     def runs(self) -> dict[str, Any]:
         """State and metrics of each run that MLflow has, by name."""

@@ -31,7 +31,7 @@ from foldstack.flows.stage_runs import StageRuns
 from foldstack.flows.terminal import Display, Silent
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
 from foldstack.tasks.redaction import hide_in_logs, without_secrets
-from foldstack.tasks.worker_pool import worker_processes
+from foldstack.tasks.worker_pool import PACKAGE_LOGGER, worker_processes
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ def sweep(config: RunConfig) -> Comparison:
     """
     note_flow_run(str(runtime.flow_run.id))
     hide_in_logs()
+    if PACKAGE_LOGGER.level == logging.NOTSET:  # Prefect gives it handlers, but no level
+        PACKAGE_LOGGER.setLevel(logging.INFO)
     # Models cannot be loaded in several threads at once; the command line has its own processes.
     with worker_processes() if runtime.deployment.id else nullcontext(), without_secrets():
         return _run(config)

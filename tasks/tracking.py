@@ -26,6 +26,7 @@ from foldstack.tasks.quality_gate import version_of
 from foldstack.tasks.receipts import Receipts
 from foldstack.tasks.redaction import redacted
 from foldstack.tasks.run_record import PREFIX, DatasetUse, RunRecord
+from foldstack.tasks.tracking_database import make_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -172,10 +173,9 @@ def open_experiment(
     uri: str, name: str, artifact_location: Path | None
 ) -> "tuple[MlflowClient, str]":
     """A client of the server at `uri`, and the id of the experiment, made if it is new."""
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # Its first use of a database reports every migration as INFO.
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    make_database(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

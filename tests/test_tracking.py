@@ -1,4 +1,6 @@
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +206,22 @@ def test_the_compare_page_lists_the_runs(uri: str, tmp_path: Path, record: RunRe
     page = tracker.pages([record.fingerprint, "not logged"])["mlflow compare"]
     assert page is not None
     assert f'runs=["{tracker.run_ids[record.fingerprint]}"]' in page
+
+
+OPEN = """
+import sys
+from foldstack.tasks.tracking import open_experiment
+print(open_experiment(sys.argv[1], "foldstack/tiny", None)[1])
+"""
+
+
+def test_a_database_that_several_make_at_once_after_one_was_killed_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "home" / "mlflow.db"
+    file.parent.mkdir()
+    file.with_name("mlflow.db.unfinished").write_bytes(b"half a database")
+    command = [sys.executable, "-c", OPEN, f"sqlite:///{file}"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(told) == 1, "one experiment"
+    assert [path.name for path in file.parent.iterdir()] == ["mlflow.db"]
