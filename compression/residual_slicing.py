@@ -74,6 +74,9 @@ class FusedBlock:
             for name, tensor in self.stock.state_dict().items()
             if name.rpartition(".")[0] not in names
         }
+        # Values whose own bias has gone to the output projection (narrow heads) send the norm's
+        # after it: attention adds up to one, so a constant in all values is one in their mean.
+        moved: Tensor | None = None
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
         for site in self.architecture.linears:
@@ -84,9 +87,15 @@ class FusedBlock:
                 bias = linear.bias.detach().to(model.device).double()
             if site.reads in norms:
                 gain, shift = _affine(model, self.stock.get_submodule(norms[site.reads]))
-                bias = bias if shift is None else bias + weight @ shift
+                constant = None if shift is None else weight @ shift
+                if bias is None:
+                    moved = constant
+                elif constant is not None:
+                    bias = bias + constant
                 weight = weight * gain
-            elif centres(model):
+            if site.reads == "attention_output" and moved is not None:
+                bias = bias + weight @ moved
+            if site.reads not in norms and centres(model):
                 weight = weight - weight.mean(0)
                 bias = None if bias is None else bias - bias.mean()
             self.weights[site.name] = weight

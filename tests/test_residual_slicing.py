@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 from foldstack.compression.adapters import Adapters
 from foldstack.compression.block_plan import Sliced
 from foldstack.compression.errors import InputError
+from foldstack.compression.method import Evidence
+from foldstack.compression.methods.modegpt import MoDeGpt
 from foldstack.compression.modeling_foldstack import RootMeanSquareNorm
 from foldstack.compression.plan import Plan
+from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.residual_slicing import (
     check_sliceable,
     principal_basis,
@@ -73,6 +76,20 @@ def test_fused_norms_change_nothing(sliceable: str, tiny_model: Any, ids: Tensor
     tensors = sliced_tensors(model, ids, lambda *_: torch.eye(HIDDEN, dtype=torch.float64))
     fused = cut(model, Cut(plan_with(model, [HIDDEN] * 2 * BLOCKS), (0, 1, 2, 3), tensors))
     torch.testing.assert_close(logits(fused, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "qwen2"])
+def test_blocks_that_were_narrowed_before_are_fused_too(
+    family: str, tiny_model: Any, ids: Tensor
+) -> None:
+    """OPT's narrow heads have their values' bias in the output projection."""
+    model = tiny_model(family)
+    statistics = gather(model, ids, {"gram", "similarity"})
+    evidence = Evidence(ids, statistics, rank_blocks(statistics))
+    narrowed = cut(model, MoDeGpt(sparsity=0.2).compress(model, evidence))
+    assert any(block.narrow_heads for block in plan_of(narrowed).blocks)
+    rotated = sliced(narrowed, ids, [HIDDEN] * 2 * BLOCKS)
+    torch.testing.assert_close(logits(rotated, ids), logits(narrowed, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_another_basis_at_every_link_changes_nothing(
