@@ -110,6 +110,8 @@ class Method(BaseModel, ABC):
         """The structure that `compress` will choose, or one of the same size, before any data is
         seen.
 
+        Where a model was cut before and its blocks differ in size, which of them go decides the
+        size: the deepest stand in, and the size may be off by what they differ.
         `model` may be on the meta device.
 
         Raises:
