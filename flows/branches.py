@@ -142,7 +142,7 @@ def lay_out(config: RunConfig) -> Layout:
     Raises:
         InputError: the model or a text cannot be found or read.
     """
-    store = ArtifactStore(config.output.home / "store")
+    store = ArtifactStore(config.output.home / "store", config.output.store)
     model = ModelRef.of(config.model.name, config.model.revision)
     # A worker of Dask's is told by its environment how many threads it may use.
     is_here = config.execution.engine == "processes"

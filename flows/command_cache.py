@@ -11,19 +11,21 @@ from typing import Any
 from foldstack.compression.errors import InputError
 from foldstack.flows.comparison import load
 from foldstack.flows.run_config import RunConfig
-from foldstack.tasks.artifacts import ArtifactStore
+from foldstack.tasks.artifacts import ArtifactStore, store_url
 from foldstack.tasks.explanation import Explanation, explain
-from foldstack.tasks.garbage import collect_garbage, list_artifacts
+from foldstack.tasks.garbage import collect_garbage, list_artifacts, list_object_storage
 
 
 def store_of(home: Path | None) -> ArtifactStore:
     """The store in a home, or in the default one."""
-    return ArtifactStore.default() if home is None else ArtifactStore(home / "store")
+    return ArtifactStore.default() if home is None else ArtifactStore(home / "store", store_url())
 
 
 def list_command(home: Path | None, as_json: bool) -> str:
     """What the store holds, the last used first: a table, or JSON."""
     store = store_of(home)
+    listed = list_object_storage(store) if store.url else list_artifacts(store)
+    place = store.url or str(store.root)
     rows: list[dict[str, Any]] = [
         {
             "stage": row.artifact.stage,
@@ -33,17 +35,17 @@ def list_command(home: Path | None, as_json: bool) -> str:
             "seconds": row.manifest.seconds if row.manifest else None,
             "last_used": row.last_used.isoformat(timespec="seconds"),
         }
-        for row in list_artifacts(store)
+        for row in listed
     ]
     total = sum(row["size_bytes"] for row in rows)
     if as_json:
-        return json.dumps({"store": str(store.root), "bytes": total, "artifacts": rows}, indent=1)
+        return json.dumps({"store": place, "bytes": total, "artifacts": rows}, indent=1)
     lines = [
         f"{row['last_used'][:19]}  {row['size_bytes'] / 2**20:9.1f} MiB  "
         f"{row['seconds'] or 0:8.1f} s  {row['fingerprint'][:12]}  {row['label']}"
         for row in rows
     ]
-    lines.append(f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {store.root}")
+    lines.append(f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {place}")
     if rows:
         lines.append(f"made in {_seconds_by_stage(rows)}")
     return "\n".join(lines)

@@ -65,7 +65,7 @@ def bench_command(config: RunConfig, against: str) -> Facts:
 
 
 def _run(config: RunConfig, stage: Stage) -> Facts:
-    store = ArtifactStore(config.output.home / "store")
+    store = ArtifactStore(config.output.home / "store", config.output.store)
     with display_on(console_on(sys.stderr)) as display:
         display.begin(stage.label, 1)
         artifact = run_stage(

@@ -8,6 +8,7 @@ from foldstack.compression.errors import InputError
 from foldstack.flows.branches import Layout
 from foldstack.flows.needs import check_room
 from foldstack.tasks.artifacts import HOME_VARIABLE
+from foldstack.tasks.object_storage import object_storage
 from foldstack.tasks.stage import Stage
 
 
@@ -41,7 +42,7 @@ def check(layout: Layout) -> None:
 
 def is_stored(stage: Stage, layout: Layout) -> bool:
     """True when the store holds the stage's artifact."""
-    return stage.artifact(layout.store).damage(thorough=False) is None
+    return layout.store.holds(stage.artifact(layout.store))
 
 
 def check_writable(layout: Layout) -> None:
@@ -59,6 +60,8 @@ def check_writable(layout: Layout) -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
+    if layout.store.url:
+        object_storage(layout.store.url).check()
 
 
 def check_model(layout: Layout) -> None:

@@ -20,7 +20,7 @@ from foldstack.compression.statistics import Kind
 from foldstack.flows.config_errors import problems
 from foldstack.flows.config_file import find_config, read_config
 from foldstack.flows.method_entries import AnyEntry, Seed, Sparsity, Variant, expand
-from foldstack.tasks.artifacts import foldstack_home
+from foldstack.tasks.artifacts import foldstack_home, store_url
 from foldstack.tasks.execution import Dtype
 from foldstack.tasks.redaction import redacted
 
@@ -155,12 +155,25 @@ class Output(_Section):
 
     home: Path = Field(default_factory=foldstack_home)
     """Holds the store, reports and the MLflow file; by default FOLDSTACK_HOME, else runs/."""
+    store: str = Field(default_factory=store_url)
+    """Object storage for artifacts of machines that share no disk, e.g. s3://bucket/prefix; by
+    default FOLDSTACK_STORE, else none. The store in the home is then this machine's part of it."""
 
     @field_validator("home")
     @classmethod
     def _can_be_a_path(cls, value: Path) -> Path:
         if not str(value).isprintable():
             raise ValueError(f"output.home must be a path, got {str(value)!r}")
+        return value
+
+    @field_validator("store")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[a-z][a-z0-9+]*://[^\s@]+", value):
+            raise ValueError(
+                "output.store must be an address like s3://bucket/prefix, without a password; got "
+                f"{redacted(value)!r}"
+            )
         return value
 
 

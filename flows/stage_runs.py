@@ -72,6 +72,7 @@ class StageRuns:
                 "stage": stage,
                 "store_root": self.layout.store.root,
                 "report": self._engine.report,
+                "store_url": self.layout.store.url,
             },
             wait_for=[self._futures[name] for name in inputs if name in self._futures],
         )

@@ -6,7 +6,8 @@
     <root>/damaged/                           found damaged and set aside
     <root>/leases/, <root>/records/           who makes what (leases.py); Prefect's result records
 
-Several processes, also of several machines, may share a store.
+Several processes, also of several machines, may share a store. Where it has an address of object
+storage too, what is made goes there, and what is not here is looked for there.
 """
 
 import errno
@@ -36,11 +37,14 @@ from foldstack.tasks.manifest import (
     publish_folder,
     read_manifest,
     recorded_versions,
+    show_folder,
 )
+from foldstack.tasks.object_storage import object_storage
 
 logger = logging.getLogger(__name__)
 
 HOME_VARIABLE = "FOLDSTACK_HOME"
+STORE_VARIABLE = "FOLDSTACK_STORE"
 RUN_AGAIN = "run the same command again to make it anew"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -48,6 +52,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def foldstack_home() -> Path:
     """Where results go: the environment's FOLDSTACK_HOME, or runs/ in the current directory."""
     return Path(os.environ.get(HOME_VARIABLE) or "runs").expanduser().resolve()
+
+
+def store_url() -> str:
+    """The object storage of the environment's FOLDSTACK_STORE; empty for none."""
+    return os.environ.get(STORE_VARIABLE, "")
 
 
 class Artifact(BaseModel):
@@ -103,13 +112,16 @@ class ArtifactStore:
     """All artifacts under one folder; cheap to make, and to send to another process."""
 
     root: Path
+    url: str = ""
+    """Object storage that machines without a common disk share, e.g. s3://bucket/prefix; `root` is
+    then what this machine has of it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", self.root.expanduser().resolve())
 
     @classmethod
     def default(cls) -> "ArtifactStore":
-        return cls(foldstack_home() / "store")
+        return cls(foldstack_home() / "store", store_url())
 
     def artifact(self, stage: str, fingerprint: str) -> Artifact:
         """Where this output is or will be."""
@@ -122,10 +134,17 @@ class ArtifactStore:
         if damage is None:
             with suppress(OSError):
                 os.utime(artifact.folder / MANIFEST)  # `gc` keeps what was used of late
+            self._keep(artifact)
             return artifact
         if os.path.lexists(artifact.folder):
             self.set_aside(artifact)
-        return None
+        return artifact if self._find_elsewhere(artifact) else None
+
+    def holds(self, artifact: Artifact) -> bool:
+        """True when it is here undamaged, or in the object storage; changes nothing."""
+        return artifact.damage(thorough=False) is None or (
+            bool(self.url) and object_storage(self.url).has(artifact.stage, artifact.fingerprint)
+        )
 
     def publish(
         self,
@@ -162,8 +181,9 @@ class ArtifactStore:
         while True:
             with self._leased(artifact, on_wait) as lease:
                 try:
-                    if not self._is_finished(artifact):
+                    if not (self._is_finished(artifact) or self._fetch(artifact)):
                         self._make(artifact, produce, known)
+                    self._keep(artifact)
                     return artifact
                 except Exception:
                     if not lease.is_lost():
@@ -196,6 +216,40 @@ class ArtifactStore:
         shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):  # somebody took over, and has just come to know that it is made
             work.parent.rmdir()
+
+    def _keep(self, artifact: Artifact) -> None:
+        """Have it in the object storage too."""
+        if self.url:
+            object_storage(self.url).keep(artifact.folder, artifact.manifest())
+
+    def _find_elsewhere(self, artifact: Artifact) -> bool:
+        if not (self.url and object_storage(self.url).has(artifact.stage, artifact.fingerprint)):
+            return False
+        try:
+            with self._explained():
+                lease = Lease.take(self.lease_folder(artifact.key))
+        except Held:  # who publishes waits for it
+            return False
+        try:
+            return self._fetch(artifact)
+        finally:
+            lease.release()
+
+    def _fetch(self, artifact: Artifact) -> bool:
+        """Bring it here from the object storage; the lease of it is ours."""
+        if not self.url:
+            return False
+        building = self._building_folder(artifact)
+        try:
+            is_there = object_storage(self.url).fetch(
+                artifact.stage, artifact.fingerprint, building
+            )
+            if is_there:
+                with self._explained():
+                    show_folder(building, artifact.folder)
+            return is_there
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
     def set_aside(self, artifact: Artifact) -> None:
         """Move a damaged artifact to damaged/, so that it is made anew; says so in the log."""

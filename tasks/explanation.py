@@ -58,6 +58,8 @@ def explain(stage: Stage, store: ArtifactStore) -> Explanation:
     damage = artifact.damage(thorough=False)
     if damage is None:
         return Explanation(stage.label, artifact, True, None, artifact.manifest(), ())
+    if store.holds(artifact):
+        return Explanation(stage.label, artifact, True, None, None, ())
     if artifact.folder.exists():
         return Explanation(stage.label, artifact, False, damage, None, ())
     rows = (row.manifest for row in list_artifacts(store) if row.artifact.stage == stage.stage)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.leases import Held, Lease, living_holder
 from foldstack.tasks.manifest import MANIFEST, Manifest, now, read_manifest
+from foldstack.tasks.object_storage import object_storage
 
 IN_USE_DAYS = 1.0
 """What was used since then stays however full the store is: a sweep may be at it."""
@@ -51,6 +52,23 @@ def list_artifacts(store: ArtifactStore) -> list[StoredArtifact]:
     return sorted(rows, key=lambda row: row.last_used, reverse=True)
 
 
+def list_object_storage(store: ArtifactStore) -> list[StoredArtifact]:
+    """The same of the store's object storage.
+
+    Raises:
+        InputError: it does not answer.
+    """
+    storage = object_storage(store.url)
+    rows = [
+        StoredArtifact(
+            store.artifact(*name), storage.manifest(*name), making.size_bytes, making.last_used
+        )
+        for name, making in storage.makings().items()
+        if making.last_used is not None
+    ]
+    return sorted(rows, key=lambda row: row.last_used, reverse=True)
+
+
 def collect_garbage(
     store: ArtifactStore,
     *,
@@ -82,7 +100,29 @@ def collect_garbage(
     ]
     done = removals if dry_run else [removal for removal in removals if _remove(store, removal)]
     rest = [*_useless_records(store, done, before), *_useless_leases(store, before)]
-    return done + (rest if dry_run else [removal for removal in rest if _remove(store, removal)])
+    done += rest if dry_run else [removal for removal in rest if _remove(store, removal)]
+    return done + (_clean_object_storage(store, before, keep, dry_run) if store.url else [])
+
+
+def _clean_object_storage(
+    store: ArtifactStore, before: datetime, keep: Collection[str], dry_run: bool
+) -> list[Removal]:
+    """Old artifacts there, and files that nobody's manifest speaks of."""
+    storage, removals = object_storage(store.url), []
+    rows = list_object_storage(store)
+    kept = _with_inputs(rows, keep)
+    for row in rows:
+        stage, fingerprint = row.artifact.stage, row.artifact.fingerprint
+        if row.last_used < before and fingerprint not in kept:
+            label = row.manifest.label if row.manifest else "unreadable"
+            path = Path(store.url.partition("://")[2], stage, fingerprint)
+            removals.append(Removal("artifact", path, row.size_bytes, label))
+            if not dry_run:
+                storage.remove(stage, fingerprint)
+    if not dry_run:
+        for name, making in storage.makings().items():
+            storage.remove_leftovers(*name, making)
+    return removals
 
 
 def _old_artifacts(

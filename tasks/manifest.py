@@ -128,6 +128,11 @@ def publish_folder(building: Path, final: Path, manifest: Manifest) -> None:
         stream.write(manifest.sealed_bytes())
         stream.flush()
         os.fsync(stream.fileno())
+    show_folder(building, final)
+
+
+def show_folder(building: Path, final: Path) -> None:
+    """Let a whole artifact appear at its final place at once."""
     _flush_folder(building)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -149,7 +154,15 @@ def read_manifest(folder: Path) -> Manifest:
         OSError: it cannot be read.
         ValueError: it is no manifest, or not as it was written; says why in one line.
     """
-    content = _plain_bytes(folder / MANIFEST)
+    return parse_manifest(_plain_bytes(folder / MANIFEST))
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """The manifest whose file has this content.
+
+    Raises:
+        ValueError: as of `read_manifest`.
+    """
     try:
         data = json.loads(content, object_pairs_hook=_each_key_once)
         json.dumps(data, ensure_ascii=False).encode()  # half a character could not be printed

@@ -47,7 +47,7 @@ class StoreHoldsArtifact(CachePolicy):
         **kwargs: Any,
     ) -> str:
         stage: Stage = inputs["stage"]
-        store = ArtifactStore(inputs["store_root"])
+        store = ArtifactStore(inputs["store_root"], inputs.get("store_url", ""))
         fingerprint = stage.fingerprint
         key = f"{stage.stage}/{fingerprint}.json"
         artifact = store.find(stage.stage, fingerprint)
@@ -83,10 +83,13 @@ def _write_record(store: ArtifactStore, key: str, artifact: Artifact) -> None:
     result_serializer="json",
     task_run_name="{stage.label}",
 )
-def _stage_in_prefect(stage: Stage, store_root: Path, report: Report | None = None) -> Artifact:
+def _stage_in_prefect(
+    stage: Stage, store_root: Path, report: Report | None = None, store_url: str = ""
+) -> Artifact:
     hide_in_logs()  # also in a worker of Dask's
     with without_secrets():
-        return run_stage(stage, ArtifactStore(store_root), _Progress(stage, report))
+        store = ArtifactStore(store_root, store_url)
+        return run_stage(stage, store, _Progress(stage, report))
 
 
 def stage_task(name: str, store: ArtifactStore, **options: Any) -> Task[..., Artifact]:

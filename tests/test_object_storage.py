@@ -1,0 +1,260 @@
+"""Artifacts on a real S3 server (moto's, on loopback), shared by machines without a common disk."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldstack.compression import checkpoint
+from foldstack.compression.checkpoint import ReloadReport
+from foldstack.compression.errors import InputError
+from foldstack.flows.branches import lay_out
+from foldstack.flows.command_cache import gc_command, list_command
+from foldstack.flows.preflight import check, is_stored
+from foldstack.flows.run_config import parse_config
+from foldstack.flows.sweep import run_sweep
+from foldstack.flows.terminal import Silent
+from foldstack.tasks import object_storage as storage_module
+from foldstack.tasks.artifacts import ArtifactStore
+from foldstack.tasks.manifest import Facts
+from foldstack.tasks.object_storage import ObjectStorage, object_storage
+
+moto_server = pytest.importorskip("moto.server")
+pytest.importorskip("s3fs")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+STAGE, FINGERPRINT = "compress", "ab" * 32
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of an S3 server, which the environment names."""
+    patch = pytest.MonkeyPatch()
+    made = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    made.start()
+    host, port = made.get_host_and_port()
+    address = f"http://{host}:{port}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "testing-access",
+        "AWS_SECRET_ACCESS_KEY": "testing-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        patch.setenv(name, value)
+    yield address
+    patch.undo()
+    made.stop()
+
+
+@pytest.fixture
+def bucket(server: str, tmp_path: Path) -> Iterator[Any]:
+    """An empty bucket of its own for each test: a file system, and the address."""
+    name = "b" + str(abs(hash(tmp_path)))
+    files = storage_module._file_system(f"s3://{name}")[0]
+    files.mkdir(name)
+    yield files, f"s3://{name}/team"
+    object_storage.cache_clear()
+
+
+def write_weights(folder: Path, work: Path) -> Facts:
+    (folder / "model").mkdir()
+    (folder / "model" / "weights.txt").write_text("weights, more or less")
+    (folder / "a.txt").write_text("a")
+    return {"parameters": 7}
+
+
+def must_not_run(folder: Path, work: Path) -> Facts:
+    raise AssertionError("made twice")
+
+
+def objects(files: Any, url: str, part: str) -> list[str]:
+    return [name for name in files.find(url) if part in name]
+
+
+def test_what_one_machine_makes_another_one_finds(bucket: Any, tmp_path: Path) -> None:
+    _, url = bucket
+    here, there = ArtifactStore(tmp_path / "here", url), ArtifactStore(tmp_path / "there", url)
+    assert there.find(STAGE, FINGERPRINT) is None
+    made = here.publish(STAGE, FINGERPRINT, write_weights, label="a quarter")
+    assert there.holds(there.artifact(STAGE, FINGERPRINT))
+    found = there.find(STAGE, FINGERPRINT)
+    assert found is not None
+    assert found.folder != made.folder
+    assert (found.open() / "model" / "weights.txt").read_text() == "weights, more or less"
+    assert found.manifest() == made.manifest()
+    third = ArtifactStore(tmp_path / "third", url)
+    assert third.publish(STAGE, FINGERPRINT, must_not_run).manifest() == made.manifest()
+    assert list((third.root / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["weights.txt", "manifest.json"])
+def test_a_damaged_object_is_set_aside_named_and_made_anew(
+    bucket: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    files, url = bucket
+    ArtifactStore(tmp_path / "here", url).publish(STAGE, FINGERPRINT, write_weights)
+    (name,) = objects(files, url, part)
+    content = bytearray(files.cat_file(name))
+    content[len(content) // 2] ^= 4
+    files.pipe_file(name, bytes(content))
+    there = ArtifactStore(tmp_path / "there", url)
+    with caplog.at_level(logging.WARNING):
+        assert there.find(STAGE, FINGERPRINT) is None
+    assert f"{STAGE}/{FINGERPRINT[:12]} is damaged in {url}" in caplog.text
+    assert part.partition(".")[0] in caplog.text
+    assert len(objects(files, url, "/damaged/")) == 1
+    there.publish(STAGE, FINGERPRINT, write_weights)
+    found = ArtifactStore(tmp_path / "third", url).find(STAGE, FINGERPRINT)
+    assert found is not None
+    assert (found.open() / "model" / "weights.txt").read_text() == "weights, more or less"
+
+
+def test_an_object_that_is_gone_is_named(
+    bucket: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, url = bucket
+    ArtifactStore(tmp_path / "here", url).publish(STAGE, FINGERPRINT, write_weights)
+    files.rm_file(objects(files, url, "weights.txt")[0])
+    assert ArtifactStore(tmp_path / "there", url).find(STAGE, FINGERPRINT) is None
+    assert "model/weights.txt is missing" in caplog.text
+
+
+def test_damage_on_the_disk_is_healed_from_the_storage(bucket: Any, tmp_path: Path) -> None:
+    _, url = bucket
+    store = ArtifactStore(tmp_path / "here", url)
+    made = store.publish(STAGE, FINGERPRINT, write_weights)
+    (made.folder / "a.txt").write_text("b")
+    found = store.find(STAGE, FINGERPRINT)
+    assert found is not None
+    assert (found.open() / "a.txt").read_text() == "a"
+
+
+def test_an_upload_that_broke_off_shows_nothing_and_is_made_good(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, url = bucket
+    store = ArtifactStore(tmp_path / "here", url)
+    put = files.put_file
+
+    def break_off(source: str, target: str, **settings: Any) -> None:
+        if target.endswith("weights.txt"):
+            raise ConnectionError("the line is dead")
+        put(source, target, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_storage(url)._files, "put_file", break_off)
+        with pytest.raises(InputError, match=r"cannot be used .*the line is dead"):
+            store.publish(STAGE, FINGERPRINT, write_weights)
+    assert objects(files, url, "a.txt")
+    there = ArtifactStore(tmp_path / "there", url)
+    assert there.find(STAGE, FINGERPRINT) is None
+    assert store.find(STAGE, FINGERPRINT) is not None, "it is whole here"
+    assert there.find(STAGE, FINGERPRINT) is not None, "and there since"
+
+
+def test_ls_and_gc_are_of_the_storage(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, url = bucket
+    monkeypatch.setenv("FOLDSTACK_STORE", url)
+    ArtifactStore(tmp_path / "here" / "store", url).publish(
+        STAGE, FINGERPRINT, write_weights, label="a quarter"
+    )
+    files.pipe_file(f"{url}/artifacts/{STAGE}/{FINGERPRINT}/{'0' * 32}/rest.txt", b"rest")
+    home = tmp_path / "there"
+    listed = json.loads(list_command(home, as_json=True))
+    assert listed["store"] == url
+    assert [row["label"] for row in listed["artifacts"]] == ["a quarter"]
+
+    def collect(days: float) -> list[str]:
+        said = gc_command(home, keep_days=days, keep=[], max_gib=None, dry_run=False, as_json=True)
+        return [removal["kind"] for removal in json.loads(said)["removed"]]
+
+    assert collect(1) == []
+    assert objects(files, url, "rest.txt"), "it may be on its way"
+    monkeypatch.setattr(storage_module, "UPLOAD_LASTS", timedelta(0))
+    assert collect(1) == []
+    assert not objects(files, url, "rest.txt")
+    assert objects(files, url, "weights.txt")
+    assert collect(0) == ["artifact"]
+    assert not objects(files, url, "artifacts")
+
+
+def test_use_renews_the_date(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, url = bucket
+    store = ArtifactStore(tmp_path / "here", url)
+    store.publish(STAGE, FINGERPRINT, write_weights)
+    put: list[str] = []
+    storage = object_storage(url)
+    monkeypatch.setattr(storage._files, "pipe_file", lambda place, _content: put.append(place))
+    store.find(STAGE, FINGERPRINT)
+    assert put == []
+    monkeypatch.setattr(storage_module, "TOUCH_AFTER", timedelta(0))
+    store.find(STAGE, FINGERPRINT)
+    assert [place.rpartition("/")[2] for place in put] == ["manifest.json"]
+
+
+def test_a_storage_that_does_not_work_is_a_sentence(server: str) -> None:
+    with pytest.raises(InputError, match=r"store at s3://nowhere-at-all/x cannot be used .*bucket"):
+        ObjectStorage("s3://nowhere-at-all/x").check()
+    with pytest.raises(InputError, match=r"cannot be used .*Protocol not known: gopher"):
+        ObjectStorage("gopher://x/y")
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_sweep_on_another_machine_finds_everything(
+    bucket: Any,
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    text_lines: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen = ReloadReport(1.0, 0.0, 0.0, True, (1,), 1, "LlamaForCausalLM", 0.0)
+    monkeypatch.setattr(checkpoint, "check_reload", lambda model, folder: seen)
+    files, url = bucket
+    text = tmp_path / "lines.txt"
+    text.write_text("\n\n".join(text_lines))
+    source = {"corpus": str(text), "separator": "\n\n"}
+    protocol = {"window_tokens": 32, "max_tokens": 200}
+    data: dict[str, Any] = {
+        "model": {"name": str(model_folder("llama")), "device": "cpu"},
+        "calibration": {"source": source, "num_windows": 4, "window_tokens": 16, "bos": "none"},
+        "methods": ["svd_llm"],
+        "evaluation": {"perplexity": {"source": source, "protocol": protocol}},
+        "speed": {"enabled": False},
+        "tracking": {"enabled": False},
+        "workers": 2,
+    }
+
+    def run(machine: str) -> Any:
+        output = {"home": str(tmp_path / machine), "store": url}
+        layout = lay_out(parse_config(data | {"output": output}))
+        check(layout)
+        return layout, run_sweep(layout, Silent())
+
+    layout, first = run("one")
+    assert first.num_cached == 0
+    layout, second = run("two")
+    assert second.num_cached == second.num_stages
+    assert second.rows[1].after == first.rows[1].after
+    assert second.rows[1].before == first.rows[1].before
+
+    (name,) = objects(files, url, f"{layout.statistics.fingerprint}/manifest.json")
+    files.pipe_file(name, files.cat_file(name)[:-30])
+    layout, third = run("three")
+    assert third.num_cached == third.num_stages - 1
+    assert f"gather_statistics/{layout.statistics.fingerprint[:12]} is damaged in" in caplog.text
+    assert all(is_stored(stage, layout) for stage in layout.stages)
+    assert "testing-secret" not in caplog.text
