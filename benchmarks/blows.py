@@ -47,7 +47,7 @@ class Scene:
     moment: Callable[[], float]
     """Seconds after the beginning of the work at which to strike, drawn anew."""
     home_bytes: int
-    """What a finished home takes."""
+    """What a finished home takes on a disk."""
     afterwards: ExitStack
     servers: "Servers"
 
@@ -151,7 +151,7 @@ def fill_disk(scene: Scene) -> Struck:
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", home], check=True)
         scene.afterwards.callback(subprocess.run, ["umount", "-l", home], check=True)
     used = LARGE_BYTES - _free(home, LARGE_BYTES)
-    room = used + scene.chance.uniform(0.02, 0.95) * max(scene.home_bytes - used, 1 << 20)
+    room = used + scene.chance.uniform(0.02, 0.95) * max(scene.home_bytes - used, 1 << 15)
     _free(home, int(room))
     told = scene.sweep.log.stat().st_size if scene.sweep.log.exists() else 0
     code = scene.sweep.start().wait(RUN_SECONDS)
@@ -183,7 +183,6 @@ def kill_server(scene: Scene, kind: str) -> Struck:
 
 
 BLOWS: dict[str, Callable[[Scene], Struck]] = {
-    "chain": kill_flow,
     "flow": kill_flow,
     "worker": kill_worker,
     "truncate": truncate,

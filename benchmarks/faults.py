@@ -1,12 +1,11 @@
 """Kills, full disks and damaged files at random moments, and whether a rerun makes good for them.
 
-    python benchmarks/faults.py [--json] [--kind flow ...] [--kills 20] [--seed 0] [--log FILE]
+    python benchmarks/faults.py [--json] [--kind flow ...] [--kills 8] [--seed 0] [--log FILE]
+    python benchmarks/faults.py --of chain --kind flow truncate flip disk --kills 60
 
 A small sweep is run once in peace. Then, round after round, it is run in a fresh home and hit at
 random moments, a few times in a row, and then run to its end:
 
-    chain                      kill -9 of a process that runs stages which only wait and write: no
-                               model, no Prefect, so that many can be tried
     flow, worker               kill -9 of the flow's process, of a process that computes stages
     truncate, flip             files of finished artifacts are cut short, or one bit in them flips
     disk                       the disk of the home (a tmpfs; needs root) is full
@@ -16,6 +15,9 @@ A round is survived when the last run gives what the undisturbed one gave (the s
 the same bytes in every artifact, the same comparison, the same runs in MLflow), when no artifact
 that was finished and sound has been made again, when nothing half-written was found or read, and
 when no process, no temporary file and nothing that `foldstack cache gc` does not find is left.
+With --of chain, stages that only wait and write take the place of the sweep (no model, no Prefect),
+so that many blows can be tried in little time.
+
 "Lost" is how long the artifacts that were not finished had been worked at when the blow came: what
 is to be computed again, if no work was left to resume from. Rounds are appended to --log, and the
 summary is of everything that is in it, so that kinds can be run one at a time.
@@ -43,6 +45,7 @@ from stage_chain import StageChain
 from foldstack.flows.prefect_server import TemporaryServer
 
 BLOWS_PER_ROUND = 3
+WHAT = {"sweep": SmallSweep, "chain": StageChain}
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Undisturbed:
         if process.returncode != 0:
             sys.exit(f"the undisturbed sweep ended with {process.returncode}; see {sweep.log}")
         ended = time.monotonic()
-        size = sum(file.stat().st_size for file in sweep.home.rglob("*") if file.is_file())
+        size = sum(file.lstat().st_blocks * 512 for file in sweep.home.rglob("*"))
         return cls(sweep.result(), ended - started, ended - begun, size)
 
     def moment(self, chance: random.Random, sweep: SmallSweep) -> float:
@@ -136,7 +139,7 @@ def run_kinds(
 ) -> None:
     """A run in peace, then so many blows of each kind."""
     name = f"peace before {kinds[0]}"
-    what = StageChain if kinds == ["chain"] else SmallSweep
+    what = WHAT[arguments.of]
     peace = Undisturbed.run(what(folder / name, servers.changes(name), servers.environment))
     for kind in kinds:
         run_kind(kind, arguments, folder, servers, peace)
@@ -147,11 +150,10 @@ def run_kind(
 ) -> None:
     """So many blows of one kind, a few on each home."""
     number, left = 0, arguments.kills
-    while left > 0:
+    while left > 0 and number < 3 * arguments.kills:  # not every run lives until it is hit
         number += 1
         name = f"{kind}-{arguments.seed}-{number}"
-        what = StageChain if kind == "chain" else SmallSweep
-        sweep = what(folder / name, servers.changes(name), servers.environment)
+        sweep = WHAT[arguments.of](folder / name, servers.changes(name), servers.environment)
         chance = random.Random(name)
         moment = partial(peace.moment, chance, sweep)
         with ExitStack() as afterwards:
@@ -159,7 +161,12 @@ def run_kind(
             done = run_round(kind, number, min(left, BLOWS_PER_ROUND), sweep, peace, scene)
         left -= done.blows
         sweep.end_processes()
-        record = {"seed": arguments.seed, "undisturbed_seconds": peace.seconds, **asdict(done)}
+        record = {
+            "of": arguments.of,
+            "seed": arguments.seed,
+            "undisturbed_seconds": peace.seconds,
+            **asdict(done),
+        }
         with arguments.log.open("a") as log:
             log.write(json.dumps(record) + "\n")
         said = "; ".join(done.wrong) or "survived"
@@ -172,10 +179,10 @@ def summary(log: Path) -> dict[str, Any]:
     """Of all rounds in the log, by kind and altogether."""
     rounds = [json.loads(line) for line in log.read_text().splitlines()]
     kinds = {}
-    for kind in dict.fromkeys(entry["kind"] for entry in rounds):
-        of_kind = [entry for entry in rounds if entry["kind"] == kind]
+    for of, kind in dict.fromkeys((entry["of"], entry["kind"]) for entry in rounds):
+        of_kind = [entry for entry in rounds if (entry["of"], entry["kind"]) == (of, kind)]
         lost = [seconds for entry in of_kind for seconds in entry["lost_seconds"]]
-        kinds[kind] = {
+        kinds[f"{of}: {kind}"] = {
             "tried": sum(entry["blows"] for entry in of_kind),
             "survived": sum(entry["blows"] for entry in of_kind if not entry["wrong"]),
             "lost_seconds_mean": sum(lost) / max(len(lost), 1),
@@ -188,12 +195,12 @@ def summary(log: Path) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    print(f"{'kind':<10} {'survived':>10} {'lost: mean':>12} {'most':>8} {'undisturbed':>13}")
+    print(f"{'kind':<16} {'survived':>10} {'lost: mean':>12} {'most':>8} {'undisturbed':>13}")
     for kind, each in figures["kinds"].items():
         of = f"{each['survived']} of {each['tried']}"
         mean, most = each["lost_seconds_mean"], each["lost_seconds_most"]
         whole = each["undisturbed_seconds"]
-        print(f"{kind:<10} {of:>10} {mean:>10.2f} s {most:>6.2f} s {whole:>11.1f} s")
+        print(f"{kind:<16} {of:>10} {mean:>10.2f} s {most:>6.2f} s {whole:>11.1f} s")
         for what in each["wrong"]:
             print(f"    {what}")
     print(f"{figures['survived']} of {figures['tried']} survived")
@@ -202,6 +209,7 @@ def show(figures: dict[str, Any]) -> None:
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--of", choices=list(WHAT), default="sweep", help="what is hit")
     parser.add_argument("--kind", nargs="+", choices=list(BLOWS), default=list(BLOWS))
     parser.add_argument("--kills", type=int, default=8, help="blows of each kind")
     parser.add_argument("--seed", type=int, default=0)
@@ -219,13 +227,15 @@ def main() -> None:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         arguments.log = arguments.log or folder / "rounds.jsonl"
-        if "chain" in arguments.kind:
-            run_kinds(["chain"], arguments, folder, Servers())
-        if kinds := [kind for kind in arguments.kind if kind not in (*SERVERS, "chain")]:
+        kinds = [kind for kind in arguments.kind if kind not in SERVERS]
+        if arguments.of == "chain":
+            run_kinds([kind for kind in kinds if kind != "worker"], arguments, folder, Servers())
+        elif kinds:
             os.environ.setdefault("PREFECT_HOME", str(folder / "prefect"))
             parts.enter_context(TemporaryServer()).ready()
             run_kinds(kinds, arguments, folder, Servers())
-        if kinds := [kind for kind in arguments.kind if kind in SERVERS]:
+        kinds = [kind for kind in arguments.kind if kind in SERVERS]
+        if kinds and arguments.of == "sweep":
             servers = parts.enter_context(Servers.up(folder / "stack"))
             run_kinds(kinds, arguments, folder, servers)
         figures = summary(arguments.log)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from small_sweep import SmallSweep
 
+from foldstack.compression.errors import InputError
 from foldstack.tasks.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.manifest import Facts
 from foldstack.tasks.stage import Progress, Stage, run_stage
@@ -79,8 +80,11 @@ def main() -> None:
     store, computed = ArtifactStore(Path(sys.argv[1])), Path(sys.argv[2])
     before: tuple[Artifact, ...] = ()
     print("begun", flush=True)
-    for number in range(NUM_STAGES):
-        before = (run_stage(Step(number=number, before=before, computed=computed), store),)
+    try:
+        for number in range(NUM_STAGES):
+            before = (run_stage(Step(number=number, before=before, computed=computed), store),)
+    except InputError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
