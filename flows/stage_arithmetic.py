@@ -24,6 +24,9 @@ WRITE_RATE = 5e8
 FRESH_SECONDS = 6.0
 """A process of its own that loads the libraries and a model: the check of what was saved."""
 LITTLE_SECONDS = 1.0
+"""Of a stage without a model: text into windows, scores into a picture."""
+OPENING_SECONDS = 0.5
+"""Of a model, a tokenizer and a text."""
 DECODING_FACTOR = 8
 """A token that is written over one that is read with others."""
 CHARACTERS_PER_TOKEN = 3
@@ -51,18 +54,19 @@ class StageArithmetic:
                 disk = self.needs[stage.fingerprint].disk_bytes
                 tokens = self._calibration / config.statistics.shards
                 products = GRAM_FACTOR * disk / 4 * tokens / rates.float32
-                return tokens * self._token + products + disk / WRITE_RATE
+                passing = tokens * self._token
+                return OPENING_SECONDS + passing + products + disk / WRITE_RATE
             case "compress_model":
-                return FRESH_SECONDS + self._of_method(branch)
+                return OPENING_SECONDS + FRESH_SECONDS + self._of_method(branch)
             case "recover_model":
                 schedule = config.recovery
                 tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
                 tokens *= schedule.windows.window_tokens
                 student = TRAINING_FACTOR * self._passing(tokens, branch)
                 teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
-                return FRESH_SECONDS + student + teacher
+                return OPENING_SECONDS + FRESH_SECONDS + student + teacher
             case "evaluate_model":
-                return self._passing(self._evaluated_tokens, branch)
+                return OPENING_SECONDS + self._passing(self._evaluated_tokens, branch)
             case "benchmark_speed":
                 spec = config.speed
                 turns = (spec.warmup + spec.repeats) * sum(spec.batch_sizes)
