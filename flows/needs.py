@@ -90,7 +90,7 @@ def _shapes(meta: Any, layout: Layout) -> _Shapes:
         for site in architecture.linears
     }
     text = meta.config.get_text_config(decoder=True)
-    dtype = torch_dtype(layout.config.model.dtype) or meta.dtype
+    dtype = torch_dtype(layout.config.model.dtype) or stored_dtype(meta)
     return _Shapes(
         dense_bytes=count_parameters(meta) * dtype.itemsize,
         block_bytes=count_parameters(block) * dtype.itemsize,
@@ -101,6 +101,11 @@ def _shapes(meta: Any, layout: Layout) -> _Shapes:
         num_blocks=len(architecture.blocks(meta)),
         vocabulary=text.vocab_size,
     )
+
+
+def stored_dtype(meta: Any) -> Any:
+    """The precision of a model's weights, which on the meta device are in that of new ones."""
+    return getattr(meta.config.get_text_config(decoder=True), "dtype", None) or meta.dtype
 
 
 def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:

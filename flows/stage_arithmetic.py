@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from foldstack.flows.branches import Branch, Layout
 from foldstack.flows.machine_rates import Rates, measure_rates
-from foldstack.flows.needs import Need
+from foldstack.flows.needs import Need, stored_dtype
 from foldstack.tasks.stage import Stage
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class StageArithmetic:
     def _rates(self) -> Rates:
         from foldstack.tasks.execution import torch_dtype
 
-        dtype = torch_dtype(self.layout.config.model.dtype) or self._meta.dtype
+        dtype = torch_dtype(self.layout.config.model.dtype) or stored_dtype(self._meta)
         threads = self.layout.shards[0].execution.threads
         tokens = self.layout.config.calibration.window_tokens
         return measure_rates(self._meta.config, dtype, tokens, threads)

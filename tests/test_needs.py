@@ -74,6 +74,21 @@ def test_weights_count_whole_only_where_a_method_holds_them(
     assert dense < at_once < 2 * dense
 
 
+def test_a_model_of_half_precision_takes_half(
+    model_folder: Callable[..., Path], data: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(model_folder("llama"), folder)
+    load_model(folder).to(torch.bfloat16).save_pretrained(folder)
+    disk = []
+    for name in (model_folder("llama"), folder):
+        layout = lay_out(parse_config(data | {"model": {"name": str(name), "device": "cpu"}}))
+        compress = layout.branches[1].compress
+        assert compress is not None
+        disk.append(needs_of(layout)[compress.fingerprint].disk_bytes)
+    assert disk[0] == 2 * disk[1]
+
+
 def test_the_time_of_closed_forms_grows_with_the_width(data: dict[str, Any]) -> None:
     layout = lay_out(parse_config(data | {"methods": ["modegpt", "svd_llm", "shortgpt"]}))
     seconds = {
