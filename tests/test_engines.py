@@ -1,8 +1,12 @@
 """Stages on the workers of a Dask scheduler: the same results, and sentences for what is amiss."""
 
+import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from foldstack.flows.preflight import check
 from foldstack.flows.run_config import parse_config
 from foldstack.flows.sweep import run_sweep
 from foldstack.flows.terminal import Silent
+from foldstack.tasks.artifacts import ArtifactStore
 from foldstack.tasks.stage import run_stage
 
 distributed = pytest.importorskip("distributed")
@@ -183,6 +188,75 @@ def test_without_the_package_a_sentence_says_what_to_install(
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'foldstack\[dask\]'"):
         check(laid_out("home", execution=on("tcp://127.0.0.1:8786")))
+
+
+ERRAND = """
+import os, time
+from pathlib import Path
+from prefect import flow
+from foldstack.flows.engines import _dask_runner
+from foldstack.tasks.prefect_cache import stage_task
+from foldstack.tasks.worker_pool import ComputedStage
+
+class Errand(ComputedStage):
+    stage = "errand"
+    packages = ()
+    what: str
+    marks: str
+
+    def modules(self):
+        return ("foldstack.compression.errors",)
+
+    def compute(self, folder, work, progress):
+        with (Path(self.marks) / self.what).open("a") as file:
+            file.write(f"{os.getpid()}\\n")
+        if self.what == "long" and not (Path(self.marks) / "go").exists():
+            time.sleep(600)
+        return {"pid": os.getpid()}
+
+@flow
+def errands(address, store, marks, during):
+    task = stage_task("errand", store)
+    with _dask_runner(address) as runner:
+        def submit(what):
+            stage = Errand(what=what, marks=str(marks))
+            return runner.submit(task, {"stage": stage, "store_root": store.root, "report": None})
+        first = submit("short")
+        first.wait()
+        second = submit("long")
+        during()
+        second.wait()
+        return first.state.name, second.state.name
+"""
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_killed_worker_costs_the_stage_that_it_was_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dask_errand.py").write_text(ERRAND)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    marks, store = tmp_path / "marks", ArtifactStore(tmp_path / "store")
+    marks.mkdir()
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not (marks / "long").exists() or not (marks / "long").read_text().endswith("\n"):
+            assert time.monotonic() < deadline, "nobody began"
+            time.sleep(0.05)
+        (marks / "go").touch()
+        os.kill(int((marks / "long").read_text()), signal.SIGKILL)
+
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        errands = importlib.import_module("dask_errand").errands
+        states = errands(cluster.scheduler_address, store, marks, kill)
+    assert states == ("Completed", "Completed")
+    assert len((marks / "short").read_text().split()) == 1
+    first, second = (marks / "long").read_text().split()
+    assert first != second
 
 
 @pytest.mark.slow
