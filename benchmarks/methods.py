@@ -1,44 +1,41 @@
-"""Perplexity of every method's variants on one model and two texts, in one run.
+"""Perplexity of every method's variants on one model and two texts, before and after recovery.
 
     python benchmarks/methods.py --model DIR --calibration FILE --test FILE --sparsity 0.2 0.4 \\
         [--measured_on linears|model] [--variant 'svd_llm update=closed_form' ...] \\
-        [--recovery_steps 48 --seeds 0 1 2] [--json]
+        [--recovery_steps 48 --seeds 0 1 2] [--results FILE.jsonl] [--json]
 
-Protocol: the documents of a text (its lines, or what stands between <|endoftext|>) joined by a
-blank line, tokenised at once, cut into windows of one length; --num_calibration windows from the
-start of the one text, --num_test from the start of the other; mean next-token loss inside a window.
---sampler svd_llm draws the calibration windows as that method's released code does (its seed is 3).
-With --measured_on linears the sparsity is a fraction of the linears inside the blocks, as in most
-papers, and is translated. With --recovery_steps every result, and the dense model, then trains on
-the same further windows of the calibration text. "reference" is a model, python-stdlib:train and
-python-stdlib:test are texts. Without --variant every method runs as it comes; --variant paper_forms
-adds those that switch our departures off.
+Protocol: see `held_out_loss`; --num_calibration windows from the start of the one text, --num_test
+from the start of the other. --sampler svd_llm draws the calibration windows as that method's
+released code does (its seed is 3). With --measured_on linears the sparsity is a fraction of the
+linears inside the blocks, as in most papers, and is translated. With --recovery_steps every result,
+and the dense model, then trains on the same further windows of the calibration text. "reference" is
+a model, python-stdlib:train and python-stdlib:test are texts. Without --variant every method runs
+as it comes; --variant paper_forms adds those that switch our departures off.
+
+With --results every figure goes into that file as soon as it is known, a line of JSON each with all
+settings that it depends on (not the code): interrupt at will, and the same command goes on, or
+prints the tables again. Several processes may fill one file, each with sparsities of its own.
 """
 
 import argparse
-import copy
 import json
 import math
-import statistics
+import sys
 import time
+import traceback
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+# Before whatever loads `statistics`, which the script of that name beside this one answers for.
+from held_out_loss import Bench, add_data_options
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from foldstack.compression.checkpoint import load_model, load_tokenizer
-from foldstack.compression.corpus import PYTHON_STDLIB, TextSource, documents
-from foldstack.compression.method import Evidence, Method
+from foldstack.compression.method import Method
 from foldstack.compression.methods import METHODS
-from foldstack.compression.model_folder import resolve
-from foldstack.compression.ranking import rank_blocks
-from foldstack.compression.recovery import Recovery, recover
-from foldstack.compression.size import Size, size_of
-from foldstack.compression.statistics import KINDS, gather
+from foldstack.compression.size import size_of
 from foldstack.compression.surgery import cut
 
 # Methods that make a model larger are not compared with those that make it smaller.
@@ -65,48 +62,16 @@ PAPER_FORMS = (
     "llm_streamline replacement=layer loss=llm",
     "llm_streamline initial=paper learning_rate=2e-4",
 )
-RECOVERY_BATCH = 8
+# Those whose cut depends on the seed; of the others one cut serves every seed of the recovery.
+SEEDED = ("foldgpt", "llm_streamline", "post_share", "slicegpt", "stack")
+DATA = (
+    "model", "calibration", "test", "items", "sampler", "sampler_seed", "window_tokens",
+    "num_calibration", "num_test", "recovery_steps", "measured_on",
+)  # fmt: skip
+DENSE = "dense"
 
-
-def texts_of(text: str, items: str) -> list[str]:
-    """The documents of a file, or of a split of the standard library ("python-stdlib:test")."""
-    name, _, split = text.partition(":")
-    if name == PYTHON_STDLIB:
-        return documents(TextSource(split=split or "train"))
-    raw = Path(text).read_text(encoding="utf-8")
-    parts = raw.split("\n") if items == "lines" else raw.split("<|endoftext|>")
-    return [part for part in parts if part] if items == "lines" else [p.strip() for p in parts]
-
-
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], tokens: int, start: int, count: int
-) -> Tensor:
-    """`count` windows, or as many as there are, from window `start` on."""
-    ids = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
-    return windows[start : start + count]
-
-
-def sampled_windows(
-    tokenizer: PreTrainedTokenizerBase, file: Path, tokens: int, count: int, seed: int
-) -> Tensor:
-    """Windows drawn as SVD-LLM's released code draws them: at random characters, BOS first."""
-    text = "\n\n".join(file.read_text(encoding="utf-8").split("\n"))
-    random = Random(seed)
-    drawn: list[list[int]] = []
-    while len(drawn) < count:
-        start = random.randint(0, len(text) - tokens * 10 - 1)
-        ids = tokenizer(text[start : start + tokens * 10], verbose=False)["input_ids"]
-        if len(ids) >= tokens:
-            drawn.append(ids[:tokens])
-    return torch.tensor(drawn)
-
-
-def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
-    """Mean loss of the tokens that have one before them in their window, in nats."""
-    with torch.no_grad():
-        losses = [float(model(batch, labels=batch).loss) * len(batch) for batch in windows.split(8)]
-    return math.fsum(losses) / len(windows)
+Key = tuple[Any, ...]
+Figures = dict[str, Any]
 
 
 def settings_of(variant: str) -> tuple[str, dict[str, Any]]:
@@ -133,101 +98,136 @@ def variants_of(given: list[str] | None) -> list[str]:
     return [*(named or SHRINKING), *forms]
 
 
-class Bench:
-    """One model, the windows that it is compressed with, and those that it is tested on."""
+class Results:
+    """What was measured so far, by all settings; in a file as well if there is one."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        folder = resolve(options.model)
-        self.model, tokenizer = load_model(folder), load_tokenizer(folder)
-        tokens, count = options.window_tokens, options.num_calibration
-        texts = texts_of(options.calibration, options.items)
-        drawn = count, options.sampler_seed
-        self.calibration = (
-            sampled_windows(tokenizer, Path(options.calibration), tokens, *drawn)
-            if options.sampler == "svd_llm"
-            else token_windows(tokenizer, texts, tokens, 0, count)
-        )
-        self.steps: int = options.recovery_steps
-        num_training = self.steps * RECOVERY_BATCH
-        self.training = token_windows(tokenizer, texts, tokens, count, num_training)
-        if len(self.training) < num_training:
-            raise SystemExit(
-                f"--recovery_steps {self.steps} need {num_training} windows after the first "
-                f"{count}; {options.calibration} has {len(self.training)}"
-            )
-        test = texts_of(options.test, options.items)
-        self.test = token_windows(tokenizer, test, tokens, 0, options.num_test)
-        found = gather(self.model, self.calibration, KINDS)
-        self.evidence = Evidence(self.calibration, found, rank_blocks(found))
-        self.dense: Size = size_of(self.model)
+        self.file: Path | None = options.results
+        self.data = {name: getattr(options, name) for name in DATA}
+        self.rows: dict[Key, Figures] = {}
+        for line in self._text().splitlines():
+            if not _is_json(line):  # the end of a run that was killed while it wrote
+                continue
+            row = json.loads(line)
+            if {name: row[name] for name in DATA} == self.data:
+                self.rows[row["variant"], row["sparsity"], row["seed"]] = row["figures"]
 
-    def perplexity(self, model: PreTrainedModel) -> float:
-        return math.exp(cross_entropy(model, self.test))
+    def add(self, key: Key, figures: Figures) -> None:
+        self.rows[key] = figures
+        if self.file is None:
+            return
+        variant, sparsity, seed = key
+        row = {**self.data, "variant": variant, "sparsity": sparsity, "seed": seed}
+        start = "\n" if self._text()[-1:] not in ("", "\n") else ""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{start}{json.dumps({**row, 'figures': figures})}\n")
 
-    def recovered(self, model: PreTrainedModel, seed: int) -> float:
-        """Perplexity after training on the same windows as everybody."""
-        settings = Recovery(steps=self.steps, batch_size=RECOVERY_BATCH, seed=seed)
-        trained = copy.deepcopy(model)
-        recover(trained, self.training, settings)
-        return self.perplexity(trained)
+    def _text(self) -> str:
+        if self.file is None or not self.file.exists():
+            return ""
+        return self.file.read_text(encoding="utf-8")
 
-    def measure(self, method: Method) -> dict[str, float]:
-        started = time.perf_counter()
-        smaller = cut(self.model, method.compress(self.model, self.evidence))
-        seconds = time.perf_counter() - started
+
+class Comparison:
+    """Measures variants at sparsities and seeds, and keeps what is known."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.results = options, Results(options)
+        self.bar: tqdm[Any] = tqdm(total=0, unit="result", file=sys.stderr, dynamic_ncols=True)
+        self._last: tuple[Method, PreTrainedModel, float] | None = None
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Made when the first figure is missing: a table of known ones needs no model."""
+        bench = Bench(self.options)
+        bench.progress = self._tell
+        return bench
+
+    def run(self, keys: list[Key]) -> None:
+        missing = [key for key in keys if key not in self.results.rows]
+        self.bar.reset(total=len(missing))
+        for key in missing:
+            self.bar.set_description(" ".join(map(str, key)))
+            try:
+                self.results.add(key, self._measured(*key))
+            except ValueError as error:  # a setting, or a sparsity out of reach
+                self.results.add(key, {"error": " ".join(str(error).split())})
+            except Exception as error:  # a fault: told, not kept, so that the next run tries again
+                self.bar.write(traceback.format_exc(), file=sys.stderr)
+                self.results.rows[key] = {"error": f"{type(error).__name__}: {error}", "fault": 1}
+            self.bar.update()
+
+    def _measured(self, variant: str, sparsity: float, seed: int) -> Figures:
+        bench = self.bench
+        if variant == DENSE:
+            smaller, seconds = bench.model, 0.0
+        else:
+            name, settings = settings_of(variant)
+            scale = 1.0
+            if self.options.measured_on == "linears":
+                scale = bench.dense.block_linear_parameters / bench.dense.parameters
+            if name not in METHODS:
+                raise ValueError(f"a variant starts with one of {', '.join(METHODS)}; got {name!r}")
+            seed_of_cut = seed if name in SEEDED else 0
+            method = METHODS[name](sparsity=sparsity * scale, seed=seed_of_cut, **settings)
+            smaller, seconds = self._cut(method)
         size = size_of(smaller)
-        linears = size.block_linear_parameters / self.dense.block_linear_parameters
+        linears = size.block_linear_parameters / bench.dense.block_linear_parameters
         figures = {
-            "sparsity": 1 - size.parameters / self.dense.parameters,
+            "sparsity": 1 - size.parameters / bench.dense.parameters,
             "linear_sparsity": 1 - linears,
-            "perplexity": self.perplexity(smaller),
+            "perplexity": bench.perplexity(smaller),
             "seconds": seconds,
         }
-        if self.steps:
-            figures["recovered"] = self.recovered(smaller, method.seed)
+        if bench.steps:
+            figures["recovered"] = bench.perplexity(bench.recovered(smaller, seed))
         return figures
 
-    def measure_dense(self, seeds: list[int]) -> dict[str, float]:
-        figures = {
-            "sparsity": 0.0,
-            "linear_sparsity": 0.0,
-            "perplexity": self.perplexity(self.model),
-        }
-        if self.steps:
-            trained = [self.recovered(self.model, seed) for seed in seeds]
-            figures["recovered"] = statistics.mean(trained)
-        return figures
+    def _cut(self, method: Method) -> tuple[PreTrainedModel, float]:
+        if self._last is None or self._last[0] != method:
+            started = time.perf_counter()
+            smaller = cut(self.bench.model, method.compress(self.bench.model, self.bench.evidence))
+            self._last = method, smaller, time.perf_counter() - started
+        return self._last[1], self._last[2]
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        self.bar.set_postfix_str(f"{what} {done}/{total}")
 
 
-def over_seeds(
-    bench: Bench, name: str, settings: dict[str, Any], seeds: list[int]
-) -> dict[str, Any]:
+def over_seeds(results: Results, keys: list[Key]) -> dict[tuple[str, float], Figures]:
     """Means over the seeds; "_range" is the largest less the smallest value."""
-    try:
-        runs = [bench.measure(METHODS[name](seed=seed, **settings)) for seed in seeds]
-    except ValueError as error:  # a setting, or a sparsity out of reach
-        return {"error": str(error)}
-    figures: dict[str, Any] = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    seeds: dict[tuple[str, float], list[Figures]] = {}
+    for key in keys:
+        if key in results.rows:
+            seeds.setdefault(key[:2], []).append(results.rows[key])
+    return {key: _mean(runs) for key, runs in seeds.items()}
+
+
+def _mean(runs: list[Figures]) -> Figures:
+    failed = next((run for run in runs if "error" in run), None)
+    if failed is not None:
+        return failed
+    figures: Figures = {key: math.fsum(r[key] for r in runs) / len(runs) for key in runs[0]}
     for key in {"perplexity", "recovered"} & figures.keys():
         values = [run[key] for run in runs]
         figures[f"{key}_range"] = max(values) - min(values)
-    return figures
+    return {**figures, "seeds": len(runs)}
 
 
-def table(figures: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Lines of a Markdown table."""
+def table(figures: dict[tuple[str, float], Figures]) -> Iterator[str]:
+    """Lines of a Markdown table, a row for each variant at each sparsity."""
     heads = ("sparsity", "linear_sparsity", "perplexity", "recovered", "seconds")
     yield "| variant | removed | of linears | perplexity | after recovery | seconds |"
     yield "|---|---|---|---|---|---|"
-    for variant, row in figures.items():
+    for (variant, sparsity), row in figures.items():
+        label = f"{variant} {sparsity:g}"
         if "error" in row:
-            yield f"| {variant} | {row['error']} | | | | |"
+            yield f"| {label} | {row['error']} | | | | |"
             continue
-        cells = [_cell(row, head) for head in heads]
-        yield f"| {variant} | {' | '.join(cells)} |"
+        yield f"| {label} | {' | '.join(_cell(row, head) for head in heads)} |"
 
 
-def _cell(row: dict[str, Any], head: str) -> str:
+def _cell(row: Figures, head: str) -> str:
     if head not in row:
         return ""
     spread = row.get(f"{head}_range")
@@ -235,42 +235,59 @@ def _cell(row: dict[str, Any], head: str) -> str:
     return value + (f" (range {spread:.2g})" if spread else "")
 
 
+def side_by_side(figures: dict[tuple[str, float], Figures]) -> Iterator[str]:
+    """Lines of a Markdown table, a row for each variant: removed, before -> after recovery."""
+    sparsities = sorted({sparsity for _, sparsity in figures})
+    yield f"| variant | {' | '.join(f'{s:g}' for s in sparsities)} |"
+    yield "|---" * (len(sparsities) + 1) + "|"
+    for variant in dict.fromkeys(variant for variant, _ in figures):
+        cells = []
+        for sparsity in sparsities:
+            row = figures.get((variant, sparsity), {})
+            parts = [_cell(row, head) for head in ("perplexity", "recovered") if head in row]
+            share = f"{row['sparsity']:.1%}: " if "sparsity" in row else ""
+            refusal = "failed" if "fault" in row else "refused"
+            cells.append(refusal if "error" in row else share + " → ".join(parts))
+        yield f"| {variant} | {' | '.join(cells)} |"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="directory, hub id, or reference")
-    parser.add_argument("--calibration", required=True, help="text file, or python-stdlib:train")
-    parser.add_argument("--test", required=True, help="text file, or python-stdlib:test")
-    parser.add_argument("--items", choices=("lines", "documents"), default="lines")
-    parser.add_argument("--sampler", choices=("first", "svd_llm"), default="first")
-    parser.add_argument("--sampler_seed", type=int, default=3, help="of the svd_llm sampler")
-    parser.add_argument("--window_tokens", type=int, default=256)
-    parser.add_argument("--num_calibration", type=int, default=128)
-    parser.add_argument("--num_test", type=int, default=200)
+    add_data_options(parser)
     parser.add_argument("--sparsity", type=float, nargs="+", required=True)
     parser.add_argument("--measured_on", choices=("linears", "model"), default="model")
     parser.add_argument("--variant", action="append", help="method and settings; may be repeated")
-    parser.add_argument("--recovery_steps", type=int, default=0, help="of 8 windows; 0: none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--results", type=Path, help="file of JSON lines to go on from")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    bench = Bench(options)
-    scale = 1.0
-    if options.measured_on == "linears":
-        scale = bench.dense.block_linear_parameters / bench.dense.parameters
-    figures: dict[str, dict[str, Any]] = {"dense": bench.measure_dense(options.seeds)}
-    for sparsity in options.sparsity:
-        for variant in variants_of(options.variant):
-            name, settings = settings_of(variant)
-            settings["sparsity"] = sparsity * scale
-            label = f"{variant} {sparsity:g}"
-            figures[label] = over_seeds(bench, name, settings, options.seeds)
-            if not options.json:
-                print(label, figures[label], flush=True)
-    print(json.dumps(figures, indent=2) if options.json else "\n".join(["", *table(figures)]))
+    comparison = Comparison(options)
+    keys: list[Key] = [(DENSE, 0.0, seed) for seed in options.seeds]
+    keys += [
+        (variant, sparsity, seed)
+        for sparsity in options.sparsity
+        for variant in variants_of(options.variant)
+        for seed in options.seeds
+    ]
+    interrupted = False
+    try:
+        comparison.run(keys)
+    except KeyboardInterrupt:
+        interrupted = True
+    comparison.bar.close()
+    figures = over_seeds(comparison.results, keys)
+    if options.json:
+        print(json.dumps({f"{name} {share:g}": row for (name, share), row in figures.items()}))
+    else:
+        print("\n".join(["", *table(figures), "", *side_by_side(figures)]))
+    if interrupted:
+        raise SystemExit(130)
+    if any("fault" in row for row in figures.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""One model, the windows that it is compressed with and those that it is tested on; no command.
+
+Protocol: the documents of a text (its lines, or what stands between <|endoftext|>) joined by a
+blank line, tokenised at once, cut into windows of one length; mean next-token loss inside a window.
+`methods.py` and `claims.py` measure with it.
+"""
+
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from foldstack.compression.checkpoint import load_model, load_tokenizer
+from foldstack.compression.corpus import PYTHON_STDLIB, TextSource, documents
+from foldstack.compression.method import Evidence, no_progress
+from foldstack.compression.model_folder import resolve
+from foldstack.compression.ranking import rank_blocks
+from foldstack.compression.recovery import Recovery, recover
+from foldstack.compression.size import Size, size_of
+from foldstack.compression.statistics import KINDS, gather
+
+RECOVERY_BATCH = 8
+
+
+def texts_of(text: str, items: str) -> list[str]:
+    """The documents of a file, or of a split of the standard library ("python-stdlib:test")."""
+    name, _, split = text.partition(":")
+    if name == PYTHON_STDLIB:
+        return documents(TextSource(split=split or "train"))
+    raw = Path(text).read_text(encoding="utf-8")
+    parts = raw.split("\n") if items == "lines" else raw.split("<|endoftext|>")
+    return [part for part in parts if part] if items == "lines" else [p.strip() for p in parts]
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], tokens: int, start: int, count: int
+) -> Tensor:
+    """`count` windows, or as many as there are, from window `start` on."""
+    ids = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
+    return windows[start : start + count]
+
+
+def sampled_windows(
+    tokenizer: PreTrainedTokenizerBase, file: Path, tokens: int, count: int, seed: int
+) -> Tensor:
+    """Windows drawn as SVD-LLM's released code draws them: at random characters, BOS first."""
+    text = "\n\n".join(file.read_text(encoding="utf-8").split("\n"))
+    random = Random(seed)
+    drawn: list[list[int]] = []
+    while len(drawn) < count:
+        start = random.randint(0, len(text) - tokens * 10 - 1)
+        ids = tokenizer(text[start : start + tokens * 10], verbose=False)["input_ids"]
+        if len(ids) >= tokens:
+            drawn.append(ids[:tokens])
+    return torch.tensor(drawn)
+
+
+def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
+    """Mean loss of the tokens that have one before them in their window, in nats."""
+    with torch.no_grad():
+        losses = [float(model(batch, labels=batch).loss) * len(batch) for batch in windows.split(8)]
+    return math.fsum(losses) / len(windows)
+
+
+def add_data_options(parser: argparse.ArgumentParser, **defaults: str | int) -> None:
+    """Which model, texts and windows; model and texts must be given where they have no default."""
+    for name, what in (
+        ("model", "directory, hub id, or reference"),
+        ("calibration", "text file, or python-stdlib:train"),
+        ("test", "text file, or python-stdlib:test"),
+    ):
+        is_asked = name not in defaults
+        parser.add_argument(f"--{name}", required=is_asked, default=defaults.get(name), help=what)
+    parser.add_argument("--items", choices=("lines", "documents"), default="lines")
+    parser.add_argument("--sampler", choices=("first", "svd_llm"), default="first")
+    parser.add_argument("--sampler_seed", type=int, default=3, help="of the svd_llm sampler")
+    for name, usual in (("window_tokens", 256), ("num_calibration", 128), ("num_test", 200)):
+        parser.add_argument(f"--{name}", type=int, default=defaults.get(name, usual))
+    parser.add_argument(
+        "--recovery_steps",
+        type=int,
+        default=defaults.get("recovery_steps", 0),
+        help=f"of {RECOVERY_BATCH} windows; 0: none",
+    )
+
+
+class Bench:
+    """A model and its windows: for calibration, for recovery, and for the test."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        folder = resolve(options.model)
+        self.model, tokenizer = load_model(folder), load_tokenizer(folder)
+        tokens, count = options.window_tokens, options.num_calibration
+        texts = texts_of(options.calibration, options.items)
+        drawn = count, options.sampler_seed
+        self.calibration = (
+            sampled_windows(tokenizer, Path(options.calibration), tokens, *drawn)
+            if options.sampler == "svd_llm"
+            else token_windows(tokenizer, texts, tokens, 0, count)
+        )
+        self.steps: int = options.recovery_steps
+        num_training = self.steps * RECOVERY_BATCH
+        self.training = token_windows(tokenizer, texts, tokens, count, num_training)
+        if len(self.training) < num_training:
+            raise SystemExit(
+                f"--recovery_steps {self.steps} need {num_training} windows after the first "
+                f"{count}; {options.calibration} has {len(self.training)}"
+            )
+        test = texts_of(options.test, options.items)
+        self.test = token_windows(tokenizer, test, tokens, 0, options.num_test)
+        self.dense: Size = size_of(self.model)
+        self.progress: Callable[[str, int, int], None] = no_progress
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        found = gather(self.model, self.calibration, KINDS)
+        return Evidence(self.calibration, found, rank_blocks(found), progress=self._tell)
+
+    def perplexity(self, model: PreTrainedModel) -> float:
+        return math.exp(cross_entropy(model, self.test))
+
+    def recovered(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
+        """A copy, trained on the same windows as everybody's."""
+        settings = Recovery(steps=self.steps, batch_size=RECOVERY_BATCH, seed=seed)
+        trained = copy.deepcopy(model)
+        recover(trained, self.training, settings, progress=self._tell)
+        return trained
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        self.progress(what, done, total)
