@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--scene", nargs="+", choices=list(SCENES), default=list(SCENES))
     parser.add_argument("--keep", type=Path, help="folder for homes and logs that stays")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="foldstack-concurrency-"))
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(folder / "prefect"))

@@ -28,6 +28,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -220,6 +221,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     with ExitStack() as parts:
         temporary = tempfile.mkdtemp(prefix="foldstack-faults-")
         parts.callback(shutil.rmtree, temporary, ignore_errors=True)
