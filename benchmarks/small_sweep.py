@@ -154,7 +154,10 @@ class SmallSweep:
         return {row.artifact.key: _digests(row.artifact.folder) for row in self.rows()}
 
     def runs(self) -> dict[str, Any]:
-        """State and metrics of each run that MLflow has, by name."""
+        """State and metrics of each run that MLflow has, by name.
+
+        A sweep that loses a process which computes ends with a failure, which MLflow keeps: such
+        runs do not count."""
         from mlflow import MlflowClient
 
         uri = self.environment.get("MLFLOW_TRACKING_URI", f"sqlite:///{self.home}/mlflow.db")
@@ -163,7 +166,9 @@ class SmallSweep:
         experiment = client.get_experiment_by_name(name or "foldstack/reference")
         if experiment is None:
             return {}
-        found = client.search_runs([experiment.experiment_id])
+        found = client.search_runs(
+            [experiment.experiment_id], filter_string="attributes.status != 'FAILED'"
+        )
         runs = {
             run.info.run_name: [run.info.status, _without_times(run.data.metrics)] for run in found
         }
@@ -180,6 +185,7 @@ class SmallSweep:
             for kind in ("work", "tmp", "damaged", "records", "leases")
             for file in (self.store.root / kind).rglob("*")
             if file.is_file() and not any(key in _key_in(file) for key in keys)
+            if file.parent.name != "records"  # why a task failed, for which only its age counts
         ]
         temporary = self.beside("tmp")
         orphans += [str(file) for file in temporary.rglob("*") if file.is_file()]

@@ -77,16 +77,17 @@ class BasisSharing(Method):
 
     `update` fits the coefficients again on the inputs that the compressed model produces: global
     (the paper's at high sparsities, all at once, from one pass) or layerwise (in order, to a target
-    that repairs what the blocks before have spoilt, as `SvdLlm` does).
+    that repairs what the blocks before have spoilt, as `SvdLlm` does). `pooling` equal_traces
+    scales the Gram matrices before they are pooled, so that the block with the largest activations
+    does not own the basis; once each block's coefficients are fitted to it, that no longer pays.
 
-    Departs from the paper: Gram matrices are scaled to equal traces before they are pooled, so that
-    the block with the largest activations does not own the basis (`pooling` paper adds them as they
-    are); since the pooled loss charges every block with its errors on the others' inputs, the
-    coefficients are fitted again on the block's own (`coefficients` paper keeps those of the pooled
-    SVD); a shorter last group gets a rank of its own size; what the floors of the ranks leave over
-    is spent on single ranks (`allocation` exact; paper keeps the floors); the factors come without
-    an inverse, see `low_rank`; a group that would not become smaller stays dense. Blocks that use
-    another's weights count with its inputs, and linears already factored stay as they are.
+    Departs from the paper: since the pooled loss charges every block with its errors on the others'
+    inputs, the coefficients are fitted again on the block's own (`coefficients` paper keeps those
+    of the pooled SVD), and in order whatever the sparsity; a shorter last group gets a rank of its
+    own size; what the floors of the ranks leave over is spent on single ranks (`allocation` exact;
+    paper keeps the floors); the factors come without an inverse, see `low_rank`; a group that would
+    not become smaller stays dense. Blocks that use another's weights count with its inputs, and
+    linears already factored stay as they are.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -99,7 +100,7 @@ class BasisSharing(Method):
     """Names, inside a block, of the linears that share; paper: those that read the input of the
     attention or of the MLP, without keys and values where query heads share those, and GPT-2's
     attention output."""
-    pooling: Literal["equal_traces", "paper"] = "equal_traces"
+    pooling: Literal["equal_traces", "paper"] = "paper"
     """How the Gram matrices of a group add up: scaled to equal traces, or as they are."""
     coefficients: Literal["refit", "paper"] = "refit"
     """refit: by the block's own inputs; paper: as the SVD on the pooled inputs leaves them."""
