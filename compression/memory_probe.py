@@ -47,6 +47,7 @@ def peak_memory(
         "device": device,
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "temporary": tempfile.gettempdir(),  # the one that it was started with may be gone
     }
     if _probe is None:
         _probe = _Probe()
@@ -137,6 +138,7 @@ def _peak_of(folder: Path, request: Mapping[str, Any]) -> int:
 
     torch.set_num_threads(request["threads"])
     device, dtype = request["device"], request["dtype"] and getattr(torch, request["dtype"])
+    tempfile.tempdir = request["temporary"]
     with tempfile.TemporaryDirectory() as toy:
         _save_toy(Path(toy))
         # Code of libraries is paged in when it first runs: that is not the model's memory.

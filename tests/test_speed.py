@@ -1,5 +1,6 @@
 """Speed: what is timed is what `generate` does, in turns, and the numbers follow from the clock."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,22 @@ def test_memory_is_measured_in_processes_of_their_own(model_folder: Callable[...
     assert again[small] == pytest.approx(found[small], abs=3_000_000)  # whatever ran before
     assert 0 < found[small] < 10_000_000
     assert found[large] - found[small] == pytest.approx(30_720_000, rel=0.3)
+
+
+def test_the_memory_process_outlives_the_temporary_folder_it_was_started_with(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage in a worker has one of its own, which goes with it."""
+    folder = model_folder("llama")
+    memory_probe.end_probe()
+    for name in ("first", "second"):
+        temporary = tmp_path / name
+        temporary.mkdir()
+        monkeypatch.setenv("TMPDIR", str(temporary))
+        monkeypatch.setattr(memory_probe.tempfile, "tempdir", str(temporary))
+        assert memory_probe.peak_memory([folder], SHORT.model_dump(), 97, "cpu")[folder] > 0
+        shutil.rmtree(temporary)
+    memory_probe.end_probe()
 
 
 def test_a_memory_process_that_fails_is_told(
