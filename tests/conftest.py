@@ -18,6 +18,7 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 ModelFactory = Callable[..., PreTrainedModel]
 FolderFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_log_level() -> Iterator[None]:
+    """A flow that runs in the tests' process sets the package's level: not for the next files."""
+    package = logging.getLogger("foldstack")
+    before = package.level
+    yield
+    package.setLevel(before)
 
 
 def pytest_configure() -> None:

@@ -120,6 +120,7 @@ def test_who_only_waited_does_not_say_that_it_made_it(
 ) -> None:
     stage = count()
     made = run_stage(stage, store)
+    caplog.clear()
     monkeypatch.setattr(
         ArtifactStore, "find", lambda *_: None
     )  # made right after it was looked for
