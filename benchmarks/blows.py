@@ -14,13 +14,14 @@ from typing import Any
 
 from small_sweep import RUN_SECONDS, SmallSweep
 
+from foldstack.tasks.home import WORDS_OF_LIBRARIES, disk_full, disk_too_small
+
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 SERVERS = {"prefect": "Prefect", "mlflow": "MLflow", "postgres": "Postgres"}
 """Kinds of blows, and what local_stack.py calls the parts that they hit."""
 
 OUTAGE_SECONDS = (0.5, 6.0)
 LARGE_BYTES = 1 << 30
-FULL = "no space is left on the disk"
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Struck:
     """Of the run, where it ended by itself."""
     damaged: set[str] = field(default_factory=set)
     wrong: list[str] = field(default_factory=list)
+    refused: bool = False
+    """True when the run saw before it began that it could not end."""
 
 
 @dataclass
@@ -144,7 +147,9 @@ def flip(scene: Scene) -> Struck:
 
 
 def fill_disk(scene: Scene) -> Struck:
-    """The home is a tmpfs with less room than the sweep needs; afterwards it has enough."""
+    """The home is a tmpfs with less room than the sweep needs; afterwards it has enough.
+
+    A run that is refused because it would not find room has not been hit."""
     home = scene.sweep.home
     if not home.is_mount():
         home.mkdir(parents=True, exist_ok=True)
@@ -158,9 +163,18 @@ def fill_disk(scene: Scene) -> Struck:
     finished = scene.sweep.finished()
     said = scene.sweep.log.read_bytes()[told:].decode(errors="replace")
     _free(home, LARGE_BYTES)
-    hit = code != 0 or "database or disk is full" in said or "No space left" in said
-    silent = hit and code != 0 and FULL not in said
+    if _begin(disk_too_small(home, 0, 0)) in said:
+        wrong = [] if code == 2 else [f"refused for want of room with exit code {code}"]
+        return Struck(False, finished, exit_code=code, wrong=wrong, refused=True)
+    full = _begin(disk_full(home)) in said
+    hit = code != 0 or full or any(words in said for words in WORDS_OF_LIBRARIES)
+    silent = code != 0 and not full
     return Struck(hit, finished, exit_code=code, wrong=["no sentence on the disk"] * silent)
+
+
+def _begin(sentence: str) -> str:
+    """What does not depend on the place and the numbers."""
+    return sentence.partition(" of ")[0]
 
 
 def _free(mount: Path, size: int) -> int:

@@ -8,7 +8,8 @@ random moments, a few times in a row, and then run to its end:
 
     flow, worker               kill -9 of the flow's process, of a process that computes stages
     truncate, flip             files of finished artifacts are cut short, or one bit in them flips
-    disk                       the disk of the home (a tmpfs; needs root) is full
+    disk                       the disk of the home (a tmpfs; needs root) is full; a run that is
+                               refused because it would not find room is counted apart
     prefect, mlflow, postgres  kill -9 of a server of deploy/local_stack.py, which then comes back
 
 A round is survived when the last run gives what the undisturbed one gave (the same fingerprints,
@@ -60,6 +61,8 @@ class Round:
     exit_codes: list[int] = field(default_factory=list)
     """Of the runs that ended by themselves; the last one's must be 0."""
     wrong: list[str] = field(default_factory=list)
+    refused: int = 0
+    """Runs that saw before they began that they could not end: no blows."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def run_round(
         sound = {key: at for key, at in struck.finished.items() if key not in struck.damaged}
         if struck.exit_code is not None:
             done.exit_codes.append(struck.exit_code)
+        done.refused += struck.refused
         if struck.hit:
             done.blows += 1
             done.lost_seconds.append(struck.lost_seconds)
@@ -180,12 +184,13 @@ def summary(log: Path) -> dict[str, Any]:
     """Of all rounds in the log, by kind and altogether."""
     rounds = [json.loads(line) for line in log.read_text().splitlines()]
     kinds = {}
-    for of, kind in dict.fromkeys((entry["of"], entry["kind"]) for entry in rounds):
-        of_kind = [entry for entry in rounds if (entry["of"], entry["kind"]) == (of, kind)]
+    for name in dict.fromkeys(name_of(entry) for entry in rounds):
+        of_kind = [entry for entry in rounds if name_of(entry) == name]
         lost = [seconds for entry in of_kind for seconds in entry["lost_seconds"]]
-        kinds[f"{of}: {kind}"] = {
+        kinds[name] = {
             "tried": sum(entry["blows"] for entry in of_kind),
             "survived": sum(entry["blows"] for entry in of_kind if not entry["wrong"]),
+            "refused": sum(entry.get("refused", 0) for entry in of_kind),
             "lost_seconds_mean": sum(lost) / max(len(lost), 1),
             "lost_seconds_most": max(lost, default=0.0),
             "undisturbed_seconds": of_kind[-1]["undisturbed_seconds"],
@@ -195,6 +200,11 @@ def summary(log: Path) -> dict[str, Any]:
     return {"tried": tried, "survived": survived, "kinds": kinds}
 
 
+def name_of(entry: dict[str, Any]) -> str:
+    """What was hit, and how; the first logs were of sweeps only and did not say it."""
+    return f"{entry.get('of', 'sweep')}: {entry['kind']}"
+
+
 def show(figures: dict[str, Any]) -> None:
     print(f"{'kind':<16} {'survived':>10} {'lost: mean':>12} {'most':>8} {'undisturbed':>13}")
     for kind, each in figures["kinds"].items():
@@ -202,6 +212,8 @@ def show(figures: dict[str, Any]) -> None:
         mean, most = each["lost_seconds_mean"], each["lost_seconds_most"]
         whole = each["undisturbed_seconds"]
         print(f"{kind:<16} {of:>10} {mean:>10.2f} s {most:>6.2f} s {whole:>11.1f} s")
+        if each["refused"]:
+            print(f"    {each['refused']} runs were refused before they began")
         for what in each["wrong"]:
             print(f"    {what}")
     print(f"{figures['survived']} of {figures['tried']} survived")

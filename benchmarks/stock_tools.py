@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from foldstack.compression.reference import BENCHMARKS_FOLDER
-from foldstack.tasks.artifacts import foldstack_home
+from foldstack.tasks.home import foldstack_home
 from foldstack.tasks.manifest import MANIFEST, Manifest, read_manifest
 
 MODEL_STAGES = ("compress_model", "recover_model")

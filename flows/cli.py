@@ -233,7 +233,7 @@ def ui(
 ) -> None:
     """Start the Prefect and the MLflow server on this machine, until Ctrl-C."""
     from foldstack.flows.servers import mlflow, prefect, serve
-    from foldstack.tasks.artifacts import foldstack_home
+    from foldstack.tasks.home import foldstack_home
 
     folder = (home or foldstack_home()).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,20 +295,17 @@ def main() -> None:
     except InputError as error:
         print(f"foldstack: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        from foldstack.tasks.artifacts import DISK_FULL
-
-        if error.errno not in DISK_FULL:
-            raise
-        where = f" of {error.filename}" if error.filename else ""
-        said = (
-            f"no space is left on the disk{where}; what is finished is kept, `foldstack cache gc`"
-        )
-        print(f"foldstack: {said} frees some, and then: {_command_line()}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print(f"foldstack: stopped; to go on: {_command_line()}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        from foldstack.tasks.home import disk_full, foldstack_home, is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        said = disk_full(getattr(error, "filename", None) or foldstack_home())
+        print(f"foldstack: {said}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

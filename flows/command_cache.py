@@ -11,9 +11,10 @@ from typing import Any
 from foldstack.compression.errors import InputError
 from foldstack.flows.comparison import load
 from foldstack.flows.run_config import RunConfig
-from foldstack.tasks.artifacts import ArtifactStore, store_url
+from foldstack.tasks.artifacts import ArtifactStore
 from foldstack.tasks.explanation import Explanation, explain
 from foldstack.tasks.garbage import collect_garbage, list_artifacts, list_object_storage
+from foldstack.tasks.home import store_url
 
 
 def store_of(home: Path | None) -> ArtifactStore:

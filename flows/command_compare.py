@@ -4,7 +4,7 @@ from pathlib import Path
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.comparison import Comparison, load
-from foldstack.tasks.artifacts import foldstack_home
+from foldstack.tasks.home import foldstack_home
 
 
 def compare_command(model: str, home: Path | None = None) -> list[Comparison]:

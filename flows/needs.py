@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foldstack.flows.branches import Branch, Layout
+from foldstack.tasks.home import disk_too_small
 from foldstack.tasks.stage import Stage
 
 MEMORY_FILE = Path("/proc/meminfo")
@@ -178,10 +179,7 @@ def check_room(layout: Layout, missing: set[str]) -> list[str]:
     disk = sum(needs[stage.fingerprint].disk_bytes for stage in waiting)
     home = layout.config.output.home.expanduser()
     if disk > (free := shutil.disk_usage(home).free):
-        sentences.append(
-            f"the results take {disk / GIB:.1f} GiB, and {home} has {free / GIB:.1f} GiB free: ask "
-            "for fewer sparsities or methods, or set output.home to another place"
-        )
+        sentences.append(disk_too_small(home, disk, free))
     available = available_memory(layout.config.model.device)
     for kind, stage in _hungriest(waiting, needs).items():
         wanted = needs[stage.fingerprint].memory_bytes

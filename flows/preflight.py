@@ -7,7 +7,7 @@ from contextlib import suppress
 from foldstack.compression.errors import InputError
 from foldstack.flows.branches import Layout
 from foldstack.flows.needs import check_room
-from foldstack.tasks.artifacts import HOME_VARIABLE
+from foldstack.tasks.home import HOME_VARIABLE, disk_full, is_disk_full
 from foldstack.tasks.object_storage import object_storage
 from foldstack.tasks.stage import Stage
 
@@ -53,6 +53,8 @@ def check_writable(layout: Layout) -> None:
         home.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x" * 4096)
     except OSError as error:
+        if is_disk_full(error):
+            raise InputError(disk_full(home)) from error
         raise InputError(
             f"output.home must be a folder that can be written to, and {home} is not "
             f"({error.strerror or error}); set output.home or {HOME_VARIABLE} to another place"

@@ -20,8 +20,8 @@ from foldstack.compression.statistics import Kind
 from foldstack.flows.config_errors import problems
 from foldstack.flows.config_file import find_config, read_config
 from foldstack.flows.method_entries import AnyEntry, Seed, Sparsity, Variant, expand
-from foldstack.tasks.artifacts import foldstack_home, store_url
 from foldstack.tasks.execution import Dtype
+from foldstack.tasks.home import foldstack_home, store_url
 from foldstack.tasks.redaction import redacted
 
 Limit = Annotated[int, Field(ge=1)]

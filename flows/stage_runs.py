@@ -12,7 +12,8 @@ from foldstack.compression.errors import InputError
 from foldstack.flows.branches import Branch, Layout
 from foldstack.flows.engines import Engine
 from foldstack.flows.terminal import Display
-from foldstack.tasks.artifacts import DISK_FULL, Artifact
+from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.home import disk_full, is_disk_full
 from foldstack.tasks.prefect_cache import stage_task
 from foldstack.tasks.redaction import redacted
 from foldstack.tasks.stage import Stage
@@ -146,9 +147,9 @@ def outcome_of(state: State[Any]) -> Outcome:
     said = str(error if isinstance(error, BaseException) else state.message or "")
     lines = redacted(said).splitlines()
     first = lines[0] if lines else type(error).__name__
-    if isinstance(error, OSError) and error.errno in DISK_FULL:  # when Prefect kept the result
-        first = f"no space is left on the disk of {error.filename or 'the store'}"
-        return Outcome("failed", cause=first, is_input_error=True)
     if isinstance(error, InputError):
+        return Outcome("failed", cause=first, is_input_error=True)
+    if isinstance(error, Exception) and is_disk_full(error):  # when Prefect kept the result
+        first = disk_full(getattr(error, "filename", None) or "the store")
         return Outcome("failed", cause=first, is_input_error=True)
     return Outcome("failed", cause=f"{type(error).__name__}: {first}")

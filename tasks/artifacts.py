@@ -10,7 +10,6 @@ Several processes, also of several machines, may share a store. Where it has an 
 storage too, what is made goes there, and what is not here is looked for there.
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError
 from foldstack.tasks.hardware import hardware
+from foldstack.tasks.home import HOME_VARIABLE, disk_full, foldstack_home, is_disk_full, store_url
 from foldstack.tasks.leases import Held, Lease, leased, living_holder
 from foldstack.tasks.manifest import (
     MANIFEST,
@@ -43,20 +43,7 @@ from foldstack.tasks.object_storage import object_storage
 
 logger = logging.getLogger(__name__)
 
-HOME_VARIABLE = "FOLDSTACK_HOME"
-STORE_VARIABLE = "FOLDSTACK_STORE"
 RUN_AGAIN = "run the same command again to make it anew"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def foldstack_home() -> Path:
-    """Where results go: the environment's FOLDSTACK_HOME, or runs/ in the current directory."""
-    return Path(os.environ.get(HOME_VARIABLE) or "runs").expanduser().resolve()
-
-
-def store_url() -> str:
-    """The object storage of the environment's FOLDSTACK_STORE; empty for none."""
-    return os.environ.get(STORE_VARIABLE, "")
 
 
 class Artifact(BaseModel):
@@ -332,9 +319,8 @@ class ArtifactStore:
         try:
             return produce(folder, work)
         except Exception as error:
-            full = isinstance(error, OSError) and error.errno in DISK_FULL
-            if full or "No space left on device" in str(error):
-                raise InputError(self._disk_full()) from error
+            if is_disk_full(error):
+                raise InputError(disk_full(self.root)) from error
             raise
 
     @contextmanager
@@ -343,15 +329,9 @@ class ArtifactStore:
         try:
             yield
         except OSError as error:
-            if error.errno in DISK_FULL:
-                raise InputError(self._disk_full()) from error
+            if is_disk_full(error):
+                raise InputError(disk_full(self.root)) from error
             raise InputError(
                 f"the store must be a folder that can be written to, and {self.root} is not "
                 f"({error.strerror or error}); set {HOME_VARIABLE} to another place"
             ) from error
-
-    def _disk_full(self) -> str:
-        return (
-            f"no space is left on the disk of {self.root}; `foldstack cache gc` frees some, or set "
-            f"{HOME_VARIABLE} to a place on another disk"
-        )

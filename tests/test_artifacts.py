@@ -20,8 +20,9 @@ from pydantic import ValidationError
 
 from foldstack.compression.errors import InputError
 from foldstack.tasks import manifest
-from foldstack.tasks.artifacts import Artifact, ArtifactStore, foldstack_home
+from foldstack.tasks.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.garbage import collect_garbage, list_artifacts
+from foldstack.tasks.home import foldstack_home
 from foldstack.tasks.manifest import MANIFEST, Facts, FileEntry
 
 STAGE, FINGERPRINT = "compress", "ab" * 32

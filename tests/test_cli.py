@@ -15,6 +15,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.methods import METHODS
 from foldstack.flows import cli
 from foldstack.flows.listing import listing
+from foldstack.tasks.home import HOME_VARIABLE, disk_full
 
 CONFIG = "methods: [shortgpt]\n"
 
@@ -137,16 +138,26 @@ def test_dry_run_prints_one_json_object_and_nothing_else(
     assert not any(stage["is_stored"] for stage in expected["stages"])
 
 
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/rows.json"), "/data/rows.json"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "/data"),
+    ],
+)
 def test_full_disk_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    place: str,
 ) -> None:
     def fill(what: str) -> dict[str, str]:
-        raise OSError(errno.ENOSPC, "No space left on device", "/data/comparison.json")
+        raise error
 
     monkeypatch.setattr("foldstack.flows.listing.listing", fill)
+    monkeypatch.setenv(HOME_VARIABLE, "/data")
     assert call(monkeypatch, "ls", "methods") == 2
-    said = capfd.readouterr().err
-    assert "no space is left on the disk of /data/comparison.json; what is finished is kept" in said
+    assert capfd.readouterr().err == f"foldstack: {disk_full(place)}\n"
 
 
 def test_cache_explains_every_stage(

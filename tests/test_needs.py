@@ -1,5 +1,7 @@
 """What a run needs is known before it begins, and refused when it is not there."""
 
+import errno
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from foldstack.flows.needs import needs_of
 from foldstack.flows.planning import expected_models, expected_stages
 from foldstack.flows.preflight import check
 from foldstack.flows.run_config import parse_config
+from foldstack.tasks.home import disk_full
 
 Usage = namedtuple("Usage", "total used free")
 PLENTY = Usage(1 << 50, 0, 1 << 50)
@@ -123,5 +126,20 @@ def test_short_memory_is_refused_with_the_knob(
 def test_a_short_disk_is_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "available_memory", lambda _: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 1000, 0))
-    with pytest.raises(InputError, match=r"0\.0 GiB free: ask for fewer sparsities"):
+    said = (
+        r"too little space is left on the disk of .*: .* take about \d+\.\d MiB, and 0\.0 MiB are"
+    )
+    with pytest.raises(InputError, match=said):
+        check(layout)
+
+
+def test_a_disk_that_is_full_already_is_no_other_mistake(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(file: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    home = layout.config.output.home
+    with pytest.raises(InputError, match=f"^{re.escape(disk_full(home))}$"):
         check(layout)

@@ -1,11 +1,13 @@
 """The flow on a tiny model: what runs, what is found again, what a failure leaves alone."""
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.states import Failed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression import benchmark_index, checkpoint, speed
@@ -19,8 +21,10 @@ from foldstack.flows.comparison import Comparison, columns, load, records
 from foldstack.flows.planning import dry_run
 from foldstack.flows.preflight import check
 from foldstack.flows.run_config import RunConfig, load_config, parse_config
+from foldstack.flows.stage_runs import outcome_of
 from foldstack.flows.sweep import SweepFailed, run_sweep
 from foldstack.flows.terminal import Silent
+from foldstack.tasks.home import disk_full
 from foldstack.tasks.run_record import RunRecord
 from foldstack.tasks.tracking import Tracker
 
@@ -311,6 +315,13 @@ def test_home_that_cannot_be_written_to_is_refused(make: Make, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="must be a folder that can be written to"):
         check(lay_out(make(tmp_path / "file")))
+
+
+def test_disk_that_was_full_when_a_result_was_kept_is_that_sentence() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/data/records/1.json")
+    outcome = outcome_of(Failed(data=error))
+    assert (outcome.kind, outcome.is_input_error) == ("failed", True)
+    assert outcome.cause == disk_full("/data/records/1.json")
 
 
 @pytest.mark.usefixtures("prefect_server")
