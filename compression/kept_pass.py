@@ -1,22 +1,26 @@
 """How far a pass over a model's blocks has come, kept on disk for the run that goes on with it."""
 
+import logging
 import os
 import shutil
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from foldstack.compression.gram_files import GramKey
+from foldstack.compression.durable import sync_files
+from foldstack.compression.gram_files import GramKey, gram_file
 from foldstack.compression.hidden_states import file_name
-from foldstack.compression.spool import sync_files, write_at_once
+from foldstack.compression.spool import read_whole, write_at_once
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN = 10.0
 """A checkpoint waits for the disk, so there is none before so much work would be lost."""
 RECORD = "done.safetensors"
 STATES, BOUNDARIES = "states", "boundary"
+SIZE = "size/"
 
 
 class KeptPass:
@@ -24,7 +28,9 @@ class KeptPass:
 
     The hidden states and the Grams are written into files there while they are computed. A
     checkpoint makes them last, and then the small rest is written at once: the blocks that are
-    done, the sums of their inputs, and the bounds on the ranks of their Grams.
+    done, the sums of their inputs, the bounds on the ranks of their Grams, and the sizes of the
+    files. A run that finds a file of another size begins anew: what entered the blocks that are
+    done is not kept.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -38,8 +44,8 @@ class KeptPass:
         self._last = time.monotonic()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / RECORD).is_file():
-                self._read(load_file(folder / RECORD))
+            if (record := read_whole(folder / RECORD)) is not None and self._is_whole(record):
+                self._read(record)
 
     def name(self, kind: str) -> str | None:
         """What the files of hidden states are to be called; None: they need not stay."""
@@ -53,6 +59,8 @@ class KeptPass:
         record = {"position": torch.tensor(position)}
         record |= {f"input/{p}/{reads}": total for (p, reads), total in self.input_sums.items()}
         record |= {f"rank/{name}": torch.tensor(rank) for name, rank in self.ranks.items()}
+        for file in self._files(position):
+            record[f"{SIZE}{file.name}"] = torch.tensor(file.stat().st_size)
         write_at_once(record, self.folder / RECORD)
         for file in self.folder.glob(f"{STATES}-*"):
             if file.name != file_name(STATES, position):
@@ -69,6 +77,28 @@ class KeptPass:
                 os.link(file, target)
             except OSError:  # another disk, or one without links
                 shutil.copyfile(file, target)
+
+    def _files(self, position: int) -> list[Path]:
+        """What a run that goes on at block `position` reads."""
+        assert self.folder is not None
+        names = [file_name(STATES, position)]
+        names += [file_name(BOUNDARIES, boundary) for boundary in range(position)]
+        files = [self.folder / name for name in names]
+        files += [gram_file(self.folder, done) for done in range(position)]
+        return [file for file in files if file.is_file()]
+
+    def _is_whole(self, record: dict[str, Tensor]) -> bool:
+        """Whether the files are as they were when `record` was written; else it goes."""
+        assert self.folder is not None
+        for name in [name for name in record if name.startswith(SIZE)]:
+            file, size = self.folder / name.removeprefix(SIZE), int(record.pop(name))
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                now = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                logger.warning("%s, left by an earlier run, %s: the pass begins anew", file, now)
+                (self.folder / RECORD).unlink()  # files get their sizes before their content
+                return False
+        return True
 
     def _read(self, record: dict[str, Tensor]) -> None:
         self.position = int(record.pop("position"))

@@ -1,12 +1,17 @@
 """Tensors made part after part, each kept on disk as soon as it is made."""
 
-import os
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from foldstack.compression.durable import sync_file, sync_folder
+
+logger = logging.getLogger(__name__)
 
 
 class Spool:
@@ -28,11 +33,31 @@ class Spool:
             tensors = dict(make())
         else:
             file = self._folder / f"{name}.safetensors"
-            if not file.is_file():
+            found = read_whole(file)
+            if found is None:
                 write_at_once(make(), file)
-            tensors = load_file(file)
+                found = load_file(file)
+            tensors = found
         self.tensors |= tensors
         return tensors
+
+
+def read_whole(file: Path) -> dict[str, Tensor] | None:
+    """The tensors that `write_at_once` has left; None where there is no file.
+
+    One that is cut short, as a disk leaves it that lied about what it had written, counts as none,
+    and the log names it.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError) as error:
+        logger.warning(
+            "%s was left by an earlier run and cannot be read (%s): made anew", file, error
+        )
+        file.unlink()
+        return None
 
 
 def write_at_once(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -45,13 +70,6 @@ def write_at_once(tensors: Mapping[str, Tensor], file: Path) -> None:
         for name, tensor in tensors.items()
     }
     save_file(copies, unfinished)
-    with unfinished.open("rb") as stream:
-        os.fsync(stream.fileno())
+    sync_file(unfinished)
     unfinished.replace(file)
-
-
-def sync_files(folder: Path) -> None:
-    """Wait until the files of a folder are on the disk, to survive a machine that dies."""
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    sync_folder(file.parent)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from foldstack.compression.durable import sync_files, sync_folder
 from foldstack.compression.errors import InputError
 from foldstack.compression.out_of_memory import with_smaller_batches
 
@@ -126,7 +127,10 @@ class Checkpoints:
         return None
 
     def write(self, tensors: Mapping[str, Tensor], history: History, **figures: Any) -> None:
-        """Publish a checkpoint by one rename, then drop the older ones."""
+        """Publish a checkpoint by one rename, then drop the older ones.
+
+        It is on the disk before they go: after a power cut one of them is whole.
+        """
         record = {"digest": self.digest, "history": history, **figures}
         unfinished = self.folder / f".unfinished-{os.getpid()}"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -136,11 +140,13 @@ class Checkpoints:
             unfinished / _TENSOR_FILE,
         )
         (unfinished / _RECORD_FILE).write_text(json.dumps(record))
+        sync_files(unfinished)
         older = self._folders()
         published = self.folder / f"step-{len(history):08d}"
         if published in older:  # of other settings, or damaged: `newest` did not take it
             shutil.rmtree(published)
         unfinished.rename(published)
+        sync_folder(self.folder)
         for folder in older:
             if folder != published:
                 shutil.rmtree(folder, ignore_errors=True)

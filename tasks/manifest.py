@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from foldstack.compression.digest import digest_file
+from foldstack.compression.durable import sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -124,16 +125,14 @@ def describe_files(folder: Path) -> tuple[FileEntry, ...]:
 
 def publish_folder(building: Path, final: Path, manifest: Manifest) -> None:
     """Seal a built folder with its manifest and let it appear at its final place at once."""
-    with (building / MANIFEST).open("wb") as stream:
-        stream.write(manifest.sealed_bytes())
-        stream.flush()
-        os.fsync(stream.fileno())
+    (building / MANIFEST).write_bytes(manifest.sealed_bytes())
+    sync_file(building / MANIFEST)
     show_folder(building, final)
 
 
 def show_folder(building: Path, final: Path) -> None:
     """Let a whole artifact appear at its final place at once."""
-    _flush_folder(building)
+    sync_folder(building)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         building.rename(final)
@@ -142,7 +141,7 @@ def show_folder(building: Path, final: Path) -> None:
             raise
         # While this process was paused another one took over, and was first.
         logger.warning("%s was published by another process meanwhile", final)
-    _flush_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -288,8 +287,7 @@ def _with_seal(content: bytes, seal: str) -> bytes:
 
 
 def _describe(folder: Path, file: Path) -> FileEntry:
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    sync_file(file)
     name = file.relative_to(folder).as_posix()
     return FileEntry(name=name, size_bytes=file.stat().st_size, sha256=digest_file(file))
 
@@ -301,11 +299,3 @@ def _has_digest(file: Path, status: os.stat_result, sha256: str) -> bool:
             return False
         _intact.add(key)
     return True
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

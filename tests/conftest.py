@@ -119,7 +119,21 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+FOREIGN_WARNINGS = (
+    "DeprecationWarning",
+    "ResourceWarning",
+    "UserWarning",
+    "FutureWarning",
+    "pytest.PytestUnraisableExceptionWarning",
+)
+"""Of libraries in their own code, on Python 3.11 with our versions."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "foreign_warnings" in item.keywords:
+            for category in FOREIGN_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore::{category}"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -233,6 +247,25 @@ def model_folder(
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def new_display() -> Callable[[], Any]:
+    """Maker of a display that remembers what a person would have been told."""
+    from foldstack.flows.terminal import Silent
+
+    class Heard(Silent):
+        def __init__(self) -> None:
+            self.outcomes: dict[str, str] = {}
+            self.progress: set[str] = set()
+
+        def report(self, label: str, what: str, done: int, total: int) -> None:
+            self.progress.add(label)
+
+        def finished(self, label: str, outcome: str, seconds: float) -> None:
+            self.outcomes[label] = outcome
+
+    return Heard
 
 
 @pytest.fixture(scope="session")

@@ -29,27 +29,10 @@ from foldstack.tasks.stage import run_stage
 
 distributed = pytest.importorskip("distributed")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.foreign_warnings
 
 LayOut = Callable[..., Layout]
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.outcomes: dict[str, str] = {}
-        self.progress: set[str] = set()
-
-    def report(self, label: str, what: str, done: int, total: int) -> None:
-        self.progress.add(label)
-
-    def finished(self, label: str, outcome: str, seconds: float) -> None:
-        self.outcomes[label] = outcome
+NewDisplay = Callable[[], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -116,13 +99,15 @@ def test_added_shards_are_the_whole(laid_out: LayOut) -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_dask_finds_what_processes_find(cluster: Any, laid_out: LayOut) -> None:
+def test_dask_finds_what_processes_find(
+    cluster: Any, laid_out: LayOut, new_display: NewDisplay
+) -> None:
     execution, shards = on(cluster.scheduler_address), {"shards": 2}
     here = laid_out("here", statistics=shards, workers=1)
     there = laid_out("there", statistics=shards, execution=execution)
     check(there)
     assert there.workers == 2
-    heard, again = Heard(), Heard()
+    heard, again = new_display(), new_display()
     expected, found = run_sweep(here, Silent()), run_sweep(there, heard)
     assert [row.state for row in found.rows] == ["done", "done"]
     for mine, theirs in zip(found.rows, expected.rows, strict=True):
@@ -134,13 +119,15 @@ def test_dask_finds_what_processes_find(cluster: Any, laid_out: LayOut) -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_what_waits_for_a_failed_stage_is_skipped(cluster: Any, laid_out: LayOut) -> None:
+def test_what_waits_for_a_failed_stage_is_skipped(
+    cluster: Any, laid_out: LayOut, new_display: NewDisplay
+) -> None:
     from foldstack.flows.sweep import SweepFailed
 
     layout = laid_out("home", execution=on(cluster.scheduler_address))
     run_stage(layout.calibration, layout.store)
     (layout.model.folder / "model.safetensors").write_bytes(b"torn")
-    heard = Heard()
+    heard = new_display()
     with pytest.raises(SweepFailed, match=r"gather statistics|evaluate dense|models failed"):
         run_sweep(layout, heard)
     assert heard.outcomes["gather statistics"].startswith("failed")

@@ -96,3 +96,30 @@ def test_no_checkpoint_is_written_for_little_work(
 ) -> None:
     gather(tiny_model("llama"), windows, KINDS, folder=tmp_path / "out", work=tmp_path / "work")
     assert not (tmp_path / "work" / "pass" / kept_pass.RECORD).exists()
+
+
+@pytest.mark.parametrize("file", [kept_pass.RECORD, "states-004", "boundary-001", "grams-000"])
+def test_a_pass_whose_files_were_cut_short_begins_anew(
+    tiny_model: Any,
+    windows: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+) -> None:
+    monkeypatch.setattr(kept_pass, "SECONDS_BETWEEN", 0)
+    model, out, work = tiny_model("llama"), tmp_path / "out", tmp_path / "work"
+    gather(model, windows, KINDS, folder=tmp_path / "whole", work=work)
+    (hurt,) = (work / "pass").glob(f"{file}*")
+    os.truncate(hurt, hurt.stat().st_size // 2)
+    seen: list[int] = []
+    again = gather(
+        model, windows, KINDS, folder=out, work=work,
+        progress=lambda _what, done, _total: seen.append(done),
+    )  # fmt: skip
+    assert seen == list(range(1, len(model.model.layers) + 1))
+    assert str(hurt) in caplog.text
+    again.save(out)
+    whole = gather(model, windows, KINDS, folder=tmp_path / "fresh")
+    whole.save(tmp_path / "fresh")
+    assert bytes_in(out) == bytes_in(tmp_path / "fresh")

@@ -26,13 +26,7 @@ from foldstack.tasks.object_storage import ObjectStorage, object_storage
 moto_server = pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.foreign_warnings
 
 STAGE, FINGERPRINT = "compress", "ab" * 32
 

@@ -9,13 +9,7 @@ from foldstack.tasks.quality_gate import Gate, Verdict, apply_gate, refused
 from foldstack.tasks.run_record import DatasetUse, RunRecord
 from foldstack.tasks.tracking import Tracker
 
-pytestmark = [
-    # MLflow's own doing on Python 3.11 with our versions.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.*:UserWarning:mlflow"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.foreign_warnings
 
 EXPERIMENT = "foldstack/tiny"
 MODEL = "foldstack-tiny"

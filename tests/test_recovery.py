@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from foldstack.compression.modeling_foldstack import Borrowed
 from foldstack.compression.objective import Objective
 from foldstack.compression.recovery import Recovery, autocast_dtype, recover
 from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of
-from foldstack.compression.training_loop import Schedule
+from foldstack.compression.training_loop import Checkpoints, Schedule
 
 ModelFactory = Callable[..., PreTrainedModel]
 
@@ -709,6 +710,54 @@ def test_a_torn_checkpoint_is_set_aside_with_a_warning(
     assert "cannot be read" in caplog.text
     assert again.history == whole.history
     assert json.loads((tmp_path / "step-00000006" / "record.json").read_text())["history"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_older_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "work", "digest", 1)
+    checkpoints.write({"a": torch.zeros(3)}, [{"step": 1}])
+    fsync, rename, remove = os.fsync, Path.rename, shutil.rmtree
+
+    def note_sync(descriptor: int) -> None:
+        inode = os.fstat(descriptor).st_ino
+        (file,) = [p for p in [*tmp_path.rglob("*")] if p.stat().st_ino == inode]
+        events.append(f"sync {file.name.partition('-')[0]}")
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(source, target)
+
+    def note_removal(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            events.append(f"remove {folder.name}")
+        remove(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(shutil, "rmtree", note_removal)
+    checkpoints.write({"a": torch.ones(3)}, [{"step": 1}, {"step": 2}])
+    assert sorted(events[:2]) == ["sync record.json", "sync tensors.safetensors"]
+    assert events[2:] == ["sync .unfinished", "rename", "sync work", "remove step-00000001"]
+
+
+def test_of_two_checkpoints_the_one_that_is_whole_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, "digest", 1)
+    checkpoints.write({"a": torch.zeros(3)}, [{"step": 1}])
+    before = tmp_path / "step-00000001"
+    shutil.copytree(before, tmp_path / "kept")
+    checkpoints.write({"a": torch.ones(3)}, [{"step": 1}, {"step": 2}])
+    (tmp_path / "kept").rename(before)  # the machine died before the older one went
+    newest = tmp_path / "step-00000002"
+    os.truncate(newest / "tensors.safetensors", 20)
+    saved = checkpoints.newest()
+    assert saved is not None
+    assert torch.equal(saved.tensors["a"], torch.zeros(3))
+    assert f"{newest} cannot be read" in caplog.text
 
 
 # --- honesty and mistakes ----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Methods that go block by block, killed and run again: they do the rest, and give the same."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,36 @@ def test_a_part_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
     assert torch.equal(part["c"], torch.tensor([[0.0, 2.0], [1.0, 3.0]]))
     again = Spool(tmp_path).part("block-0", lambda: pytest.fail("it is there"))
     assert all(torch.equal(part[name], again[name]) for name in "abc")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.9])
+def test_a_part_that_was_cut_short_is_named_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    tensors = {"a": torch.arange(200.0)}
+    Spool(tmp_path).part("block-0", lambda: tensors)
+    file = tmp_path / "block-0.safetensors"
+    whole = file.read_bytes()
+    os.truncate(file, int(share * len(whole)))
+    part = Spool(tmp_path).part("block-0", lambda: tensors)
+    assert torch.equal(part["a"], tensors["a"])
+    assert file.read_bytes() == whole
+    assert f"{file} was left by an earlier run and cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["slicegpt", "svd_llm in order"])
+def test_a_method_makes_the_part_again_that_was_cut_short(
+    name: str, tiny_model: Any, evidence: Callable[[Any, Path], Evidence], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    settings = {"sparsity": SPARSITY, **SETTINGS[name]}
+    method = METHODS[settings["name"]](**settings)
+    method.compress(model, evidence(model, tmp_path))
+    whole = files_in(tmp_path)
+    cut_short = sorted(tmp_path.rglob("*.safetensors"))[1]
+    os.truncate(cut_short, cut_short.stat().st_size // 2)
+    method.compress(model, evidence(model, tmp_path))
+    assert files_in(tmp_path) == whole
 
 
 def test_a_model_that_shares_memory_is_the_same(

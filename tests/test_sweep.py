@@ -23,30 +23,14 @@ from foldstack.flows.preflight import check
 from foldstack.flows.run_config import RunConfig, load_config, parse_config
 from foldstack.flows.stage_runs import outcome_of
 from foldstack.flows.sweep import SweepFailed, run_sweep
-from foldstack.flows.terminal import Silent
 from foldstack.tasks.home import disk_full
 from foldstack.tasks.run_record import RunRecord
 from foldstack.tasks.tracking import Tracker
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.foreign_warnings
 
 Make = Callable[..., RunConfig]
-
-
-class Heard(Silent):
-    """Remembers what a person would have been told."""
-
-    def __init__(self) -> None:
-        self.outcomes: dict[str, str] = {}
-
-    def finished(self, label: str, outcome: str, seconds: float) -> None:
-        self.outcomes[label] = outcome
+Run = Callable[[RunConfig], tuple[Comparison, dict[str, str]]]
 
 
 # The tiny model has four blocks: two of them may share.
@@ -110,11 +94,17 @@ def make(
     return config
 
 
-def run(config: RunConfig) -> tuple[Comparison, dict[str, str]]:
-    heard = Heard()
-    layout = lay_out(config)
-    check(layout)
-    return run_sweep(layout, heard), heard.outcomes
+@pytest.fixture(scope="module")
+def run(new_display: Callable[[], Any]) -> Run:
+    """Runs a config; gives the comparison, and what became of each stage."""
+
+    def run(config: RunConfig) -> tuple[Comparison, dict[str, str]]:
+        heard = new_display()
+        layout = lay_out(config)
+        check(layout)
+        return run_sweep(layout, heard), heard.outcomes
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +113,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(make: Make, home: Path, prefect_server: str) -> Comparison:
+def first(make: Make, home: Path, prefect_server: str, run: Run) -> Comparison:
     comparison, _ = run(make(home, tracking={"enabled": True}))
     return comparison
 
@@ -213,7 +203,7 @@ def test_prefect_shows_ranking_and_comparison(first: Comparison) -> None:
 
 
 def test_second_run_finds_everything_and_logs_nothing(
-    first: Comparison, make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+    first: Comparison, make: Make, home: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     def refuse(self: Tracker, item: RunRecord) -> None:
         raise AssertionError(f"{item} was logged again")
@@ -227,7 +217,9 @@ def test_second_run_finds_everything_and_logs_nothing(
     assert again.sweep == first.sweep
 
 
-def test_a_method_that_is_added_runs_alone(first: Comparison, make: Make, home: Path) -> None:
+def test_a_method_that_is_added_runs_alone(
+    first: Comparison, make: Make, home: Path, run: Run
+) -> None:
     methods = ["shortgpt", "svd_llm", SHARING]
     more, outcomes = run(make(home, methods=methods))
     ran = {label for label, outcome in outcomes.items() if outcome != "cached"}
@@ -247,7 +239,7 @@ def test_dry_run_knows_sizes_and_what_is_stored(first: Comparison, make: Make, h
 
 @pytest.mark.usefixtures("prefect_server")
 def test_a_branch_that_fails_stops_no_other(
-    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, home: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     def fail(self: SvdLlm, *_: object) -> None:
         raise ArithmeticError("no such root")
@@ -265,7 +257,7 @@ def test_a_branch_that_fails_stops_no_other(
 
 
 @pytest.mark.usefixtures("prefect_server", "first")
-def test_a_dead_tracking_server_costs_a_warning(make: Make, home: Path) -> None:
+def test_a_dead_tracking_server_costs_a_warning(make: Make, home: Path, run: Run) -> None:
     dead = {"enabled": True, "uri": "http://127.0.0.1:9"}
     comparison, _ = run(make(home, tracking=dead, methods=["shortgpt"], speed={"enabled": False}))
     assert comparison.failed == ()
@@ -325,7 +317,7 @@ def test_disk_that_was_full_when_a_result_was_kept_is_that_sentence() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_text_that_is_too_short_ends_the_run_at_once(make: Make, tmp_path: Path) -> None:
+def test_text_that_is_too_short_ends_the_run_at_once(make: Make, tmp_path: Path, run: Run) -> None:
     config = make(tmp_path)
     more = config.calibration.model_copy(update={"num_windows": 10**6})
     with pytest.raises(InputError, match="windows of 16 tokens"):

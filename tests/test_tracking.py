@@ -12,13 +12,7 @@ from mlflow.entities import Run
 from foldstack.tasks.run_record import DatasetUse, RunRecord
 from foldstack.tasks.tracking import Tracker
 
-pytestmark = [
-    # MLflow's own doing on Python 3.11 with our versions.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:mlflow"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow"),
-]
+pytestmark = pytest.mark.foreign_warnings
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import architecture_of, stock_of
 from foldstack.compression.block_residency import run_blocks_in_turn
 from foldstack.compression.checkpoint import load_model, save_model
+from foldstack.compression.durable import sync_files, sync_folder
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE, Evidence, Method, unreachable
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, size_of_plan
-from foldstack.compression.spool import sync_files
 from foldstack.compression.statistics import KINDS
 from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of, storage_of
 
@@ -217,6 +217,7 @@ def _smaller(
         save_model(smaller, unfinished, tokenizer_from=unfinished)
         sync_files(unfinished)
         unfinished.rename(folder)
+        sync_folder(evidence.work)
     for leftover in evidence.work.iterdir():
         if leftover != folder:
             shutil.rmtree(leftover)
