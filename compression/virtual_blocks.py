@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import Architecture, architecture_of, base_config_of
 from foldstack.compression.block_plan import LowRank
 from foldstack.compression.errors import InputError
+from foldstack.compression.low_rank import truncate, whitened_svd
 from foldstack.compression.modeling_foldstack import LowRankLinear, is_linear, linear_shape
 from foldstack.compression.plan import Plan
+from foldstack.compression.statistics import Statistics
 from foldstack.compression.surgery import plan_of
 
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
 Shapes = dict[str, tuple[int, int]]
 """(out, in) of a block's linears by their name inside the block."""
 Aggregate = Literal["sum", "rel"]
-Initial = Literal["paper", "balanced"]
+Initial = Literal["paper", "balanced", "whitened"]
 
 # Up to this many rows or columns a weight is decomposed in full; above, its leading part alone is
 # computed, by the randomised method with some directions to spare.
@@ -111,7 +113,11 @@ def _detached(bias: Tensor | nn.Module | None) -> Tensor | None:
 
 
 def adapters_of_difference(
-    model: PreTrainedModel, bases: Mapping[int, int], ranks: Mapping[str, int], initial: Initial
+    model: PreTrainedModel,
+    bases: Mapping[int, int],
+    ranks: Mapping[str, int],
+    initial: Initial,
+    statistics: Statistics | None = None,
 ) -> dict[str, Tensor]:
     """The adapters, as a cut names them, that bring every base nearest to the block it stands for.
 
@@ -119,16 +125,25 @@ def adapters_of_difference(
 
         A = U[:, :r] Sigma[:r],   B = V[:, :r]^T
 
-    `balanced` gives both the root of Sigma. A bias is the difference of the two biases.
+    `balanced` gives both the root of Sigma. `whitened` gives the factors nearest to the difference
+    on the inputs of block i, which `statistics` have the Grams of (see `low_rank`), balanced too.
+    A bias is the difference of the two biases.
     """
     architecture = architecture_of(model)
     blocks = architecture.blocks(model)
+    reads = {site.name: site.reads for site in architecture.linears}
     tensors: dict[str, Tensor] = {}
     for position, base in bases.items():
         for name, rank in ranks.items():
             weight, bias = linear_values(architecture, blocks[position], name)
             base_weight, base_bias = linear_values(architecture, blocks[base], name)
-            second, first = leading_part(weight.double() - base_weight.double(), rank)
+            difference = weight.double() - base_weight.double()
+            if initial == "whitened":
+                assert statistics is not None, "inputs are needed to whiten"
+                gram = statistics.gram(position, reads[name]).to(difference.device)
+                first, second = truncate(whitened_svd(difference, gram), rank)
+            else:
+                second, first = leading_part(difference, rank)
             if initial == "balanced":
                 root = second.norm(dim=0).clamp_min(torch.finfo(second.dtype).tiny).sqrt()
                 second, first = second / root, first * root[:, None]

@@ -44,7 +44,7 @@ def windows() -> Tensor:
 
 
 def evidence_of(model: PreTrainedModel, windows: Tensor) -> Evidence:
-    statistics = gather(model, windows, {"similarity"})
+    statistics = gather(model, windows, FlexiGpt.needs)
     return Evidence(windows, statistics, rank_blocks(statistics))
 
 
@@ -162,6 +162,30 @@ def test_adapters_start_as_the_closest_of_their_rank(tiny_model: ModelFactory, f
             if mine.bias is not None:
                 bias = tensors[f"blocks.2.{name}.adapter.second.bias"]
                 torch.testing.assert_close(bias, (mine.bias - base.bias).detach().double())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_whitened_adapters_are_the_closest_of_their_rank_on_the_inputs(
+    tiny_model: ModelFactory, windows: Tensor, family: str
+) -> None:
+    """With G = L L^T the least error on the inputs is the tail of the singular values of D L."""
+    model = tiny_model(family)
+    architecture = architecture_of(model)
+    blocks = architecture.blocks(model)
+    statistics = gather(model, windows, {"gram"})
+    ranks = adapter_ranks(block_shapes(model, 0), 3)
+    tensors = adapters_of_difference(model, {2: 0}, ranks, "whitened", statistics)
+    for site in architecture.linears:
+        mine, base = (blocks[p].get_submodule(site.name) for p in (2, 0))
+        difference = (architecture.weight(mine) - architecture.weight(base)).detach().double()
+        values, vectors = torch.linalg.eigh(statistics.gram(2, site.reads))
+        root = vectors * values.clamp_min(0).sqrt()
+        place = f"blocks.2.{site.name}.adapter"
+        first, second = (tensors[f"{place}.{part}.weight"] for part in ("first", "second"))
+        lost = float(((difference - second @ first) @ root).square().sum())
+        tail = float(torch.linalg.svdvals(difference @ root)[ranks[site.name] :].square().sum())
+        assert lost == pytest.approx(tail, rel=1e-4, abs=1e-9)
+        assert first.shape == (ranks[site.name], difference.shape[1])
 
 
 def test_gains_of_zero_leave_the_pruned_model_bit_for_bit(

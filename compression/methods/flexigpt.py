@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import base_config_of
 from foldstack.compression.gain_fitting import better_gains
+from foldstack.compression.low_rank import whitened_svd_operations
 from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
 from foldstack.compression.plan import Plan
 from foldstack.compression.size import count_parameters, size_of_plan
@@ -54,15 +55,17 @@ class FlexiGpt(Method):
     reaches the sparsity. Stored parameters fall; FLOPs and the KV cache do not. The virtual blocks
     are of use after recovery, which trains their parameters in full.
 
-    Departs from the paper: k follows from the net sparsity of the whole model (the paper gives no
-    rule); `allocation` exact gives what k blocks remove too much to the ranks of the adapters
-    (paper: one fixed rank); gains start as the least-squares ones on calibration windows where
-    those help, unless `g0` is a number, as in the paper; the last block's output is taken before
-    the final norm for block influence. Silent there and chosen here: input norms and biases from
-    the pruned block, one base per block by the sum over its linears.
+    Departs from the paper: adapters start nearest to W_i - W_j on the inputs that block i has, as
+    SVD-LLM's factors do (arXiv 2403.07378, theorem 3.2), unless `init` is paper; k follows from the
+    net sparsity of the whole model (the paper gives no rule); `allocation` exact gives what k
+    blocks remove too much to the ranks of the adapters (paper: one fixed rank); gains start as the
+    least-squares ones on calibration windows where those help, unless `g0` is a number, as in the
+    paper; the last block's output is taken before the final norm for block influence. Silent there
+    and chosen here: input norms and biases from the pruned block, one base per block by the sum
+    over its linears.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
+    needs: ClassVar[frozenset[str]] = frozenset({"similarity", "gram"})
 
     steps_of: ClassVar[str] = "virtual blocks and ranks of their adapters"
     name: Literal["flexigpt"] = "flexigpt"
@@ -79,8 +82,10 @@ class FlexiGpt(Method):
     """Calibration windows that gains are fitted on."""
     agg: Aggregate = "sum"
     """How the distances of a block's linears add up: as they are, or each relative to its norm."""
-    init: Initial = "paper"
-    """paper: the singular values all in A; balanced: their roots in A and in B."""
+    init: Initial = "whitened"
+    """What adapters start as. whitened: nearest to the difference of the weights on the pruned
+    block's inputs; paper: nearest to it by itself, the singular values all in A; balanced: the
+    same, their roots in A and in B."""
     outputs: Literal["normed", "plain"] = "normed"
     """plain leaves the norms of the sub-layers' outputs out, which the paper shows to break the
     start."""
@@ -89,6 +94,13 @@ class FlexiGpt(Method):
         count, ranks = self._count_and_ranks(model)
         # Which blocks and whose weights is not known yet: the deepest on the first one's stand in.
         return self._plan(model, count, ranks)
+
+    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+        if self.init != "whitened":
+            return 0.0
+        count, _ = self._count_and_ranks(model)
+        shapes = block_shapes(model, lenders(model)[0]) if count else {}
+        return count * sum(whitened_svd_operations(*shape) for shape in shapes.values())
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
@@ -103,7 +115,7 @@ class FlexiGpt(Method):
         by_metric = adapter_ranks(block_shapes(model, candidates[0]), self._base_rank(model))
         bases = nearest(block_distances(model, virtual, candidates, by_metric, self.agg))
         evidence.progress("flexigpt", 1, 2)
-        tensors = adapters_of_difference(model, bases, ranks, self.init)
+        tensors = adapters_of_difference(model, bases, ranks, self.init, evidence.statistics)
         smaller = plan.borrow(bases, ranks, self.outputs)
         if self.outputs == "normed":
             start = gains(model, bases, _SMALL_GAIN if self.g0 == "fitted" else self.g0)
