@@ -1,15 +1,19 @@
 """Whether what the papers claim of their methods holds on one model, with the figures.
 
-    python benchmarks/claims.py [--claim foldgpt flexigpt streamline] [--seeds 0 1 2] [--json]
+    python benchmarks/claims.py [--claim foldgpt flexigpt streamline] [--removed 2 4]
+        [--seeds 0 1 2] [--results FILE.jsonl] [--json]
 
 By default on the reference model and held-out modules of the standard library; for --model,
 --calibration, --test and the windows see `methods.py`. Perplexities are those of the test windows.
+With --results every figure goes into that file as soon as it is known; the same command goes on.
 
 foldgpt: without the blocks whose trained gates are lowest the perplexity is at most that without
-    the blocks of least block influence, for each number of blocks (gates: one training's; best of
-    its sets: the method as it comes), and blocks that do nothing get the lowest gates.
+    the blocks of least block influence, for each number of blocks (gates: those of one training;
+    method: the set that the method as it comes chooses), and blocks that do nothing get the lowest
+    gates.
 flexigpt: virtual blocks start at most 1.02 times the perplexity of the model without them, and end,
-    after --recovery_steps, below ShortGPT of the same stored size after the same.
+    after --recovery_steps, below ShortGPT of the same stored size after the same, and below the
+    model without them after the same, which is the paper's comparison and stores less.
 streamline: a trained layer in place of a run of blocks is better than nothing in its place, and
     than ShortGPT of the same size; beside it the other replacements.
 """
@@ -18,10 +22,14 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from held_out_loss import Bench, add_data_options
+from held_out_loss import DATA, Bench, Figures, Results, add_data_options, add_results_option
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
@@ -31,12 +39,13 @@ from foldstack.compression.size import count_parameters
 from foldstack.compression.surgery import Cut, cut, plan_of
 
 START_BOUND = 1.02  # of FlexiGPT's perplexity over the pruned model's
-REPLACEMENTS = (
-    {"replacement": "layer"},
-    {"replacement": "layer", "loss": "llm"},
-    {"replacement": "swiglu"},
-    {"replacement": "ffn"},
+REPLACEMENTS: tuple[tuple[dict[str, Any], int | None], ...] = (
+    ({"replacement": "layer"}, None),
+    ({"replacement": "layer", "loss": "llm"}, 1),
+    ({"replacement": "swiglu"}, 1),
+    ({"replacement": "ffn"}, 1),
 )
+"""Settings, and how many of the seeds; None: all."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,24 @@ class Finding:
         return self.figure <= self.bound
 
 
+class Known:
+    """Figures by what they are of: measured when they are first asked for."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.results = Results(options, ("what",), DATA)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Made when the first figure is missing: a table of known ones needs no model."""
+        return Bench(self.options)
+
+    def figures(self, what: str, measure: Callable[[Bench], Figures]) -> Figures:
+        if (what,) not in self.results.rows:
+            self.results.add((what,), measure(self.bench))
+        return self.results.rows[what,]
+
+
 def without(model: PreTrainedModel, gone: frozenset[int]) -> PreTrainedModel:
     """A copy without these blocks."""
     plan = plan_of(model)
@@ -66,38 +93,59 @@ def removed_share(bench: Bench, count: int) -> float:
     return 1 - count_parameters(smaller) / bench.dense.parameters
 
 
-def compressed(bench: Bench, name: str, sparsity: float, seed: int, **settings: object) -> Cut:
-    """What a method decides."""
-    method = METHODS[name](sparsity=sparsity, seed=seed, **settings)
-    return method.compress(bench.model, bench.evidence)
-
-
-def foldgpt(bench: Bench, options: argparse.Namespace) -> Iterator[Finding]:
+def foldgpt(known: Known, options: argparse.Namespace) -> Iterator[Finding]:
     """Gates against block influence, and planted blocks that do nothing."""
-    num_blocks = len(plan_of(bench.model).blocks)
     for count in options.removed:
-        influence = frozenset(bench.evidence.ranking.order()[:count])
-        bound = bench.perplexity(without(bench.model, influence))
+        bound = known.figures(f"without {count} of least influence", partial(influence, count))
         for seed in options.seeds:
-            gates = train_gates(
-                bench.model, bench.calibration, num_blocks - count, GateTraining(), seed=seed
-            )
-            found = bench.perplexity(without(bench.model, frozenset(gates.order()[:count])))
-            yield Finding("foldgpt", f"gates, {count} blocks gone, seed {seed}", found, bound)
-            change = compressed(
-                bench, "foldgpt", removed_share(bench, count), seed, removal_portion=1
-            )
-            found = bench.perplexity(cut(bench.model, change))
-            yield Finding("foldgpt", f"method, {count} blocks gone, seed {seed}", found, bound)
-    planted = (num_blocks // 3, 2 * num_blocks // 3)
-    model = idle_at(bench.model, planted)
+            what = f"{count} blocks gone, seed {seed}"
+            found = known.figures(f"gates, {what}", partial(gates, count, seed))
+            for which in ("gates", "method"):
+                yield Finding("foldgpt", f"{which}, {what}", found[which], bound["perplexity"])
     for seed in options.seeds:
-        gates = train_gates(
-            model, bench.calibration, num_blocks - len(planted), GateTraining(), seed=seed
-        )
-        missed = len(set(planted) - set(gates.order()[: len(planted)]))
-        what = f"planted idle blocks that are not the lowest {len(planted)}, seed {seed}"
+        what = f"planted idle blocks that are not the lowest, seed {seed}"
+        missed = known.figures(what, partial(missed_idle, seed))["missed"]
         yield Finding("foldgpt", what, missed, 0)
+
+
+def influence(count: int, bench: Bench) -> Figures:
+    """The perplexity without the `count` blocks of least block influence."""
+    gone = frozenset(bench.evidence.ranking.order()[:count])
+    return {"perplexity": bench.perplexity(without(bench.model, gone)), "blocks": sorted(gone)}
+
+
+def gates(count: int, seed: int, bench: Bench) -> Figures:
+    """Perplexities without what the method's first training closes, and what the method chooses."""
+    share = removed_share(bench, count)
+    method = METHODS["foldgpt"](sparsity=share, seed=seed, removal_portion=1)
+    with TemporaryDirectory() as folder:  # the method goes on from the training that it finds
+        work = Path(folder)
+        trained = train_gates(
+            bench.model,
+            bench.calibration,
+            len(plan_of(bench.model).blocks) - count,
+            GateTraining(),
+            seed=seed * method.gate_runs,
+            work=work / "gates-0",
+        )
+        change = method.compress(bench.model, replace(bench.evidence, work=work))
+    closed = frozenset(trained.order()[:count])
+    return {
+        "gates": bench.perplexity(without(bench.model, closed)),
+        "method": bench.perplexity(cut(bench.model, change)),
+        "closed": sorted(closed),
+        "chosen": list(change.plan.removed_blocks),
+    }
+
+
+def missed_idle(seed: int, bench: Bench) -> Figures:
+    """How many of two planted idle blocks do not have the two lowest gates."""
+    num_blocks = len(plan_of(bench.model).blocks)
+    planted = (num_blocks // 3, 2 * num_blocks // 3)
+    model, num_kept = idle_at(bench.model, planted), num_blocks - len(planted)
+    trained = train_gates(model, bench.calibration, num_kept, GateTraining(), seed=seed)
+    missed = set(planted) - set(trained.order()[: len(planted)])
+    return {"missed": len(missed), "gates": list(trained.values)}
 
 
 def idle_at(model: PreTrainedModel, positions: tuple[int, ...]) -> PreTrainedModel:
@@ -112,42 +160,98 @@ def idle_at(model: PreTrainedModel, positions: tuple[int, ...]) -> PreTrainedMod
     return idle
 
 
-def flexigpt(bench: Bench, options: argparse.Namespace) -> Iterator[Finding]:
+def flexigpt(known: Known, options: argparse.Namespace) -> Iterator[Finding]:
     """Virtual blocks against removal: at the start, and after the same recovery."""
     for count in options.removed:
-        sparsity = removed_share(bench, count)
-        change = compressed(bench, "flexigpt", sparsity, 0)
-        virtual = frozenset(p for p, b in enumerate(change.plan.blocks) if b.is_virtual)
-        pruned = bench.perplexity(without(bench.model, virtual))
-        start = cut(bench.model, change)
-        what = f"start, {len(virtual)} virtual blocks, over removal of them"
-        yield Finding("flexigpt", what, bench.perplexity(start) / pruned, START_BOUND)
-        shortgpt = cut(bench.model, compressed(bench, "shortgpt", sparsity, 0))
+        start = known.figures(f"flexigpt for {count} blocks", partial(virtual_start, count))
+        what = f"start, {start['virtual']} virtual blocks, over removal of them"
+        yield Finding("flexigpt", what, start["perplexity"] / start["pruned"], START_BOUND)
         for seed in options.seeds:
-            healed, bound = (bench.perplexity(bench.recovered(m, seed)) for m in (start, shortgpt))
-            size = 1 - count_parameters(start) / bench.dense.parameters
-            what = f"healed, {size:.1%} removed, seed {seed}"
-            yield Finding("flexigpt", what, healed, bound)
+            ends = {
+                name: known.figures(
+                    f"{name} for {count} blocks, healed, seed {seed}",
+                    partial(healed, make, count, seed),
+                )
+                for name, make in HEALED.items()
+            }
+            for name, told in (
+                ("shortgpt", "of the same size"),
+                ("pruned", f"without the {start['virtual']} blocks"),
+            ):
+                what = f"healed, {start['removed']:.1%} removed, against {name} {told}, seed {seed}"
+                found, bound = (ends[each]["perplexity"] for each in ("flexigpt", name))
+                yield Finding("flexigpt", what, found, bound)
 
 
-def streamline(bench: Bench, options: argparse.Namespace) -> Iterator[Finding]:
-    """A trained block in place of a run against nothing in its place."""
+@lru_cache(maxsize=1)
+def virtual_model(bench: Bench, count: int) -> PreTrainedModel:
+    """FlexiGPT of the size of the model without `count` blocks."""
+    return bench.compressed("flexigpt", removed_share(bench, count))[0]
+
+
+def pruned_model(bench: Bench, count: int) -> PreTrainedModel:
+    """The model without the blocks that are virtual in that."""
+    return without(bench.model, virtual_blocks(virtual_model(bench, count)))
+
+
+def shorter_model(bench: Bench, count: int) -> PreTrainedModel:
+    """ShortGPT without `count` blocks."""
+    return bench.compressed("shortgpt", removed_share(bench, count))[0]
+
+
+HEALED = {"flexigpt": virtual_model, "shortgpt": shorter_model, "pruned": pruned_model}
+
+
+def virtual_start(count: int, bench: Bench) -> Figures:
+    """Perplexities before recovery, and what was removed."""
+    start = virtual_model(bench, count)
+    return {
+        "perplexity": bench.perplexity(start),
+        "pruned": bench.perplexity(pruned_model(bench, count)),
+        "removed": 1 - count_parameters(start) / bench.dense.parameters,
+        "virtual": len(virtual_blocks(start)),
+    }
+
+
+def healed(
+    make: Callable[[Bench, int], PreTrainedModel], count: int, seed: int, bench: Bench
+) -> Figures:
+    """The perplexity after recovery."""
+    return {"perplexity": bench.perplexity(bench.recovered(make(bench, count), seed))}
+
+
+def virtual_blocks(model: PreTrainedModel) -> frozenset[int]:
+    return frozenset(p for p, block in enumerate(plan_of(model).blocks) if block.is_virtual)
+
+
+def streamline(known: Known, options: argparse.Namespace) -> Iterator[Finding]:
+    """A trained block in place of a run against nothing in its place; all seeds for the method as
+    it comes, the first for the other replacements."""
     for count in options.removed:
-        sparsity = removed_share(bench, count)
-        shorter = bench.perplexity(cut(bench.model, compressed(bench, "shortgpt", sparsity, 0)))
-        for settings in REPLACEMENTS:
-            for seed in options.seeds:
-                change = compressed(bench, "llm_streamline", sparsity, seed, **settings)
-                run = next(b.stands_for for b in change.plan.blocks if b.kind != "original")
-                found = bench.perplexity(cut(bench.model, change))
-                told = " ".join(map(str, settings.values()))
-                what = f"{told} for blocks {run[0]} to {run[-1]}, seed {seed}"
-                bound = bench.perplexity(without(bench.model, frozenset(run)))
-                yield Finding("streamline", f"{what}, against nothing", found, bound)
-                yield Finding("streamline", f"{what}, against shortgpt", found, shorter)
+        for settings, seeds in REPLACEMENTS:
+            told = " ".join(map(str, settings.values()))
+            for seed in options.seeds[:seeds]:
+                what = f"{told} for {count} blocks, seed {seed}"
+                row = known.figures(what, partial(replaced, count, settings, seed))
+                for bound in ("nothing", "shortgpt"):
+                    found = row["perplexity"]
+                    yield Finding("streamline", f"{what}, against {bound}", found, row[bound])
 
 
-CLAIMS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Finding]]] = {
+def replaced(count: int, settings: Mapping[str, Any], seed: int, bench: Bench) -> Figures:
+    """Perplexities with a trained block, with nothing in its place, and with ShortGPT."""
+    share = removed_share(bench, count)
+    model, plan = bench.compressed("llm_streamline", share, seed, **settings)
+    run = next(block.stands_for for block in plan.blocks if block.kind != "original")
+    return {
+        "perplexity": bench.perplexity(model),
+        "nothing": bench.perplexity(without(bench.model, frozenset(run))),
+        "shortgpt": bench.perplexity(shorter_model(bench, count)),
+        "run": list(run),
+    }
+
+
+CLAIMS: dict[str, Callable[[Known, argparse.Namespace], Iterator[Finding]]] = {
     "foldgpt": foldgpt,
     "flexigpt": flexigpt,
     "streamline": streamline,
@@ -168,16 +272,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--claim", nargs="+", choices=tuple(CLAIMS), default=tuple(CLAIMS))
     parser.add_argument("--removed", type=int, nargs="+", default=[2, 4], help="blocks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_results_option(parser)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    bench = Bench(options)
+    known = Known(options)
     findings = []
     for claim in options.claim:
-        for finding in CLAIMS[claim](bench, options):
+        for finding in CLAIMS[claim](known, options):
             findings.append(finding)
             told = f"{finding.figure:.4g} | {finding.bound:.4g} | {finding.holds}"
             print(f"| {claim} | {finding.what} | {told} |", file=sys.stderr, flush=True)

@@ -7,11 +7,13 @@ blank line, tokenised at once, cut into windows of one length; mean next-token l
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +22,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foldstack.compression.checkpoint import load_model, load_tokenizer
 from foldstack.compression.corpus import PYTHON_STDLIB, TextSource, documents
 from foldstack.compression.method import Evidence, no_progress
+from foldstack.compression.methods import METHODS
 from foldstack.compression.model_folder import resolve
+from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.recovery import Recovery, recover
 from foldstack.compression.size import Size, size_of
 from foldstack.compression.statistics import KINDS, gather
+from foldstack.compression.surgery import cut
 
 RECOVERY_BATCH = 8
+DATA = (
+    "model", "calibration", "test", "items", "sampler", "sampler_seed", "window_tokens",
+    "num_calibration", "num_test", "recovery_steps",
+)  # fmt: skip
+"""Options that say what is measured on what."""
+
+Key = tuple[Any, ...]
+Figures = dict[str, Any]
 
 
 def texts_of(text: str, items: str) -> list[str]:
@@ -92,6 +105,55 @@ def add_data_options(parser: argparse.ArgumentParser, **defaults: str | int) -> 
     )
 
 
+def add_results_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, help="file of JSON lines to go on from")
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Results:
+    """What was measured so far, by all settings; in `options.results` as well if it is a file.
+
+    Args:
+        names: of the parts of a key.
+        data: the options that every figure depends on.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, names: tuple[str, ...], data: tuple[str, ...]
+    ) -> None:
+        self.file: Path | None = options.results
+        self.names = names
+        self.data = {name: getattr(options, name) for name in data}
+        self.rows: dict[Key, Figures] = {}
+        for line in self._text().splitlines():
+            if not is_json(line):  # the end of a run that was killed while it wrote
+                continue
+            row = json.loads(line)
+            if row.items() >= self.data.items() and row.keys() >= set(names):
+                self.rows[tuple(row[name] for name in names)] = row["figures"]
+
+    def add(self, key: Key, figures: Figures) -> None:
+        self.rows[key] = figures
+        if self.file is None:
+            return
+        row = {**self.data, **dict(zip(self.names, key, strict=True)), "figures": figures}
+        start = "\n" if self._text()[-1:] not in ("", "\n") else ""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{start}{json.dumps(row)}\n")
+
+    def _text(self) -> str:
+        if self.file is None or not self.file.exists():
+            return ""
+        return self.file.read_text(encoding="utf-8")
+
+
 class Bench:
     """A model and its windows: for calibration, for recovery, and for the test."""
 
@@ -126,6 +188,14 @@ class Bench:
 
     def perplexity(self, model: PreTrainedModel) -> float:
         return math.exp(cross_entropy(model, self.test))
+
+    def compressed(
+        self, name: str, sparsity: float, seed: int = 0, **settings: Any
+    ) -> tuple[PreTrainedModel, Plan]:
+        """What a method makes of the model."""
+        method = METHODS[name](sparsity=sparsity, seed=seed, **settings)
+        change = method.compress(self.model, self.evidence)
+        return cut(self.model, change), change.plan
 
     def recovered(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         """A copy, trained on the same windows as everybody's."""

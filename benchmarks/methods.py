@@ -25,11 +25,19 @@ import time
 import traceback
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 # Before whatever loads `statistics`, which the script of that name beside this one answers for.
-from held_out_loss import Bench, add_data_options
+from held_out_loss import (
+    DATA,
+    Bench,
+    Figures,
+    Key,
+    Results,
+    add_data_options,
+    add_results_option,
+    is_json,
+)
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -64,14 +72,7 @@ PAPER_FORMS = (
 )
 # Those whose cut depends on the seed; of the others one cut serves every seed of the recovery.
 SEEDED = ("foldgpt", "llm_streamline", "post_share", "slicegpt", "stack")
-DATA = (
-    "model", "calibration", "test", "items", "sampler", "sampler_seed", "window_tokens",
-    "num_calibration", "num_test", "recovery_steps", "measured_on",
-)  # fmt: skip
 DENSE = "dense"
-
-Key = tuple[Any, ...]
-Figures = dict[str, Any]
 
 
 def settings_of(variant: str) -> tuple[str, dict[str, Any]]:
@@ -79,16 +80,8 @@ def settings_of(variant: str) -> tuple[str, dict[str, Any]]:
     name, *pairs = variant.split()
     settings = dict(pair.split("=", 1) for pair in pairs)
     return name, {
-        key: json.loads(text) if _is_json(text) else text for key, text in settings.items()
+        key: json.loads(text) if is_json(text) else text for key, text in settings.items()
     }
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def variants_of(given: list[str] | None) -> list[str]:
@@ -98,41 +91,12 @@ def variants_of(given: list[str] | None) -> list[str]:
     return [*(named or SHRINKING), *forms]
 
 
-class Results:
-    """What was measured so far, by all settings; in a file as well if there is one."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.file: Path | None = options.results
-        self.data = {name: getattr(options, name) for name in DATA}
-        self.rows: dict[Key, Figures] = {}
-        for line in self._text().splitlines():
-            if not _is_json(line):  # the end of a run that was killed while it wrote
-                continue
-            row = json.loads(line)
-            if {name: row[name] for name in DATA} == self.data:
-                self.rows[row["variant"], row["sparsity"], row["seed"]] = row["figures"]
-
-    def add(self, key: Key, figures: Figures) -> None:
-        self.rows[key] = figures
-        if self.file is None:
-            return
-        variant, sparsity, seed = key
-        row = {**self.data, "variant": variant, "sparsity": sparsity, "seed": seed}
-        start = "\n" if self._text()[-1:] not in ("", "\n") else ""
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(f"{start}{json.dumps({**row, 'figures': figures})}\n")
-
-    def _text(self) -> str:
-        if self.file is None or not self.file.exists():
-            return ""
-        return self.file.read_text(encoding="utf-8")
-
-
 class Comparison:
     """Measures variants at sparsities and seeds, and keeps what is known."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.results = options, Results(options)
+        self.options = options
+        self.results = Results(options, ("variant", "sparsity", "seed"), (*DATA, "measured_on"))
         self.bar: tqdm[Any] = tqdm(total=0, unit="result", file=sys.stderr, dynamic_ncols=True)
         self._last: tuple[Method, PreTrainedModel, float] | None = None
 
@@ -258,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measured_on", choices=("linears", "model"), default="model")
     parser.add_argument("--variant", action="append", help="method and settings; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--results", type=Path, help="file of JSON lines to go on from")
+    add_results_option(parser)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
