@@ -68,8 +68,9 @@ class Recovery(BaseModel):
     """Highest learning rate of the adapters."""
     norm_learning_rate: float = Field(default=1e-3, gt=0)
     """Highest learning rate of the norms and biases."""
-    virtual_learning_rate: float = Field(default=4e-3, gt=0)
-    """Highest learning rate of what virtual blocks own: adapters, gains, biases and norms."""
+    virtual_learning_rate: float = Field(default=1e-3, gt=0)
+    """Highest learning rate of what virtual blocks own: adapters, gains, biases and norms; the
+    paper's 4e-3 goes with a million tokens per step."""
     train_survivors: Literal["lora_merge", "none", "full"] = "lora_merge"
     """What trains besides virtual blocks. lora_merge: adapters on the other linears, merged at the
     end; full: those linears themselves, which wants a learning rate of 5e-5 or so; none: nothing,
