@@ -166,14 +166,14 @@ class ArtifactStore:
             "inputs": inputs,
         }
         while True:
-            with self._leased(artifact, on_wait) as lease:
+            with self._leased(artifact, on_wait) as leases:
                 try:
                     if not (self._is_finished(artifact) or self._fetch(artifact)):
                         self._make(artifact, produce, known)
                     self._keep(artifact)
                     return artifact
                 except Exception:
-                    if not lease.is_lost():
+                    if not any(lease.is_lost() for lease in leases):
                         raise
             logger.warning("%s: another process took over while this one was paused", artifact)
 
@@ -300,7 +300,8 @@ class ArtifactStore:
         return self.root / "leases" / key
 
     @contextmanager
-    def _leased(self, artifact: Artifact, on_wait: Callable[[str], None]) -> Iterator[Lease]:
+    def _leased(self, artifact: Artifact, on_wait: Callable[[str], None]) -> Iterator[list[Lease]]:
+        """Hold the lease of this machine, or of its shared disk, and that of the object storage."""
         told: set[str] = set()
 
         def wait_for(holder: str) -> None:
@@ -311,8 +312,11 @@ class ArtifactStore:
 
         with ExitStack() as stack:
             with self._explained():
-                lease = stack.enter_context(leased(self.lease_folder(artifact.key), wait_for))
-            yield lease
+                leases = [stack.enter_context(leased(self.lease_folder(artifact.key), wait_for))]
+            if self.url:
+                everywhere = object_storage(self.url).leases(artifact.key)
+                leases.append(stack.enter_context(leased(everywhere, wait_for)))
+            yield leases
 
     def _run(self, produce: Callable[[Path, Path], Facts], folder: Path, work: Path) -> Facts:
         """Call `produce`; a full disk may come from any library, in that library's own words."""

@@ -122,6 +122,7 @@ def _clean_object_storage(
     if not dry_run:
         for name, making in storage.makings().items():
             storage.remove_leftovers(*name, making)
+        storage.remove_old_leases(before)
     return removals
 
 

@@ -2,10 +2,11 @@
 
     <url>/artifacts/<stage>/<fingerprint>/<seal>/...        the files of one making of an artifact
     <url>/artifacts/<stage>/<fingerprint>/manifest.json     put last; its seal says which one counts
+    <url>/leases/<stage>-<fingerprint>/                     who is making it (object_leases.py)
     <url>/damaged/<stage>-<fingerprint>-<uuid>.json         manifests of artifacts that were damaged
 
 To put one object is atomic, and no two makings share a file: two machines that make the same
-artifact at the same time (leases are of one machine, or of one shared disk) both work, and either's
+artifact at the same time (one of them was paused, and its lease taken over) both work, and either's
 manifest is right. What is fetched is compared with its manifest before it is used.
 """
 
@@ -14,13 +15,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from foldstack.compression.errors import InputError
 from foldstack.tasks.manifest import MANIFEST, Manifest, find_damage, now, parse_manifest
+from foldstack.tasks.object_leases import ObjectLeases, put_at
 from foldstack.tasks.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class ObjectStorage:
         place = self._manifest(manifest.stage, manifest.fingerprint)
         with self._explained():
             try:
-                used = _moment(self._files.info(place))
+                used = put_at(self._files.info(place))
             except FileNotFoundError:
                 self._put_files(folder, manifest)
             else:
@@ -108,6 +110,22 @@ class ObjectStorage:
                 self._set_aside(stage, fingerprint, content, damage)
         return damage is None
 
+    def leases(self, key: str) -> ObjectLeases:
+        """Those of the artifact of this key, for all machines."""
+        return ObjectLeases(self._files, f"{self._root}/leases/{key}", self._explained)
+
+    def remove_old_leases(self, before: datetime) -> None:
+        """Remove those of artifacts that are not there, if nobody had them since."""
+        there = {"-".join(name) for name in self.makings()}
+        newest: dict[str, datetime] = {}
+        with self._explained():
+            for path, info in self._files.find(f"{self._root}/leases", detail=True).items():
+                key = path.split("/")[-2]
+                newest[key] = max(newest.get(key, put_at(info)), put_at(info))
+            for key, moment in newest.items():
+                if key not in there and moment < before:
+                    self._files.rm(f"{self._root}/leases/{key}", recursive=True)
+
     def makings(self) -> dict[tuple[str, str], Making]:
         """All artifacts by stage and fingerprint, also those without a manifest."""
         found: dict[tuple[str, str], Making] = {}
@@ -120,10 +138,10 @@ class ObjectStorage:
             making = found.setdefault((parts[0], parts[1]), Making())
             making.size_bytes += info["size"]
             if parts[2:] == [MANIFEST]:
-                making.last_used = _moment(info)
+                making.last_used = put_at(info)
             else:
-                before = making.newest.get(parts[2], _moment(info))
-                making.newest[parts[2]] = max(before, _moment(info))
+                before = making.newest.get(parts[2], put_at(info))
+                making.newest[parts[2]] = max(before, put_at(info))
         return found
 
     def manifest(self, stage: str, fingerprint: str) -> Manifest | None:
@@ -235,12 +253,3 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def _folder_of(manifest: Manifest) -> str:
     return manifest.seal[:32]
-
-
-def _moment(info: Mapping[str, Any]) -> datetime:
-    """When an object was put; the name for that differs between storages."""
-    moment = next(info[key] for key in ("LastModified", "created", "updated") if key in info)
-    if isinstance(moment, (int, float)):
-        return datetime.fromtimestamp(moment, UTC)
-    assert isinstance(moment, datetime)
-    return moment

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +22,11 @@ from foldstack.flows.preflight import check, is_stored
 from foldstack.flows.run_config import parse_config
 from foldstack.flows.sweep import run_sweep
 from foldstack.flows.terminal import Silent
+from foldstack.tasks import leases, object_leases
 from foldstack.tasks import object_storage as storage_module
 from foldstack.tasks.artifacts import ArtifactStore
-from foldstack.tasks.manifest import Facts
+from foldstack.tasks.leases import Held, Lease
+from foldstack.tasks.manifest import Facts, now
 from foldstack.tasks.object_storage import ObjectStorage, object_storage
 
 moto_server = pytest.importorskip("moto.server")
@@ -204,6 +210,101 @@ def test_a_storage_that_does_not_work_is_a_sentence(server: str) -> None:
         ObjectStorage("s3://nowhere-at-all/x").check()
     with pytest.raises(InputError, match=r"cannot be used .*Protocol not known: gopher"):
         ObjectStorage("gopher://x/y")
+
+
+MACHINE = f"""
+import sys, time
+from pathlib import Path
+from foldstack.tasks import leases, object_leases
+from foldstack.tasks.artifacts import ArtifactStore
+
+home, url, made, pause, *names = sys.argv[1:]
+leases._machine = lambda: home  # as if on another one: nobody sees whether its processes live
+leases.BEAT_SECONDS, object_leases.STALE_SECONDS = 0.5, 3.0
+
+def make(folder, work):
+    with open(made, "a") as log:
+        log.write(home + chr(10))
+    time.sleep(float(pause))
+    (folder / "weights.txt").write_text("the same everywhere")
+    return {{}}
+
+print("begun", flush=True)
+for name in names:
+    found = ArtifactStore(Path(home), url).publish({STAGE!r}, name * 32, make)
+    assert (found.open() / "weights.txt").read_text() == "the same everywhere"
+"""
+
+
+def machine(home: Path, url: str, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", MACHINE, str(home), url, str(home.parent / "made"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def test_two_machines_make_each_artifact_once(bucket: Any, tmp_path: Path) -> None:
+    files, url = bucket
+    names = ["a1", "b2", "c3", "d4"]
+    with (
+        machine(tmp_path / "one", url, "1", *names) as one,
+        machine(tmp_path / "two", url, "1", *names) as two,
+    ):
+        assert (one.wait(120), two.wait(120)) == (0, 0)
+    made = (tmp_path / "made").read_text().splitlines()
+    assert len(made) == len(names)
+    left = objects(files, url, "/leases/")
+    assert len(left) == len(names)
+    assert all(name.endswith(".free") for name in left)
+
+
+def test_a_machine_that_died_is_taken_over_by_another(bucket: Any, tmp_path: Path) -> None:
+    files, url = bucket
+    with machine(tmp_path / "dead", url, "600", "ab") as dead:
+        while not objects(files, url, "/leases/"):
+            time.sleep(0.1)
+        dead.kill()
+    (lease,) = objects(files, url, "/leases/")
+    started = time.monotonic()
+    with machine(tmp_path / "heir", url, "0", "ab") as heir:
+        assert heir.wait(60) == 0
+    assert time.monotonic() - started > 3
+    assert objects(files, url, "/leases/") == [lease.replace("/1", "/2.free")]
+    assert (tmp_path / "made").read_text().splitlines()[-1] == str(tmp_path / "heir")
+
+
+def test_a_paused_machine_sees_that_it_lost_its_lease(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = bucket
+    monkeypatch.setattr(leases, "_machine", lambda: "")  # which cannot say that we are alive
+    place = object_storage(url).leases("compress-ab")
+    lease = Lease.take(place)
+    other = object_storage(url).leases("compress-ab")
+    with pytest.raises(Held, match=rf":{os.getpid()}$"):
+        Lease.take(other)
+    monkeypatch.setattr(object_leases, "STALE_SECONDS", -1.0)
+    heir = Lease.take(other)
+    assert lease.is_lost()
+    with pytest.raises(FileNotFoundError):
+        place.touch("1")
+    lease.release()
+    assert (place.names(), heir.is_lost()) == (["2"], False)
+    heir.release()
+    assert place.names() == ["2.free"]
+
+
+def test_old_leases_go_with_what_they_were_for(bucket: Any, tmp_path: Path) -> None:
+    files, url = bucket
+    store = ArtifactStore(tmp_path / "here", url)
+    store.publish(STAGE, FINGERPRINT, write_weights)
+    Lease.take(object_storage(url).leases(f"{STAGE}-{'cd' * 32}")).release()
+    assert len(objects(files, url, "/leases/")) == 2
+    object_storage(url).remove_old_leases(now() - timedelta(days=1))
+    assert len(objects(files, url, "/leases/")) == 2
+    object_storage(url).remove_old_leases(now() + timedelta(days=1))
+    assert [FINGERPRINT in name for name in objects(files, url, "/leases/")] == [True]
 
 
 @pytest.mark.usefixtures("prefect_server")
