@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ SERVERS = {"prefect": "Prefect", "mlflow": "MLflow", "postgres": "Postgres"}
 """Kinds of blows, and what local_stack.py calls the parts that they hit."""
 
 OUTAGE_SECONDS = (0.5, 6.0)
-LARGE_BYTES = 1 << 30
+LARGE_BYTES, FULL_BYTES = 1 << 30, 1 << 16
 
 
 @dataclass
@@ -147,19 +147,24 @@ def flip(scene: Scene) -> Struck:
 
 
 def fill_disk(scene: Scene) -> Struck:
-    """The home is a tmpfs with less room than the sweep needs; afterwards it has enough.
+    """The home is a tmpfs, too small from the beginning or full from a random moment on.
 
-    A run that is refused because it would not find room has not been hit."""
+    Afterwards it has room enough. A run that is refused for want of room has not been hit."""
     home = scene.sweep.home
     if not home.is_mount():
         home.mkdir(parents=True, exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", home], check=True)
         scene.afterwards.callback(subprocess.run, ["umount", "-l", home], check=True)
     used = LARGE_BYTES - _free(home, LARGE_BYTES)
-    room = used + scene.chance.uniform(0.02, 0.95) * max(scene.home_bytes - used, 1 << 15)
-    _free(home, int(room))
     told = scene.sweep.log.stat().st_size if scene.sweep.log.exists() else 0
-    code = scene.sweep.start().wait(RUN_SECONDS)
+    if scene.chance.random() < 0.5:
+        left = max(scene.home_bytes - used, 1 << 15)
+        _free(home, int(used + scene.chance.uniform(0.02, 0.95) * left))
+        process = scene.sweep.start()
+    else:
+        process = scene.run_until(scene.moment())
+        _fill(home)
+    code = process.wait(RUN_SECONDS)
     finished = scene.sweep.finished()
     said = scene.sweep.log.read_bytes()[told:].decode(errors="replace")
     _free(home, LARGE_BYTES)
@@ -175,6 +180,15 @@ def fill_disk(scene: Scene) -> Struck:
 def _begin(sentence: str) -> str:
     """What does not depend on the place and the numbers."""
     return sentence.partition(" of ")[0]
+
+
+def _fill(mount: Path) -> None:
+    """Leave hardly any room; what is written meanwhile makes the first tries fail."""
+    for _ in range(100):
+        with suppress(subprocess.CalledProcessError):
+            _free(mount, LARGE_BYTES - _free(mount, LARGE_BYTES) + FULL_BYTES)
+            return
+    raise RuntimeError(f"{mount} was written to faster than it could be filled")
 
 
 def _free(mount: Path, size: int) -> int:

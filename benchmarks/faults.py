@@ -8,8 +8,8 @@ random moments, a few times in a row, and then run to its end:
 
     flow, worker               kill -9 of the flow's process, of a process that computes stages
     truncate, flip             files of finished artifacts are cut short, or one bit in them flips
-    disk                       the disk of the home (a tmpfs; needs root) is full; a run that is
-                               refused because it would not find room is counted apart
+    disk                       the disk of the home (a tmpfs; needs root) is too small, or full from
+                               a moment on; a run that is refused for want of room counts apart
     prefect, mlflow, postgres  kill -9 of a server of deploy/local_stack.py, which then comes back
 
 A round is survived when the last run gives what the undisturbed one gave (the same fingerprints,

@@ -1,5 +1,6 @@
 """Stacks of methods: one budget, every order that is promised, and what follows after."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,28 @@ def test_a_killed_stack_goes_on_in_the_step_where_it_was(
     assert resumed.tensors.keys() == in_memory.tensors.keys()
     for name, tensor in in_memory.tensors.items():
         torch.testing.assert_close(resumed.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_step_whose_model_was_cut_short_is_made_again(
+    tiny_model: Callable[..., Any],
+    windows: Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+) -> None:
+    model = tiny_model("llama_tied", num_hidden_layers=6)
+    stack = Stack(sparsity=0.4, steps=({**PRUNE, "portion": 0.3}, FACTOR))
+    evidence = replace(evidence_of(model, windows), work=tmp_path)
+    whole = stack.compress(model, evidence)
+    before = {name: tensor.clone() for name, tensor in whole.tensors.items()}  # they are mapped
+    hurt = tmp_path / "step-0" / "model" / file
+    os.truncate(hurt, hurt.stat().st_size // 2)
+    again = stack.compress(model, evidence)
+    assert f"{hurt.parent}, left by an earlier run, cannot be read" in caplog.text
+    assert again.plan == whole.plan
+    for name, tensor in before.items():
+        assert torch.equal(again.tensors[name], tensor)
 
 
 def test_a_step_that_overshoots_leaves_the_next_one_out(

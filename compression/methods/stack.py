@@ -5,9 +5,11 @@ import logging
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, stock_of
@@ -211,17 +213,31 @@ def _smaller(
     if evidence.work is None:
         return _placed_like(model, cut(model, compress()))
     folder, unfinished = evidence.work / "model", evidence.work / "unfinished"
-    if not folder.is_dir():
+    found = _left_in(folder, model)
+    if found is None:
         smaller = cut(model, compress(), share_memory=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         save_model(smaller, unfinished, tokenizer_from=unfinished)
         sync_files(unfinished)
         unfinished.rename(folder)
         sync_folder(evidence.work)
+        found = load_model(folder, dtype=model.dtype)
     for leftover in evidence.work.iterdir():
         if leftover != folder:
             shutil.rmtree(leftover)
-    return _placed_like(model, load_model(folder, dtype=model.dtype))
+    return _placed_like(model, found)
+
+
+def _left_in(folder: Path, model: PreTrainedModel) -> PreTrainedModel | None:
+    """What an earlier run has made of `model`; None where it has not, or its files are torn."""
+    if not folder.is_dir():
+        return None
+    try:
+        return load_model(folder, dtype=model.dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        logger.warning("%s, left by an earlier run, cannot be read (%s): made anew", folder, error)
+        shutil.rmtree(folder)
+        return None
 
 
 def _placed_like(model: PreTrainedModel, made: PreTrainedModel) -> PreTrainedModel:
