@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.grams import paired_inputs, summed_inputs
 from foldstack.compression.hidden_states import MEMORY_BYTES
-from foldstack.compression.low_rank import updated_directions
+from foldstack.compression.low_rank import updated_directions, updated_directions_operations
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.method import Evidence
 from foldstack.compression.modeling_foldstack import AdaptedLinear, LowRankLinear
 from foldstack.compression.plan import Plan
+from foldstack.compression.size import linear_shapes
 from foldstack.compression.statistics import Statistics
 from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
 from foldstack.compression.surgery import plan_of
@@ -95,6 +97,32 @@ def fitted_in_order(
         release(t for linear in fitted[owner].values() for t in linear.parameters())
         evidence.progress(what, position + 1, len(streams.deviated.blocks))
     return spool.tensors
+
+
+def fitting_arithmetic(
+    model: PreTrainedModel, ranks: Mapping[Site, int], num_tokens: int, dense_target: float
+) -> Arithmetic:
+    """Of `fitted_in_order`, without that of the factors it is given."""
+    architecture, shapes, shifted = architecture_of(model), linear_shapes(model), dense_target > 0
+    read = {
+        (position, site.reads): shapes[position, site.name][1]
+        for position in range(len(plan_of(model).blocks))
+        for site in architecture.linears
+        if (position, site.name) in ranks
+    }
+    gram = sum(float(num_tokens) * width**2 for width in read.values())
+    closed = (
+        updated_directions_operations(*shapes[site], rank, shifted=shifted)
+        for site, rank in ranks.items()
+    )
+    thin = sum(rank * sum(shapes[site]) for site, rank in ranks.items())
+    dense = sum(rows * columns for rows, columns in shapes.values())
+    return Arithmetic(
+        float64=sum(closed),
+        products=gram * (3 if shifted else 1),  # a shift is not symmetric
+        passes=(2 if shifted else 1) + min(1.0, thin / dense),
+        streams=2 if shifted else 1,
+    )
 
 
 class _Streams:

@@ -90,6 +90,14 @@ def whitened_svd_operations(rows: int, columns: int) -> float:
     return 9.0 * rows**3 + 4.0 * columns * rows**2 + 2.0 * rows * columns**2
 
 
+def updated_directions_operations(rows: int, columns: int, rank: int, *, shifted: bool) -> float:
+    """Float64 operations of `updated_directions` for a weight (rows, columns)."""
+    crossed = 2.0 * rank * columns**2
+    residual = 2.0 * rows * columns * rank
+    square = 13.0 * rank**3 + 2.0 * columns * rank**2 + 4.0 * rows * rank**2
+    return square + (2 if shifted else 1) * (crossed + residual)
+
+
 def eigen_whitened_svd(
     weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
 ) -> WhitenedSVD:

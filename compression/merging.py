@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.method import Method, smallest_reaching
+from foldstack.compression.plan import Plan
 from foldstack.compression.surgery import Cut, plan_of
 
 
@@ -40,6 +42,29 @@ def merged(blocks: Sequence[Merged], coefficients: Sequence[float]) -> Merged:
             total[position] = total.get(position, 0.0) + coefficient * part
     parts = tuple((position, part) for position, part in sorted(total.items()) if part != 0)
     return Merged(blocks[0].first, parts)
+
+
+def outline_of_merges(
+    method: Method, model: PreTrainedModel, protect_first: int, protect_last: int
+) -> Plan:
+    """The structure after the fewest merges that reach the method's sparsity.
+
+    Raises:
+        InputError: no number of merges does, or the blocks between the protected ones differ.
+    """
+    plan = plan_of(model)
+    num_blocks = len(plan.blocks)
+    stop = num_blocks - protect_last
+    if stop > protect_first:
+        check_mergeable(method.name, model, range(protect_first, stop))
+
+    # Which blocks merge is not known yet: the deepest ones stand in.
+    def without_deepest(count: int) -> Plan:
+        return plan.keep(p for p in range(num_blocks) if not stop - count <= p < stop)
+
+    most = max(0, stop - protect_first - 1)
+    what = f"merges among {num_blocks} blocks"
+    return without_deepest(smallest_reaching(method, model, without_deepest, most, what))
 
 
 def check_mergeable(method: str, model: PreTrainedModel, positions: Sequence[int]) -> None:

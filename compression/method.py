@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.errors import InputError
 from foldstack.compression.plan import Plan
 from foldstack.compression.ranking import Ranking, rank_blocks
@@ -23,6 +24,9 @@ from foldstack.compression.surgery import Cut, plan_of
 # A structure that stays this share of the whole model short of the asked sparsity still counts as
 # reaching it.
 TOLERANCE = 0.005
+
+GUESSED_PASSES = 6
+"""Over the calibration windows, of a method that trains or tries out: two with their gradients."""
 
 NO_DENSE_LINEAR = "none of its blocks' linears is dense and its own; factor before that"
 """Why a method that factors linears finds nothing to do."""
@@ -96,14 +100,14 @@ class Method(BaseModel, ABC):
         """Whether `compress` holds the weights of one block at a time, not those of the model."""
         return False
 
-    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
-        """Operations of the closed forms in `compress` after `num_tokens` of calibration, from
-        which the time that it takes is told before.
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
+        """What `compress` computes after `num_tokens` of calibration; a guess, where data decide.
 
         `model` may be on the meta device.
         """
         del model, num_tokens
-        return 0.0
+        guess = 0 if self.goes_in_turn else GUESSED_PASSES
+        return Arithmetic(passes=guess, heads=guess)
 
     @abstractmethod
     def outline(self, model: PreTrainedModel) -> Plan:
@@ -149,6 +153,26 @@ def smallest_reaching(
     if farthest < enough:
         raise InputError(unreachable(method, farthest, f"{most} {what}"))
     return bisect_left(range(most + 1), enough, key=lambda count: removed(count) if count else 0.0)
+
+
+def nearest_reaching(
+    method: Method,
+    model: PreTrainedModel,
+    plan_for: Callable[[int], Plan],
+    most: int,
+    what: str,
+) -> int:
+    """The same where steps are small: the count that comes nearest to the sparsity."""
+    smallest = smallest_reaching(method, model, plan_for, most, what)
+    dense = count_parameters(model)
+
+    def beyond(count: int) -> float:
+        left = size_of_plan(model.config, plan_for(count)).parameters if count else dense
+        return 1 - left / dense - method.sparsity
+
+    counts = range(smallest, most)
+    above = smallest + bisect_left(counts, 0.0, key=beyond)  # `most` stands for all beyond it
+    return min((max(above - 1, smallest), above), key=lambda count: abs(beyond(count)))
 
 
 def missed(method: Method, realised: float) -> str | None:

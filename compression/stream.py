@@ -26,6 +26,9 @@ from foldstack.compression.surgery import plan_of
 
 logger = logging.getLogger(__name__)
 
+BATCH_SIZE = 8
+"""Windows that pass a block at once."""
+
 Hidden = Float[Tensor, "batch tokens hidden"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -46,7 +49,7 @@ class BlockStream:
         model: nn.Module,
         windows: Int[Tensor, "windows tokens"],
         *,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         dtype: torch.dtype | None = None,
         memory_bytes: int = MEMORY_BYTES,
         folder: Path | None = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foldstack.compression.method import Method
 from foldstack.flows.branches import Branch, Layout
 from foldstack.tasks.home import disk_too_small
 from foldstack.tasks.stage import Stage
@@ -72,7 +73,7 @@ def needs_of(layout: Layout) -> dict[str, Need]:
             plan = branch.variant.method.outline(meta)
             model_bytes = size_of_plan(config, plan).parameters * shapes.element_bytes
         for stage in branch.stages.values():
-            needs[stage.fingerprint] = _need(stage, branch, model_bytes, shapes, layout)
+            needs[stage.fingerprint] = _need(stage, branch, meta, model_bytes, shapes, layout)
     for stage in layout.stages:
         if stage.fingerprint not in needs:
             needs[stage.fingerprint] = _shared_need(stage, shapes, layout)
@@ -133,13 +134,16 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
     return Need(PROCESS_BYTES + memory, disk)
 
 
-def _need(stage: Stage, branch: Branch, model_bytes: int, shapes: _Shapes, layout: Layout) -> Need:
+def _need(
+    stage: Stage, branch: Branch, meta: Any, model_bytes: int, shapes: _Shapes, layout: Layout
+) -> Need:
     """Of a stage of a branch whose model takes `model_bytes`."""
     chosen = layout.config
     protocol = chosen.evaluation.perplexity.protocol
     match stage.stage:
         case "compress_model":
-            return Need(PROCESS_BYTES + _of_compressing(branch, model_bytes, shapes), model_bytes)
+            memory = _of_compressing(branch, meta, model_bytes, shapes, layout)
+            return Need(PROCESS_BYTES + memory, model_bytes)
         case "recover_model":
             tokens = chosen.recovery.batch_size * chosen.recovery.windows.window_tokens
             kept = tokens * shapes.num_blocks * (3 * shapes.widest + 8 * shapes.hidden) * 4
@@ -158,7 +162,9 @@ def _need(stage: Stage, branch: Branch, model_bytes: int, shapes: _Shapes, layou
             return Need(PROCESS_BYTES, 0)
 
 
-def _of_compressing(branch: Branch, model_bytes: int, shapes: _Shapes) -> int:
+def _of_compressing(
+    branch: Branch, meta: Any, model_bytes: int, shapes: _Shapes, layout: Layout
+) -> int:
     """Bytes of a method's work, or of writing its result, whichever is more."""
     from foldstack.compression.checkpoint import SHARD_BYTES
 
@@ -167,8 +173,27 @@ def _of_compressing(branch: Branch, model_bytes: int, shapes: _Shapes) -> int:
     closed_form = FLOAT64_COPIES * 8 * shapes.widest**2 if "gram" in method.needs else 0
     if not method.goes_in_turn:
         return shapes.dense_bytes + model_bytes + closed_form
+    along = _of_streams(method, meta, shapes, layout)
     # Weights lie in files: those of one block are read, and of two shards while they are written.
-    return max(shapes.block_bytes + closed_form, min(model_bytes, 2 * SHARD_BYTES))
+    return max(shapes.block_bytes + closed_form + along, min(model_bytes, 2 * SHARD_BYTES))
+
+
+def _of_streams(method: Method, meta: Any, shapes: _Shapes, layout: Layout) -> int:
+    """Bytes of the hidden states that go along with a method from block to block, and of what they
+    are used for there."""
+    from foldstack.compression.hidden_states import MEMORY_BYTES
+    from foldstack.compression.stream import BATCH_SIZE
+
+    chosen = layout.config.calibration
+    tokens = chosen.num_windows * chosen.window_tokens
+    streams = method.arithmetic(meta, tokens).streams
+    # Blocks of half precision compute in float32 on a CPU.
+    in_float32 = max(1, 4 // shapes.element_bytes)
+    states = 2 * streams * tokens * shapes.hidden * in_float32 * shapes.element_bytes
+    block = 2 * shapes.block_bytes + shapes.activations(BATCH_SIZE * chosen.window_tokens)
+    sums = 8 * streams * shapes.gram_elements
+    in_memory = states if states <= MEMORY_BYTES else 0  # more of them are in files
+    return in_memory + sums + (in_float32 * block if streams else 0)
 
 
 def check_room(layout: Layout, missing: set[str]) -> list[str]:

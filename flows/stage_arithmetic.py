@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 TRAINING_FACTOR = 3
 """A forward and a backward pass over a forward pass."""
-TRAINED_PASSES = 2
-"""Over the calibration windows, of a method that trains or tries out."""
 GRAM_FACTOR = 1.2
 """Of the upper triangle of a Gram over its multiplications, and of adding it up."""
 WRITE_RATE = 5e8
@@ -83,13 +81,13 @@ class StageArithmetic:
         return tokens * (self._rates.head_seconds + self._token * flops / dense)
 
     def _of_method(self, branch: Branch | None) -> float:
-        """Of a method's own work: its closed forms, or its training on the calibration windows."""
+        """Of a method's own work: closed forms, sums, and passes over the calibration windows."""
         assert branch is not None
         assert branch.variant is not None
-        method = branch.variant.method
-        operations = method.float64_operations(self._meta, self._calibration)
-        passes = 0 if method.goes_in_turn else TRAINED_PASSES * TRAINING_FACTOR
-        return operations / self._rates.float64 + passes * self._passing(self._calibration)
+        work = branch.variant.method.arithmetic(self._meta, self._calibration)
+        token = work.passes * self._token + work.heads * self._rates.head_seconds
+        products = GRAM_FACTOR * work.products / self._rates.float32
+        return work.float64 / self._rates.float64 + products + token * self._calibration
 
     @cached_property
     def _calibration(self) -> int:

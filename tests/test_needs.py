@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from foldstack.compression import checkpoint
 from foldstack.compression.checkpoint import load_model
 from foldstack.compression.errors import InputError
+from foldstack.compression.method import Evidence
+from foldstack.compression.methods import METHODS
+from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.statistics import gather
 from foldstack.flows import needs
 from foldstack.flows.branches import Layout, lay_out
@@ -75,6 +79,46 @@ def test_weights_count_whole_only_where_a_method_holds_them(
     )
     assert in_turn == block
     assert dense < at_once < 2 * dense
+
+
+@pytest.mark.parametrize("name", ["svd_llm", "basis_sharing"])
+def test_what_an_update_multiplies_is_told_before(
+    name: str, tiny_model: Callable[..., Any]
+) -> None:
+    """By how much more towards the dense model's outputs, whose hidden states go along."""
+    model = tiny_model("llama")
+    windows = torch.randint(97, (16, 64), generator=torch.Generator().manual_seed(0))
+    statistics = gather(model, windows, {"gram", "similarity"})
+    evidence = Evidence(windows, statistics, rank_blocks(statistics))
+
+    def multiplied(work: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            work()
+        return counter.get_total_flops()
+
+    with_head = multiplied(lambda: model(windows))
+    in_blocks = with_head - 2 * windows.numel() * model.lm_head.weight.numel()
+    told, found = [], []
+    for target in (0.0, 0.5):
+        method = METHODS[name](sparsity=0.3, dense_target=target)
+        work = method.arithmetic(model, windows.numel())
+        told.append(work.float64 + work.products + work.passes * in_blocks)
+        found.append(multiplied(lambda method=method: method.compress(model, evidence)))
+    assert told[1] - told[0] == pytest.approx(found[1] - found[0], rel=0.02)
+
+
+def test_hidden_states_that_go_along_take_memory(data: dict[str, Any]) -> None:
+    variants = [{"name": "svd_llm", "update": update} for update in ("none", "closed_form")]
+    layout = lay_out(parse_config(data | {"methods": variants}))
+    found = needs_of(layout)
+    alone, along = (
+        found[branch.compress.fingerprint].memory_bytes
+        for branch in layout.branches
+        if branch.compress is not None
+    )
+    model = load_model(Path(data["model"]["name"]))
+    states = 4 * 16 * model.config.hidden_size * 4
+    assert along - alone > 2 * 2 * states
 
 
 def test_a_model_of_half_precision_takes_half(

@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, base_config_of
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.block_residency import run_blocks_in_turn
 from foldstack.compression.errors import InputError
 from foldstack.compression.factoring import (
     Factors,
     Site,
     fitted_in_order,
+    fitting_arithmetic,
     gram_of_users,
     named_factors,
 )
@@ -123,15 +125,21 @@ class BasisSharing(Method):
     def goes_in_turn(self) -> bool:
         return True
 
-    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
-        shapes = linear_shapes(model)
-        return sum(
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
+        shapes, groups = linear_shapes(model), self._groups(model)
+        factors = (
             whitened_svd_operations(
                 sum(shapes[position, group.name][0] for position in group.positions),
                 shapes[group.positions[0], group.name][1],
             )
-            for group in self._groups(model)
+            for group in groups
         )
+        ranks = {(position, g.name): g.rank for g in groups for position in g.positions}
+        work = Arithmetic(float64=sum(factors))
+        if self.update == "none":
+            return work
+        target = self.dense_target if self.update == "layerwise" else 0.0
+        return work + fitting_arithmetic(model, ranks, num_tokens, target)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

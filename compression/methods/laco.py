@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.distillation import last_hidden_state
 from foldstack.compression.errors import InputError
-from foldstack.compression.merging import Merged, Trial, check_mergeable, merged, untouched
-from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
+from foldstack.compression.merging import Merged, Trial, merged, outline_of_merges, untouched
+from foldstack.compression.method import Evidence, Method, check_evidence
 from foldstack.compression.plan import Plan
 from foldstack.compression.stream import skipping
 from foldstack.compression.surgery import Cut, plan_of
@@ -81,19 +81,7 @@ class Laco(Method):
         return self
 
     def outline(self, model: PreTrainedModel) -> Plan:
-        plan = plan_of(model)
-        num_blocks = len(plan.blocks)
-        stop = num_blocks - self.protect_last
-        if stop > self.protect_first:
-            check_mergeable(self.name, model, range(self.protect_first, stop))
-
-        # Where the merges are is not known yet: the deepest blocks stand in.
-        def without_deepest(count: int) -> Plan:
-            return plan.keep(p for p in range(num_blocks) if not stop - count <= p < stop)
-
-        most = max(0, stop - self.protect_first - 1)
-        what = f"merges among {num_blocks} blocks"
-        return without_deepest(smallest_reaching(self, model, without_deepest, most, what))
+        return outline_of_merges(self, model, self.protect_first, self.protect_last)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.block_plan import BlockPlan, NarrowHeads
 from foldstack.compression.errors import InputError
 from foldstack.compression.heads import (
@@ -115,7 +116,7 @@ class MoDeGpt(Method):
     def goes_in_turn(self) -> bool:
         return True
 
-    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
         shapes, architecture = linear_shapes(model), architecture_of(model)
         plan, total = self.outline(model), 0.0
         for position, block in enumerate(plan.blocks):
@@ -125,7 +126,7 @@ class MoDeGpt(Method):
                     total += narrowing_operations(rows, columns, block.mlp_width)
                 elif site.reads == "attention_input" and block.narrow_heads is not None:
                     total += 2.0 * rows * columns**2
-        return total
+        return Arithmetic(float64=total)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.candidate_loss import deletion_losses, windows_of
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import (
@@ -66,6 +67,16 @@ class Sleb(Method):
         most = min(len(order), num_blocks - 1)
         what = f"of {num_blocks} blocks"
         return without_deepest(smallest_reaching(self, model, without_deepest, most, what))
+
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
+        num_blocks, removable = len(plan_of(model).blocks), len(self._removable(model))
+        compared = min(1.0, self.loss_tokens / num_tokens)
+        passes = heads = 0.0
+        for gone in range(num_blocks - len(self.outline(model).blocks)):
+            candidates = removable - gone
+            passes += (1 + candidates / 2) * (num_blocks - gone) / num_blocks
+            heads += candidates
+        return Arithmetic(passes=compared * passes, heads=compared * heads)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import base_config_of
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.block_plan import Sliced
-from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
+from foldstack.compression.method import Evidence, Method, check_evidence, nearest_reaching
 from foldstack.compression.plan import Plan
 from foldstack.compression.residual_slicing import (
     check_sliceable,
@@ -38,20 +39,21 @@ class SliceGpt(Method):
     MLP widths and the KV cache keep their sizes; tied embeddings become untied, since the head
     keeps the full width.
 
-    Departs from the paper: `sparsity` is of the whole model's parameters, and the width s follows
-    from it (the paper's is the share of s; with its added matrices and an untied head 10 % of the
-    width make Llama-2-7B larger, which is refused). The embeddings of models with RMS norms are not
-    centred, which would change them. What leaves the last block is in the original basis, so the
-    final norm and the head stay what they were; the function is the paper's.
+    Departs from the paper: `sparsity` is of the whole model's parameters, and the widths follow
+    from it (the paper's is the share of one s; with its added matrices and an untied head 10 % of
+    the width make Llama-2-7B larger, which is refused). The embeddings of models with RMS norms are
+    not centred, which would change them. What leaves the last block is in the original basis, so
+    the final norm and the head stay what they were; the function is the paper's.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     steps_of: ClassVar[str] = "widths of the residual stream"
     name: Literal["slicegpt"] = "slicegpt"
-    widths: Literal["one", "explained_variance"] = "one"
-    """one: the same width at all links; explained_variance: at each as many directions as leave
-    the same share of the dense signal's energy out (the paper's appendix; helps OPT, hurts
+    widths: Literal["even", "one", "explained_variance"] = "even"
+    """one: the same width at all links, the paper's; even: the same, and the deepest links one
+    step narrower where that hits the size; explained_variance: at each as many directions as
+    leave the same share of the dense signal's energy out (the paper's appendix; helps OPT, hurts
     Llama-2)."""
     round_interval: int = Field(default=8, ge=1)
     """Widths are multiples of this; 64 or 128 suit tensor cores."""
@@ -65,22 +67,22 @@ class SliceGpt(Method):
     state is far larger than all others."""
 
     def outline(self, model: PreTrainedModel) -> Plan:
-        # The energies are not known yet: one width for all stands in.
-        return self._plan_of_one_width(model)
+        # The energies are not known yet: even widths stand in.
+        return self._plan_of_even_widths(model)
 
     @property
     def goes_in_turn(self) -> bool:
         return True
 
-    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
         hidden, num_links = self._hidden(model), 2 * len(plan_of(model).blocks)
         linears = sum(rows * columns for rows, columns in linear_shapes(model).values())
         bases = num_links * (9.0 * hidden**3 + 2.0 * num_tokens * hidden**2)
-        return bases + 4.0 * hidden * linears
+        return Arithmetic(float64=bases + 4.0 * hidden * linears, passes=1.5, streams=1)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
-        plan = self._plan_of_one_width(model)
+        plan = self._plan_of_even_widths(model)
         positions = tuple(range(len(plan.blocks)))
         if not plan.is_sliced:
             return Cut(plan, positions)
@@ -133,16 +135,19 @@ class SliceGpt(Method):
         )
         return energies
 
-    def _plan_of_one_width(self, model: PreTrainedModel) -> Plan:
+    def _plan_of_even_widths(self, model: PreTrainedModel) -> Plan:
         plan, hidden = plan_of(model), self._hidden(model)
-        choices = self._choices(hidden)
-        num_links = 2 * len(plan.blocks)
-        return self._smallest_change(
-            model,
-            lambda count: [choices[-count]] * num_links,
-            len(choices),
-            f"times {self.round_interval} of {hidden} residual coordinates",
-        )
+        choices, num_links = self._choices(hidden), 2 * len(plan.blocks)
+        at_once = num_links if self.widths == "one" else 1  # links narrowed together
+
+        def widths(count: int) -> list[int]:
+            narrower, deepest = divmod((count - 1) * at_once, num_links)
+            steps = [narrower] * (num_links - deepest) + [narrower + 1] * deepest
+            return [choices[-1 - step] for step in steps]
+
+        most = 1 + (len(choices) - 1) * num_links // at_once if choices else 0
+        what = f"steps of {self.round_interval} among {hidden} residual coordinates"
+        return self._nearest_plan(model, widths, most, what)
 
     def _plan_by_energies(self, model: PreTrainedModel, energies: Energies) -> Plan:
         """The plan with the least share of energy left out, the same limit at all links."""
@@ -157,12 +162,12 @@ class SliceGpt(Method):
                 for of_link in left_out
             ]
 
-        return self._smallest_change(model, widths, len(limits), "limits of the energy left out")
+        return self._nearest_plan(model, widths, len(limits), "limits of the energy left out")
 
-    def _smallest_change(
+    def _nearest_plan(
         self, model: PreTrainedModel, widths: Callable[[int], list[int]], most: int, what: str
     ) -> Plan:
-        """The plan of the first widths(1), widths(2), ... that reach the sparsity.
+        """The plan of those of widths(1), widths(2), ... that come nearest to the sparsity.
 
         Raises:
             InputError: none does, or the model's residual stream cannot be sliced.
@@ -173,7 +178,7 @@ class SliceGpt(Method):
             return _sliced(plan_of(model), widths(count), self._hidden(model))
 
         plan_of(model).slice([Sliced(entering=1, middle=1, leaving=1)] * len(plan_of(model).blocks))
-        count = smallest_reaching(self, model, plan_for, most, what)
+        count = nearest_reaching(self, model, plan_for, most, what)
         return plan_for(count) if count else plan_of(model)
 
     def _choices(self, hidden: int) -> list[int]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, stock_of
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.block_residency import run_blocks_in_turn
 from foldstack.compression.checkpoint import load_model, save_model
 from foldstack.compression.durable import sync_files, sync_folder
@@ -120,13 +121,11 @@ class Stack(Method):
     def goes_in_turn(self) -> bool:
         return all(step.method(0.5, 0).goes_in_turn for step in self.steps)
 
-    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
         # What one step leaves for the next would need its outline: as if each did its part alone.
         part = self.sparsity / len(self.steps)
-        return sum(
-            step.method(part, self.seed).float64_operations(model, num_tokens)
-            for step in self.steps
-        )
+        steps = (step.method(part, self.seed) for step in self.steps)
+        return sum((step.arithmetic(model, num_tokens) for step in steps), Arithmetic())
 
     def outline(self, model: PreTrainedModel) -> Plan:
         try:

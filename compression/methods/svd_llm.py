@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.errors import InputError
 from foldstack.compression.factoring import (
     Factors,
     Site,
     fitted_in_order,
+    fitting_arithmetic,
     gram_of_users,
     named_factors,
 )
@@ -101,10 +103,13 @@ class SvdLlm(Method):
     def goes_in_turn(self) -> bool:
         return True
 
-    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
-        shapes = linear_shapes(model)
-        once = sum(whitened_svd_operations(*shapes[site]) for site in self._ranks(model))
-        return once * (2 if self.allocation == "v2" else 1)
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
+        shapes, ranks = linear_shapes(model), self._ranks(model)
+        once = sum(whitened_svd_operations(*shapes[site]) for site in ranks)
+        work = Arithmetic(float64=once * (2 if self.allocation == "v2" else 1))
+        if self.update == "none":
+            return work
+        return work + fitting_arithmetic(model, ranks, num_tokens, self.dense_target)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
