@@ -1,6 +1,7 @@
 """Fixed-length token windows, drawn from documents."""
 
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from foldstack.compression.text_tokens import bos_token
 
 TOKENS_FILE = "windows.safetensors"
 RECORD_FILE = "windows.json"
+DOCUMENTS_AT_ONCE = 64
 
 
 class WindowSpec(BaseModel):
@@ -140,13 +142,16 @@ def _pack(
     tokenizer: PreTrainedTokenizerBase, documents: list[str], *, bos: bool
 ) -> tuple[Int[Tensor, " stream"], list[int]]:
     lead = [bos_token(tokenizer)] if bos else []
-    encoded = tokenizer(
-        documents, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    stream: list[int] = []
+    stream = array("i")
     starts: list[int] = []
-    for ids in encoded:
-        if ids:
-            starts.append(len(stream))
-            stream += lead + ids
-    return torch.tensor(stream, dtype=torch.int32), starts
+    # Some documents at a time: Python's integers take nine times what the stream does.
+    for first in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        some = documents[first : first + DOCUMENTS_AT_ONCE]
+        encoded = tokenizer(
+            some, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        for ids in encoded:
+            if ids:
+                starts.append(len(stream))
+                stream.extend(lead + ids)
+    return torch.tensor(memoryview(stream), dtype=torch.int32), starts
