@@ -1,6 +1,7 @@
 """Factored linears of a model: the inputs they are fitted to, and their tensors in a cut."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -110,7 +111,7 @@ def fitting_arithmetic(
         for site in architecture.linears
         if (position, site.name) in ranks
     }
-    gram = sum(float(num_tokens) * width**2 for width in read.values())
+    gram = math.fsum(num_tokens * width**2 for width in read.values())
     closed = (
         updated_directions_operations(*shapes[site], rank, shifted=shifted)
         for site, rank in ranks.items()
@@ -118,7 +119,7 @@ def fitting_arithmetic(
     thin = sum(rank * sum(shapes[site]) for site, rank in ranks.items())
     dense = sum(rows * columns for rows, columns in shapes.values())
     return Arithmetic(
-        float64=sum(closed),
+        float64=math.fsum(closed),
         products=gram * (3 if shifted else 1),  # a shift is not symmetric
         passes=(2 if shifted else 1) + min(1.0, thin / dense),
         streams=2 if shifted else 1,

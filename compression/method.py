@@ -25,7 +25,7 @@ from foldstack.compression.surgery import Cut, plan_of
 # reaching it.
 TOLERANCE = 0.005
 
-GUESSED_PASSES = 6
+GUESSED_PASSES = 6.0
 """Over the calibration windows, of a method that trains or tries out: two with their gradients."""
 
 NO_DENSE_LINEAR = "none of its blocks' linears is dense and its own; factor before that"
@@ -106,7 +106,7 @@ class Method(BaseModel, ABC):
         `model` may be on the meta device.
         """
         del model, num_tokens
-        guess = 0 if self.goes_in_turn else GUESSED_PASSES
+        guess = 0.0 if self.goes_in_turn else GUESSED_PASSES
         return Arithmetic(passes=guess, heads=guess)
 
     @abstractmethod

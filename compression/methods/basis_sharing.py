@@ -1,6 +1,7 @@
 """Basis Sharing: linears of the same name in neighbouring blocks are factored on one basis."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -135,7 +136,7 @@ class BasisSharing(Method):
             for group in groups
         )
         ranks = {(position, g.name): g.rank for g in groups for position in g.positions}
-        work = Arithmetic(float64=sum(factors))
+        work = Arithmetic(float64=math.fsum(factors))
         if self.update == "none":
             return work
         target = self.dense_target if self.update == "layerwise" else 0.0

@@ -1,6 +1,7 @@
 """SVD-LLM: every linear of the blocks becomes two thin ones, best on its own inputs."""
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
@@ -105,7 +106,7 @@ class SvdLlm(Method):
 
     def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
         shapes, ranks = linear_shapes(model), self._ranks(model)
-        once = sum(whitened_svd_operations(*shapes[site]) for site in ranks)
+        once = math.fsum(whitened_svd_operations(*shapes[site]) for site in ranks)
         work = Arithmetic(float64=once * (2 if self.allocation == "v2" else 1))
         if self.update == "none":
             return work
