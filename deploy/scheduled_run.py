@@ -1,10 +1,12 @@
-"""Does a scheduled run go through? On Postgres, both servers and a worker, without containers.
+"""Does everything that runs by itself go through? On Postgres, both servers and a worker.
 
     python deploy/scheduled_run.py [--json] [--home DIR] [--keep]
 
 starts what `local_stack.py` does, gives the deployment `nightly` one more schedule, each minute and
 with a small config, waits until the scheduler has started it and the worker has finished it, and
-looks its runs up in MLflow. With --keep everything stays up afterwards, until Ctrl-C.
+looks its runs up in MLflow. Then it has the worker refresh the comparison, registers the alerts
+with an address of its own, runs the deployment `on-demand` with a config that must fail, and waits
+for what is sent to that address. With --keep everything stays up afterwards, until Ctrl-C.
 """
 
 import argparse
@@ -14,10 +16,16 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 
+import alerts
 from local_stack import Stack, stack_in, temporary_or, up
 
 from foldstack.compression.errors import InputError
@@ -31,7 +39,10 @@ SMALL_CONFIG = {
     "evaluation": {"perplexity": {"protocol": {"window_tokens": 128, "max_tokens": 1024}}},
     "speed": {"enabled": False},
 }
+UNREACHABLE = SMALL_CONFIG | {"name": "must fail", "methods": [{"name": "shortgpt"}]}
+UNREACHABLE |= {"sparsities": [0.95]}
 CHECK_SECONDS = 900.0
+ALERT_SECONDS = 60.0
 
 
 async def run_by_schedule(deployment_name: str) -> dict[str, Any]:
@@ -88,6 +99,68 @@ async def _first_finished_run(client: Any, deployment_id: Any, deadline: float) 
     raise InputError(f"no scheduled run ended within {CHECK_SECONDS:.0f} s; see the logs")
 
 
+def refresh() -> dict[str, Any]:
+    """Have the worker refresh the comparison; how that ended, and the table it made."""
+    from prefect.artifacts import Artifact
+    from prefect.deployments import run_deployment
+
+    run = run_deployment(
+        "refresh comparison/refresh", timeout=CHECK_SECONDS, poll_interval=1, as_subflow=False
+    )
+    table = Artifact.get("all-sweeps")
+    return {
+        "state": run.state_name,
+        "message": (run.state.message or "") if run.state else "",
+        "rows": [] if table is None else json.loads(table.data),
+    }
+
+
+def alert_of_a_failure() -> dict[str, Any]:
+    """Let a run fail; what the automation sent, and how long after the run's end."""
+    from prefect.deployments import run_deployment
+
+    with listener() as (address, heard):
+        asyncio.run(alerts.register(address))
+        run = run_deployment(
+            "sweep/on-demand",
+            parameters={"config": UNREACHABLE},
+            timeout=CHECK_SECONDS,
+            poll_interval=1,
+            as_subflow=False,
+        )
+        ended = time.monotonic()
+        try:
+            text = json.loads(heard.get(timeout=ALERT_SECONDS))["text"]
+        except Empty:
+            text = ""
+        return {
+            "flow_run_name": run.name,
+            "state": run.state_name,
+            "text": text,
+            "after_seconds": time.monotonic() - ended,
+        }
+
+
+@contextmanager
+def listener() -> Iterator[tuple[str, "Queue[bytes]"]]:
+    """An address on loopback, and what is posted to it."""
+    heard: Queue[bytes] = Queue()
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.put(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/alerts", heard
+        server.shutdown()
+
+
 def runs_in_mlflow(experiment: str) -> list[dict[str, Any]]:
     """What MLflow's server knows of an experiment: name, state, metrics and links of its runs."""
     from mlflow import MlflowClient
@@ -111,25 +184,36 @@ def runs_in_mlflow(experiment: str) -> list[dict[str, Any]]:
 
 
 def see_one_through(stack: Stack) -> dict[str, Any]:
-    """The figures of one scheduled run, on a stack that is up."""
+    """The figures of one scheduled run, a refresh and an alert, on a stack that is up."""
     os.environ.update(stack.client)
     figures = asyncio.run(run_by_schedule("nightly/nightly"))
     return figures | {
         "mlflow_runs": runs_in_mlflow("foldstack/reference"),
         "prefect": stack.client["PREFECT_API_URL"].removesuffix("/api"),
         "mlflow": stack.client["MLFLOW_TRACKING_URI"],
+        "refresh": refresh(),
+        "alert": alert_of_a_failure(),
     }
 
 
 def told(figures: dict[str, Any]) -> str:
-    runs = figures["mlflow_runs"]
+    runs, refreshed, alert = (figures[part] for part in ("mlflow_runs", "refresh", "alert"))
     finished = sum(run["status"] == "FINISHED" for run in runs)
     return (
         f"the scheduled run {figures['flow_run_name']!r} ended as {figures['state']} "
         f"{figures['message']}\n{finished} of its {len(runs)} runs in MLflow are finished\n"
         f"start of everything {figures['up_seconds']:.0f} s, "
-        f"from the schedule to the end of the run {figures['wait_seconds']:.0f} s"
+        f"from the schedule to the end of the run {figures['wait_seconds']:.0f} s\n"
+        f"the refresh ended as {refreshed['state']}, {len(refreshed['rows'])} rows\n"
+        f"{alert['flow_run_name']!r} ended as {alert['state']}, and {alert['after_seconds']:.0f} s "
+        f"later this was sent:\n{alert['text']}"
     )
+
+
+def is_good(figures: dict[str, Any]) -> bool:
+    states = [figures["state"], figures["refresh"]["state"], figures["alert"]["state"]]
+    sent = figures["alert"]["text"]
+    return states == ["Completed", "Completed", "Failed"] and bool(sent and figures["mlflow_runs"])
 
 
 def main() -> None:
@@ -151,7 +235,7 @@ def main() -> None:
         sys.exit(f"scheduled_run: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(0 if figures["state"] == "Completed" and figures["mlflow_runs"] else 1)
+    sys.exit(0 if is_good(figures) else 1)
 
 
 if __name__ == "__main__":

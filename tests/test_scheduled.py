@@ -162,6 +162,22 @@ def test_a_scheduled_run_goes_through_and_shows_up_in_mlflow(seen: dict[str, Any
     assert all(run["flow_run_url"].startswith(seen["prefect"]) for run in runs.values())
 
 
+def test_the_worker_refreshes_the_comparison(seen: dict[str, Any]) -> None:
+    refreshed = seen["refresh"]
+    assert refreshed["state"] == "Completed", refreshed["message"]
+    rows = {(row["sweep"], row["model"]) for row in refreshed["rows"]}
+    assert {("scheduled check", "dense"), ("scheduled check", "svd_llm 0.30")} <= rows
+
+
+def test_a_failed_run_sends_an_alert_with_its_cause(seen: dict[str, Any]) -> None:
+    alert = seen["alert"]
+    assert alert["state"] == "Failed"
+    first, cause, page, *_ = alert["text"].splitlines()
+    assert first == "must fail: Failed"
+    assert "sparsity" in cause
+    assert page.strip().startswith(seen["prefect"])
+
+
 @pytest.mark.parametrize("place", ["prefect", "mlflow"])
 def test_servers_let_nobody_in_without_a_password(seen: dict[str, Any], place: str) -> None:
     paths = {

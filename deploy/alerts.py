@@ -1,0 +1,69 @@
+"""Register automations.yaml with the server of PREFECT_API_URL, and where its notifications go.
+
+    FOLDSTACK_ALERT_URL=https://hooks.example/... python deploy/alerts.py
+
+The address takes a POST of {"text": "subject, then body"}, as Slack's and Mattermost's incoming
+webhooks do. It is a secret: it lies in the block `foldstack-alerts` and comes from the environment.
+Run it again after a change of either; automations of the same names are replaced. For e-mail,
+Teams, PagerDuty and so on, make that block by hand and set its id in a copy of automations.yaml.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
+from foldstack.compression.errors import InputError
+
+AUTOMATIONS = Path(__file__).resolve().parent / "automations.yaml"
+BLOCK = "foldstack-alerts"
+VARIABLE = "FOLDSTACK_ALERT_URL"
+
+
+async def register(url: str) -> list[str]:
+    """Make or renew the block and the automations; gives the names of the latter."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.client.orchestration import get_client
+    from prefect.events.schemas.automations import AutomationCore
+
+    block = CustomWebhookNotificationBlock(
+        name=BLOCK,
+        url="{{url}}",
+        json_data={"text": "{{subject}}\n{{body}}"},
+        secrets={"url": url},
+    )
+    block_id = await block.save(BLOCK, overwrite=True)
+    wanted = [AutomationCore.model_validate(each) for each in automations(str(block_id))]
+    async with get_client() as client:
+        for automation in wanted:
+            for old in await client.read_automations_by_name(automation.name):
+                await client.delete_automation(old.id)
+            await client.create_automation(automation)
+    return [automation.name for automation in wanted]
+
+
+def automations(block_id: str) -> list[dict[str, Any]]:
+    """Those of automations.yaml, which notify by this block."""
+    import yaml
+
+    found: list[dict[str, Any]] = yaml.safe_load(AUTOMATIONS.read_text())["automations"]
+    for action in [action for each in found for action in each["actions"]]:
+        if "block_document_id" in action:
+            action["block_document_id"] = block_id
+    return found
+
+
+def main() -> None:
+    try:
+        if not (url := os.environ.get(VARIABLE, "")):
+            raise InputError(f"{VARIABLE} must hold the address that alerts are sent to")
+        for name in asyncio.run(register(url)):
+            print(f"registered: {name}")
+    except InputError as error:
+        sys.exit(f"alerts: {error}")
+
+
+if __name__ == "__main__":
+    main()
