@@ -52,7 +52,11 @@ def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
         command=(sys.executable, "-m", "prefect", *arguments),
         page=address,
         health=f"{address}/api/health",
-        defaults=PREFECT_DEFAULTS | {"PREFECT_UI_API_URL": f"{address}/api"},
+        defaults=PREFECT_DEFAULTS
+        | {
+            "PREFECT_UI_API_URL": f"{address}/api",
+            "PREFECT_UI_URL": address,  # links in alerts
+        },
         settings=settings or {},
     )
 

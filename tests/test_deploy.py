@@ -16,6 +16,7 @@ from prefect import Flow
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
+from prefect.settings.models.flows import FlowsSettings
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.templating import apply_values, find_placeholders
@@ -29,15 +30,25 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def local_stack() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("local_stack", DEPLOY / "local_stack.py")
+def script(name: str) -> ModuleType:
+    """A script of deploy/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DEPLOY / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["local_stack"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def local_stack() -> ModuleType:
+    return script("local_stack")
+
+
+@pytest.fixture(scope="module")
+def alerts() -> ModuleType:
+    return script("alerts")
 
 
 def flow_of(name: str) -> Flow[..., Any]:
@@ -194,3 +205,20 @@ def test_alerts_are_automations_that_prefect_knows() -> None:
     failed, gone = [AutomationCore.model_validate(each) for each in data]
     assert "prefect.flow-run.Failed" in failed.trigger.expect
     assert gone.actions[0].type == "change-flow-run-state"
+    between = FlowsSettings.model_fields["heartbeat_frequency"].default
+    assert gone.trigger.within.total_seconds() > 3 * between, "a run that is well would be ended"
+
+
+def test_alerts_go_to_the_block_of_their_address(alerts: ModuleType) -> None:
+    block = "11111111-2222-3333-4444-555555555555"
+    failed, gone = alerts.automations(block)
+    assert failed["actions"][0]["block_document_id"] == block
+    assert "block_document_id" not in gone["actions"][0]
+
+
+def test_alerts_without_an_address_are_a_sentence(
+    alerts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FOLDSTACK_ALERT_URL", raising=False)
+    with pytest.raises(SystemExit, match="FOLDSTACK_ALERT_URL must hold the address"):
+        alerts.main()

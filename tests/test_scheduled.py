@@ -165,8 +165,8 @@ def test_a_scheduled_run_goes_through_and_shows_up_in_mlflow(seen: dict[str, Any
 def test_the_worker_refreshes_the_comparison(seen: dict[str, Any]) -> None:
     refreshed = seen["refresh"]
     assert refreshed["state"] == "Completed", refreshed["message"]
-    rows = {(row["sweep"], row["model"]) for row in refreshed["rows"]}
-    assert {("scheduled check", "dense"), ("scheduled check", "svd_llm 0.30")} <= rows
+    rows = {(row["sweep"], row["model"], row["sparsity"]) for row in refreshed["rows"]}
+    assert {("scheduled check", "dense", ""), ("scheduled check", "svd_llm", "0.3")} <= rows
 
 
 def test_a_failed_run_sends_an_alert_with_its_cause(seen: dict[str, Any]) -> None:
