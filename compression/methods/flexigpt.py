@@ -1,6 +1,7 @@
 """FlexiGPT: pruned blocks come back as virtual ones, on the weights of the block most like them."""
 
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Annotated, ClassVar, Literal
@@ -9,6 +10,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import base_config_of
+from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.gain_fitting import better_gains
 from foldstack.compression.low_rank import whitened_svd_operations
 from foldstack.compression.method import Evidence, Method, check_evidence, smallest_reaching
@@ -95,12 +97,14 @@ class FlexiGpt(Method):
         # Which blocks and whose weights is not known yet: the deepest on the first one's stand in.
         return self._plan(model, count, ranks)
 
-    def float64_operations(self, model: PreTrainedModel, num_tokens: int) -> float:
-        if self.init != "whitened":
-            return 0.0
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
+        guess = super().arithmetic(model, num_tokens)
         count, _ = self._count_and_ranks(model)
-        shapes = block_shapes(model, lenders(model)[0]) if count else {}
-        return count * sum(whitened_svd_operations(*shape) for shape in shapes.values())
+        if self.init != "whitened" or count == 0:
+            return guess
+        shapes = block_shapes(model, lenders(model)[0]).values()
+        of_block = math.fsum(whitened_svd_operations(*shape) for shape in shapes)
+        return guess + Arithmetic(float64=count * of_block)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
