@@ -389,6 +389,18 @@ def test_what_it_needs_is_something_that_can_be_gathered(method_name: str) -> No
     assert METHODS[method_name].needs <= KINDS
 
 
+def test_what_it_computes_is_told_from_shapes_alone(method_name: str, tiny_model: Any) -> None:
+    on_meta = build_on_meta(tiny_model("llama").config)
+    method = METHODS[method_name](sparsity=GROWING.get(method_name, 0.2), **QUICK[method_name])
+    few, many = (method.arithmetic(on_meta, tokens) for tokens in (1 << 8, 1 << 20))
+    told = (few.float64, few.products, few.passes, few.heads, float(few.streams))
+    assert all(0 <= amount < float("inf") for amount in told)
+    assert many.float64 >= few.float64
+    assert many.products >= few.products
+    decides_by_similarity_alone = {"shortgpt", "uidl"}
+    assert any(told) == (method_name not in decides_by_similarity_alone)
+
+
 def test_every_file_of_the_folder_is_registered() -> None:
     folder = Path(methods.__path__[0])
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
