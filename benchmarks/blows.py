@@ -21,7 +21,7 @@ SERVERS = {"prefect": "Prefect", "mlflow": "MLflow", "postgres": "Postgres"}
 """Kinds of blows, and what local_stack.py calls the parts that they hit."""
 
 OUTAGE_SECONDS = (0.5, 6.0)
-LARGE_BYTES, FULL_BYTES = 1 << 30, 1 << 16
+LARGE_BYTES, FULL_BYTES = 1 << 30, 1 << 12
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Kills at random moments; `benchmarks/faults.py` has many more, and the servers and the disk."""
 
+import importlib
 import json
 import random
 import subprocess
@@ -62,6 +63,18 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_in_peace(tmp_path: P
     assert list((store.root / "damaged").glob("*")) == []
     collect_garbage(store, keep_days=-1)
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
+
+
+def test_rounds_of_old_logs_are_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    summary = importlib.import_module("faults").summary
+    old = {"kind": "flow", "blows": 2, "lost_seconds": [1.0, 3.0], "undisturbed_seconds": 9.0}
+    new = old | {"of": "sweep", "blows": 1, "lost_seconds": [2.0], "refused": 4}
+    log = tmp_path / "rounds.jsonl"
+    log.write_text("".join(json.dumps(each | {"wrong": []}) + "\n" for each in (old, new)))
+    flow = summary(log)["kinds"]["sweep: flow"]
+    assert (flow["tried"], flow["survived"], flow["refused"]) == (3, 3, 4)
+    assert (flow["lost_seconds_mean"], flow["lost_seconds_most"]) == (2.0, 3.0)
 
 
 def figures_of(script: str, *arguments: str) -> dict[str, Any]:
