@@ -301,11 +301,11 @@ def main() -> None:
         print(f"foldstack: stopped; to go on: {_command_line()}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        from foldstack.tasks.home import disk_full, foldstack_home, is_disk_full
+        from foldstack.tasks.home import disk_full, is_disk_full
 
         if not is_disk_full(error):
             raise
-        said = disk_full(getattr(error, "filename", None) or foldstack_home())
+        said = disk_full(getattr(error, "filename", None) or "the results")
         print(f"foldstack: {said}", file=sys.stderr)
         sys.exit(2)
 

@@ -17,6 +17,7 @@ from foldstack.flows.prefect_server import TemporaryServer, cancel_flow_run
 from foldstack.flows.quick_imports import importing
 from foldstack.flows.run_config import RunConfig
 from foldstack.flows.terminal import Display, console_on, display_on
+from foldstack.tasks.home import telling_disk_full
 from foldstack.tasks.worker_pool import end_workers, worker_processes
 
 INTERRUPTED = 130
@@ -26,7 +27,7 @@ def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Compa
     """Run the sweep of `config`, shown in the terminal; `again` is the command that resumes it.
 
     Raises:
-        InputError: something in `config` cannot work.
+        InputError: something in `config` cannot work, or a disk is full.
     """
     from foldstack.flows.branches import lay_out
     from foldstack.flows.preflight import check
@@ -44,10 +45,11 @@ def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Compa
             from foldstack.flows.sweep import SweepFailed, run_sweep
 
         server.ready()
-        try:
-            comparison = run_sweep(layout, display)
-        except SweepFailed as failure:
-            comparison = failure.comparison
+        with telling_disk_full(config.output.home.expanduser()):
+            try:
+                comparison = run_sweep(layout, display)
+            except SweepFailed as failure:
+                comparison = failure.comparison
     link_models(config, comparison)
     return comparison
 

@@ -25,7 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError
 from foldstack.tasks.hardware import hardware
-from foldstack.tasks.home import HOME_VARIABLE, disk_full, foldstack_home, is_disk_full, store_url
+from foldstack.tasks.home import (
+    HOME_VARIABLE,
+    disk_full,
+    foldstack_home,
+    is_disk_full,
+    store_url,
+    telling_disk_full,
+)
 from foldstack.tasks.leases import Held, Lease, leased, living_holder
 from foldstack.tasks.manifest import (
     MANIFEST,
@@ -320,12 +327,8 @@ class ArtifactStore:
 
     def _run(self, produce: Callable[[Path, Path], Facts], folder: Path, work: Path) -> Facts:
         """Call `produce`; a full disk may come from any library, in that library's own words."""
-        try:
+        with telling_disk_full(self.root):
             return produce(folder, work)
-        except Exception as error:
-            if is_disk_full(error):
-                raise InputError(disk_full(self.root)) from error
-            raise
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -5,7 +5,11 @@ A full disk is met wherever something is written, and libraries have words of th
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from foldstack.compression.errors import InputError
 
 HOME_VARIABLE = "FOLDSTACK_HOME"
 STORE_VARIABLE = "FOLDSTACK_STORE"
@@ -29,6 +33,23 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return True
     return any(words in str(error) for words in WORDS_OF_LIBRARIES)
+
+
+@contextmanager
+def telling_disk_full(place: Path) -> Iterator[None]:
+    """Turn what any library says of a full disk into the sentence; most do not say where.
+
+    Raises:
+        InputError: there is no room, at `place` unless the library names a file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise InputError(disk_full(getattr(error, "filename", None) or place)) from error
 
 
 def disk_full(place: Path | str) -> str:

@@ -15,7 +15,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.methods import METHODS
 from foldstack.flows import cli
 from foldstack.flows.listing import listing
-from foldstack.tasks.home import HOME_VARIABLE, disk_full
+from foldstack.tasks.home import disk_full
 
 CONFIG = "methods: [shortgpt]\n"
 
@@ -142,7 +142,7 @@ def test_dry_run_prints_one_json_object_and_nothing_else(
     ("error", "place"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/data/rows.json"), "/data/rows.json"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "/data"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the results"),
     ],
 )
 def test_full_disk_is_one_sentence(
@@ -155,7 +155,6 @@ def test_full_disk_is_one_sentence(
         raise error
 
     monkeypatch.setattr("foldstack.flows.listing.listing", fill)
-    monkeypatch.setenv(HOME_VARIABLE, "/data")
     assert call(monkeypatch, "ls", "methods") == 2
     assert capfd.readouterr().err == f"foldstack: {disk_full(place)}\n"
 

@@ -25,7 +25,7 @@ from foldstack.flows.needs import needs_of
 from foldstack.flows.planning import expected_models, expected_stages
 from foldstack.flows.preflight import check
 from foldstack.flows.run_config import parse_config
-from foldstack.tasks.home import disk_full
+from foldstack.tasks.home import disk_full, telling_disk_full
 
 Usage = namedtuple("Usage", "total used free")
 PLENTY = Usage(1 << 50, 0, 1 << 50)
@@ -187,3 +187,23 @@ def test_a_disk_that_is_full_already_is_no_other_mistake(
     home = layout.config.output.home
     with pytest.raises(InputError, match=f"^{re.escape(disk_full(home))}$"):
         check(layout)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),  # of write(), which knows no name
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+)
+def test_a_full_disk_that_no_file_is_named_for_is_that_of_the_results(error: Exception) -> None:
+    with (
+        pytest.raises(InputError, match=f"^{re.escape(disk_full('/data'))}$"),
+        telling_disk_full(Path("/data")),
+    ):
+        raise error
+
+
+def test_another_failure_stays_as_it_is() -> None:
+    with pytest.raises(KeyError), telling_disk_full(Path("/data")):
+        raise KeyError("no such row")
