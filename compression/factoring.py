@@ -24,6 +24,9 @@ from foldstack.compression.statistics import Statistics
 from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
 from foldstack.compression.surgery import plan_of
 
+TOKENS_AT_ONCE = 2048
+"""That pass a block beside the sums, which are most of what is in memory then."""
+
 Site = tuple[int, str]
 """Position and name of a linear that is stored there."""
 Factors = tuple[Tensor, Tensor]
@@ -39,6 +42,14 @@ def gram_of_users(plan: Plan, position: int, reads: str, statistics: Statistics)
     """The Gram of all inputs that the linears stored at `position` see, borrowers' included."""
     grams = [statistics.gram(user, reads) for user in users_of(plan, position)]
     return torch.stack(grams).sum(0) if len(grams) > 1 else grams[0]
+
+
+def as_held(factors: Factors, model: PreTrainedModel) -> Factors:
+    """Factors that wait while other things are computed, in half the memory of float64 unless the
+    model itself is."""
+    first, second = factors
+    precision = torch.promote_types(model.dtype, torch.float32)
+    return first.to(precision), second.to(precision)
 
 
 def named_factors(
@@ -134,6 +145,7 @@ class _Streams:
             BlockStream,
             model,
             evidence.calibration,
+            batch_size=max(1, TOKENS_AT_ONCE // evidence.calibration.shape[1]),
             dtype=cpu_precision(model),
             memory_bytes=MEMORY_BYTES // 2 if dense_target > 0 else MEMORY_BYTES,
             folder=evidence.work,
@@ -154,9 +166,9 @@ class _Streams:
             return seen.grams, None
         with paired_inputs(block, self.architecture) as paired:
             self.dense.advance(block, beside=self.deviated)
-        return paired.grams, {
-            reads: self.dense_target * shift for reads, shift in paired.shifts.items()
-        }
+        for shift in paired.shifts.values():
+            shift *= self.dense_target  # in place: they are the largest of what lives here
+        return paired.grams, paired.shifts
 
     def advance(self, compressed: nn.Module) -> None:
         """Pass the block, compressed; where nothing was fitted in it, the dense one as well."""
@@ -176,7 +188,7 @@ def _fitted(
     architecture, plan = architecture_of(model), plan_of(model)
     position, blocks = streams.deviated.position, streams.deviated.blocks
     owner = plan.owner(position)
-    factors = factors_of(owner)
+    factors = {name: as_held(pair, model) for name, pair in factors_of(owner).items()}
     if not factors:
         return {}
     grams, shifts = streams.sums()

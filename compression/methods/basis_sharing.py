@@ -18,6 +18,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.factoring import (
     Factors,
     Site,
+    as_held,
     fitted_in_order,
     fitting_arithmetic,
     gram_of_users,
@@ -250,14 +251,9 @@ class BasisSharing(Method):
             for group in mine:
                 if (position, group.name) not in ready:
                     of_group = self._factors(model, group, evidence)
-                    # Those before it were left by a run that was killed.
-                    ready.update(
-                        {
-                            (member, group.name): f
-                            for member, f in of_group.items()
-                            if member >= position
-                        }
-                    )
+                    for member, pair in of_group.items():
+                        if member >= position:  # those before it were left by a killed run
+                            ready[member, group.name] = as_held(pair, model)
             return {group.name: ready.pop((position, group.name)) for group in mine}
 
         tensors = fitted_in_order(model, factors_of, evidence, self.name, self.dense_target)
