@@ -15,7 +15,7 @@ from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.grams import paired_inputs, summed_inputs
 from foldstack.compression.hidden_states import MEMORY_BYTES
 from foldstack.compression.low_rank import updated_directions, updated_directions_operations
-from foldstack.compression.mapped_memory import release
+from foldstack.compression.mapped_memory import release, trim
 from foldstack.compression.method import Evidence
 from foldstack.compression.modeling_foldstack import AdaptedLinear, LowRankLinear
 from foldstack.compression.plan import Plan
@@ -191,6 +191,7 @@ def _fitted(
     factors = {name: as_held(pair, model) for name, pair in factors_of(owner).items()}
     if not factors:
         return {}
+    trim()  # after much that was large and is gone, and before the sums
     grams, shifts = streams.sums()
     fitted: dict[str, Tensor] = {}
     for site in architecture.linears:

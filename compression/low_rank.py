@@ -126,8 +126,9 @@ def _symmetric(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
             "a Gram matrix must be finite, got NaN or infinity; "
             "run the model in float32 or bfloat16"
         )
-    gram = gram.double()
-    return (gram + gram.T) / 2
+    total = gram.to(torch.float64, copy=True)
+    total += gram.T
+    return total.div_(2)  # in place: of the widest Gram each copy counts
 
 
 def truncate(

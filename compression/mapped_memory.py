@@ -39,6 +39,16 @@ def release(tensors: nn.Module | Iterable[Tensor]) -> None:
                 _madvise()(low, min(high, last) - low, mmap.MADV_DONTNEED)
 
 
+def trim() -> None:
+    """Give back what was freed and the C library keeps, with holes, for allocations to come.
+
+    Does nothing where the library is not GNU's.
+    """
+    trimming = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trimming is not None:
+        trimming(ctypes.c_size_t(0))
+
+
 @contextmanager
 def releasing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, every block gives its memory back as soon as it was run."""

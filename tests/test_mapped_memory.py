@@ -1,5 +1,6 @@
 """Weights in files come back after they were let go, and what was written to them stays."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from foldstack.compression import mapped_memory
-from foldstack.compression.mapped_memory import release, releasing
+from foldstack.compression.mapped_memory import release, releasing, trim
 
 ROWS, COLUMNS = 4096, 1024
 needs_proc = pytest.mark.skipif(
@@ -46,6 +47,23 @@ def test_released_weights_take_no_memory_and_come_back(linear: Any) -> None:
     release(linear)
     assert resident_bytes(weight) < weight.nbytes / 100
     assert torch.equal(weight.double().sum(), total)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_what_was_freed_between_what_lives_is_given_back() -> None:
+    before = anonymous_bytes()
+    size = 64 << 10  # below what the library asks the system for one by one
+    many = [torch.ones(size // 4) for _ in range(2048)]
+    full = anonymous_bytes() - before
+    del many[::2], many[1:-1]  # the last one holds the end of the heap
+    trim()
+    assert anonymous_bytes() - before < full / 4
 
 
 @needs_proc
