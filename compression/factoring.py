@@ -24,7 +24,7 @@ from foldstack.compression.statistics import Statistics
 from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
 from foldstack.compression.surgery import plan_of
 
-TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 1024
 """That pass a block beside the sums, which are most of what is in memory then."""
 
 Site = tuple[int, str]

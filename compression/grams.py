@@ -114,7 +114,7 @@ def paired_inputs(block: nn.Module, architecture: Architecture) -> Iterator[Pair
                 size = rows.shape[1], rows.shape[1]
                 total[reads] = torch.zeros(size, dtype=torch.float64, device=rows.device)
         _add_upper_product(sums.grams[reads], rows)
-        sums.shifts[reads] += _product((first.pop(reads) - rows).T, rows)
+        _add_product(sums.shifts[reads], first.pop(reads) - rows, rows)
 
     try:
         with _input_hooks(block, architecture, add):
@@ -129,6 +129,15 @@ def _add_upper_product(total: Float64[Tensor, "n n"], rows: Float[Tensor, "token
     for start in range(0, len(total), STRIP_ROWS):
         strip = slice(start, start + STRIP_ROWS)
         total[strip, start:] += _product(rows[:, strip].T, rows[:, start:])
+
+
+def _add_product(
+    total: Float64[Tensor, "n n"], left: Float[Tensor, "tokens n"], rows: Float[Tensor, "tokens n"]
+) -> None:
+    """Add L^T X to `total`, a strip at a time: the whole product would be half of it again."""
+    for start in range(0, len(total), STRIP_ROWS):
+        strip = slice(start, start + STRIP_ROWS)
+        total[strip] += _product(left[:, strip].T, rows)
 
 
 def _product(left: Float[Tensor, "n t"], right: Float[Tensor, "t m"]) -> Float[Tensor, "n m"]:
