@@ -141,18 +141,14 @@ def smallest_reaching(
     Raises:
         InputError: not even `most` reaches the sparsity; says how far it gets.
     """
-    dense = count_parameters(model)
-
-    def removed(count: int) -> float:
-        return 1 - size_of_plan(model.config, plan_for(count)).parameters / dense
-
+    removed = _removed_by(model, plan_for)
     enough = method.sparsity - TOLERANCE
     if enough <= 0:
         return 0
     farthest = removed(most) if most > 0 else 0.0
     if farthest < enough:
         raise InputError(unreachable(method, farthest, f"{most} {what}"))
-    return bisect_left(range(most + 1), enough, key=lambda count: removed(count) if count else 0.0)
+    return bisect_left(range(most + 1), enough, key=removed)
 
 
 def nearest_reaching(
@@ -164,15 +160,22 @@ def nearest_reaching(
 ) -> int:
     """The same where steps are small: the count that comes nearest to the sparsity."""
     smallest = smallest_reaching(method, model, plan_for, most, what)
+    removed = _removed_by(model, plan_for)
+    # `most` stands for all that is beyond it.
+    above = smallest + bisect_left(range(smallest, most), method.sparsity, key=removed)
+    return min((max(above - 1, smallest), above), key=lambda n: abs(removed(n) - method.sparsity))
+
+
+def _removed_by(model: PreTrainedModel, plan_for: Callable[[int], Plan]) -> Callable[[int], float]:
+    """The share of the parameters that a count removes; 0 removes nothing."""
     dense = count_parameters(model)
 
-    def beyond(count: int) -> float:
-        left = size_of_plan(model.config, plan_for(count)).parameters if count else dense
-        return 1 - left / dense - method.sparsity
+    def removed(count: int) -> float:
+        if count == 0:
+            return 0.0
+        return 1 - size_of_plan(model.config, plan_for(count)).parameters / dense
 
-    counts = range(smallest, most)
-    above = smallest + bisect_left(counts, 0.0, key=beyond)  # `most` stands for all beyond it
-    return min((max(above - 1, smallest), above), key=lambda count: abs(beyond(count)))
+    return removed
 
 
 def missed(method: Method, realised: float) -> str | None:
