@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foldstack.compression.errors import InputError
-from foldstack.compression.low_rank import NO_ENERGY, truncate, whitened_svd
+from foldstack.compression.low_rank import NO_ENERGY, symmetric, truncate, whitened_svd
 
 # First ridge of a fit on kept channels, relative to their unit diagonals, and how it grows while
 # rounding noise keeps the matrix from being positive definite.
@@ -29,7 +28,7 @@ def leverage_scores(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "
     A small ridge ranks channels by how badly the others predict them, a large one by their energy
     (arXiv 2408.09632, algorithm 1).
     """
-    gram = _symmetric(gram)
+    gram = symmetric(gram)
     shift = ridge * gram.diagonal().mean().clamp_min(NO_ENERGY)
     factor = _cholesky(gram, shift)
     return (1 - shift * torch.cholesky_inverse(factor).diagonal()).clamp(0, 1)
@@ -43,7 +42,7 @@ def refitted(
     W' = W_J + W_D C_DJ C_JJ^-1, with J the kept channels and D the dropped ones: what was dropped
     is predicted from what was kept (the same as W C_:J C_JJ^-1, but exact when nothing is dropped).
     """
-    gram, down = _symmetric(gram), down.double()
+    gram, down = symmetric(gram), down.double()
     is_dropped = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     is_dropped[kept] = False
     dropped = is_dropped.nonzero()[:, 0]
@@ -61,16 +60,6 @@ def narrowing_operations(rows: int, width: int, kept: int) -> float:
     their triangular factors take over matrix products (benchmarks/decomposition.py)."""
     scores = 2.5 * width**3
     return scores + 1.9 * (kept**3 / 3 + 2.0 * kept**2 * rows + 2.0 * kept * (width - kept) * rows)
-
-
-def _symmetric(gram: Tensor) -> Float[Tensor, "n n"]:
-    if not torch.isfinite(gram).all():
-        raise InputError(
-            "a Gram matrix must be finite, got NaN or infinity; "
-            "run the model in float32 or bfloat16"
-        )
-    gram = gram.double()
-    return (gram + gram.T) / 2
 
 
 def _cholesky(matrix: Float[Tensor, "n n"], ridge: Tensor | float) -> Float[Tensor, "n n"]:

@@ -65,7 +65,7 @@ def whitened_svd(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
     Raises:
         InputError: the Gram has an entry that is not finite.
     """
-    weight, gram = weight.double(), _symmetric(gram)
+    weight, gram = weight.double(), symmetric(gram)
     seen = gram.diagonal().mean()
     # Inputs that are always zero say nothing: then the weight alone orders its directions.
     unseen = UNSEEN_DIRECTION_WEIGHT * seen if seen > NO_ENERGY else torch.ones_like(seen)
@@ -109,7 +109,7 @@ def eigen_whitened_svd(
     Raises:
         InputError: the Gram has an entry that is not finite.
     """
-    values, vectors = torch.linalg.eigh(_symmetric(gram))
+    values, vectors = torch.linalg.eigh(symmetric(gram))
     seen = values > RELATIVE_TOLERANCE * values.max()
     root = torch.where(seen, values, torch.zeros_like(values)).clamp_min(0).sqrt()
     inverse = torch.where(root > 0, root, torch.ones_like(root)).reciprocal() * (root > 0)
@@ -120,7 +120,12 @@ def eigen_whitened_svd(
     return WhitenedSVD(left=left, singular_values=singular_values, right=coordinates)
 
 
-def _symmetric(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def symmetric(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """The Gram in float64, its rounding noise out of the way.
+
+    Raises:
+        InputError: it has an entry that is not finite.
+    """
     if not torch.isfinite(gram).all():
         raise InputError(
             "a Gram matrix must be finite, got NaN or infinity; "
@@ -136,25 +141,25 @@ def truncate(
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
     """The factors (first, second) of the best matrix of this rank: W' = second @ first.
 
-    Both carry the root of the singular values (arXiv 2403.07378, algorithm 1), which keeps their
-    scales alike for float16 and for training.
+    Their components have equal norms (`balance`). The root of the singular values on both (arXiv
+    2403.07378, algorithm 1) is the same product, but those are of the summed outputs: `second`
+    would be larger by about the root of the number of tokens, and recovery would move one of the
+    two while the other stands still.
     """
     assert 1 <= rank <= len(svd.singular_values)
-    return balance(svd.right[:rank], svd.left[:, :rank], svd.singular_values[:rank])
+    return balance(svd.right[:rank], svd.left[:, :rank])
 
 
 def balance(
-    coordinates: Float[Tensor, "rank in"],
-    directions: Float[Tensor, "out rank"],
-    singular_values: Float[Tensor, " rank"],
+    first: Float[Tensor, "rank in"], second: Float[Tensor, "out rank"]
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-    """The same product with sqrt(sigma) moved from the coordinates to the directions."""
-    floor = singular_values.max() * RELATIVE_TOLERANCE
-    # A direction without energy has no scale of its own: leave it as it is.
-    scale = torch.where(
-        singular_values > floor, singular_values, torch.ones_like(singular_values)
-    ).sqrt()
-    return coordinates / scale[:, None], directions * scale
+    """The same product of factors whose components have equal norms, which Adam's equal steps
+    suit."""
+    norms = first.norm(dim=1), second.norm(dim=0)
+    # A component that carries nothing has no scale of its own.
+    carries = (norms[0] > 0) & (norms[1] > 0)
+    scale = torch.where(carries, norms[1] / norms[0], 1.0).sqrt()
+    return first * scale[:, None], second / scale
 
 
 def tail_energy(svd: WhitenedSVD, rank: int) -> float:

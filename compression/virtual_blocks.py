@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import Architecture, architecture_of, base_config_of
 from foldstack.compression.block_plan import LowRank
 from foldstack.compression.errors import InputError
-from foldstack.compression.low_rank import truncate, whitened_svd
+from foldstack.compression.low_rank import balance, truncate, whitened_svd
 from foldstack.compression.modeling_foldstack import LowRankLinear, is_linear, linear_shape
 from foldstack.compression.plan import Plan
 from foldstack.compression.statistics import Statistics
@@ -126,8 +126,7 @@ def adapters_of_difference(
         A = U[:, :r] Sigma[:r],   B = V[:, :r]^T
 
     `balanced` gives both the root of Sigma. `whitened` gives the factors nearest to the difference
-    on the inputs of block i, which `statistics` have the Grams of (see `low_rank`), balanced too:
-    as they come, one of them would move on while the other stands still.
+    on the inputs of block i, which `statistics` have the Grams of (see `low_rank`), balanced too.
     A bias is the difference of the two biases.
     """
     architecture = architecture_of(model)
@@ -145,24 +144,13 @@ def adapters_of_difference(
                 first, second = truncate(whitened_svd(difference, gram), rank)
             else:
                 second, first = leading_part(difference, rank)
-            if initial != "paper":
-                second, first = _balanced(second, first)
+                if initial == "balanced":
+                    first, second = balance(first, second)
             place = f"blocks.{position}.{name}.adapter"
             tensors |= {f"{place}.first.weight": first, f"{place}.second.weight": second}
             if bias is not None and base_bias is not None:
                 tensors[f"{place}.second.bias"] = bias.double() - base_bias.double()
     return tensors
-
-
-def _balanced(
-    second: Float[Tensor, "out rank"], first: Float[Tensor, "rank in"]
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """The same product of factors with equal norms, which Adam's equal steps suit."""
-    norms = second.norm(dim=0), first.norm(dim=1)
-    # A direction that carries nothing has no scale of its own.
-    carries = (norms[0] > 0) & (norms[1] > 0)
-    scale = torch.where(carries, norms[0] / norms[1], 1.0).sqrt()
-    return second / scale, first * scale[:, None]
 
 
 def gains(model: PreTrainedModel, positions: Iterable[int], value: float) -> dict[str, Tensor]:

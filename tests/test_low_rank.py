@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.low_rank import (
+    balance,
     eigen_whitened_svd,
     pooled_gram,
     ranks_by_loss,
@@ -115,13 +116,20 @@ def test_full_rank_is_the_identity(out: int, inputs: int) -> None:
     torch.testing.assert_close(second @ first, weight, rtol=0, atol=1e-8)
 
 
-def test_the_two_factors_have_the_same_scale() -> None:
+def test_the_two_factors_have_the_same_scale_however_many_tokens_were_summed() -> None:
     weight, x = problem(24, 16)
-    svd = whitened_svd(weight, x.T @ x)
-    first, second = truncate(svd, 5)
-    torch.testing.assert_close(second.norm(dim=0), svd.singular_values[:5].sqrt())
-    coordinates = x @ first.T  # arXiv 2403.07378: each carries the root of the singular values
-    torch.testing.assert_close(coordinates.norm(dim=0), svd.singular_values[:5].sqrt())
+    first, second = truncate(whitened_svd(weight, x.T @ x), 5)
+    torch.testing.assert_close(first.norm(dim=1), second.norm(dim=0))
+    many_first, many_second = truncate(whitened_svd(weight, 1e6 * x.T @ x), 5)
+    torch.testing.assert_close(many_second @ many_first, second @ first)
+    torch.testing.assert_close(many_second.abs(), second.abs())
+
+
+def test_a_component_that_carries_nothing_keeps_its_scale() -> None:
+    first, second = torch.eye(2).double(), torch.tensor([[4.0, 0.0], [0.0, 0.0]]).double()
+    balanced_first, balanced_second = balance(first, second)
+    assert torch.equal(balanced_first, torch.tensor([[2.0, 0.0], [0.0, 1.0]]).double())
+    assert torch.equal(balanced_second, torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double())
 
 
 def test_the_update_is_least_squares_on_the_deviated_inputs() -> None:

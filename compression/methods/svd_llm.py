@@ -68,13 +68,14 @@ class SvdLlm(Method):
 
     Departs from the paper: the factors come from the eigenvectors of W G W^T, which is the same
     optimum without the inverse of S (so a singular G is no special case; `whitening` eigen is V2's
-    form); what the floors of the ranks leave over is spent on single ranks (`allocation` exact;
-    paper keeps the floors); the update aims between the outputs on its inputs and those of the
-    dense model (`dense_target`), which repairs what the blocks before have spoilt, and its target
-    leaves the bias out, which the released code counts twice; a linear that would not become
-    smaller stays dense; in V2's allocation no linear loses more than nine tenths and a loss below e
-    counts as e, where the score has its pole. The paper's LoRA recovery is a recovery stage, not
-    part of this method.
+    form), and lie in the two factors with equal norms, for recovery's sake (`low_rank.truncate`);
+    what the floors of the ranks leave over is spent on single ranks (`allocation` exact; paper
+    keeps the floors); the update aims between the outputs on its inputs and those of the dense
+    model (`dense_target`), which repairs what the blocks before have spoilt, and its target leaves
+    the bias out, which the released code counts twice; a linear that would not become smaller stays
+    dense; in V2's allocation no linear loses more than nine tenths and a loss below e counts as e,
+    where the score has its pole. The paper's LoRA recovery is a recovery stage, not part of this
+    method.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
