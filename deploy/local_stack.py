@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 from foldstack.compression.errors import InputError
+from foldstack.flows.prefect_defaults import AGAINST_OUTAGES  # before Prefect
 from foldstack.flows.servers import Parts, Server, mlflow, prefect
 
 DEPLOY = Path(__file__).resolve().parent
@@ -62,6 +62,7 @@ class Stack:
             "MLFLOW_TRACKING_USERNAME": "admin",
             "MLFLOW_TRACKING_PASSWORD": self.secrets["mlflow"],
             "FOLDSTACK_HOME": str(self.home / "results"),
+            **AGAINST_OUTAGES,
         }
 
 

@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 from foldstack.compression.errors import InputError
+from foldstack.flows.prefect_defaults import AGAINST_OUTAGES  # before Prefect
 
 SERVER_SETTINGS = {
     "PREFECT__SERVER_EPHEMERAL": "1",  # no scheduler: nobody deploys to a server that goes away
@@ -83,6 +83,9 @@ class TemporaryServer:
         settings = get_current_settings()
         if settings.api.url:
             self.stop()
+            for name, value in AGAINST_OUTAGES.items():
+                os.environ.setdefault(name, value)
+            refresh_global_settings_context()
             _current["api"] = str(settings.api.url)
             _check_answers(_current["api"])
             return _current["api"]
