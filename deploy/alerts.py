@@ -6,6 +6,7 @@ The address takes a POST of {"text": "subject, then body"}, as Slack's and Matte
 webhooks do. It is a secret: it lies in the block `foldstack-alerts` and comes from the environment.
 Run it again after a change of either; automations of the same names are replaced. For e-mail,
 Teams, PagerDuty and so on, make that block by hand and set its id in a copy of automations.yaml.
+Set PREFECT_FLOWS_HEARTBEAT_FREQUENCY here as for the runs: how long one may be silent follows it.
 """
 
 import asyncio
@@ -49,10 +50,21 @@ def automations(block_id: str) -> list[dict[str, Any]]:
     import yaml
 
     found: list[dict[str, Any]] = yaml.safe_load(AUTOMATIONS.read_text())["automations"]
+    for trigger in [each["trigger"] for each in found if each["trigger"]["posture"] == "Proactive"]:
+        trigger["within"] *= heartbeats_come_slower()
     for action in [action for each in found for action in each["actions"]]:
         if "block_document_id" in action:
             action["block_document_id"] = block_id
     return found
+
+
+def heartbeats_come_slower() -> float:
+    """How much more time passes between two than by default, which automations.yaml is made for."""
+    from prefect.settings import get_current_settings
+    from prefect.settings.models.flows import FlowsSettings
+
+    usual: int = FlowsSettings.model_fields["heartbeat_frequency"].default
+    return (get_current_settings().flows.heartbeat_frequency or usual) / usual
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """Does everything that runs by itself go through? On Postgres, both servers and a worker.
 
-    python deploy/scheduled_run.py [--json] [--home DIR] [--keep]
+    python deploy/scheduled_run.py [--json] [--home DIR] [--keep] [--killed]
 
 starts what `local_stack.py` does, gives the deployment `nightly` one more schedule, each minute and
 with a small config, waits until the scheduler has started it and the worker has finished it, and
 looks its runs up in MLflow. Then it has the worker refresh the comparison, registers the alerts
 with an address of its own, runs the deployment `on-demand` with a config that must fail, and waits
-for what is sent to that address. With --keep everything stays up afterwards, until Ctrl-C.
+for what is sent to that address. With --killed it kills (kill -9) a run together with its worker,
+so that nobody is left to tell, and waits for the alert of the heartbeat that stops. With --keep
+everything stays up afterwards, until Ctrl-C.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import alerts
 from local_stack import Stack, stack_in, temporary_or, up
 
 from foldstack.compression.errors import InputError
+from foldstack.flows.servers import Parts
 
 SMALL_CONFIG = {
     "name": "scheduled check",
@@ -41,8 +44,12 @@ SMALL_CONFIG = {
 }
 UNREACHABLE = SMALL_CONFIG | {"name": "must fail", "methods": [{"name": "shortgpt"}]}
 UNREACHABLE |= {"sparsities": [0.95]}
+NOT_CACHED = SMALL_CONFIG | {"name": "is killed"}
+NOT_CACHED |= {"calibration": {"num_windows": 9, "window_tokens": 64}}
 CHECK_SECONDS = 900.0
 ALERT_SECONDS = 60.0
+HEARTBEAT_SECONDS = 30
+"""The least that Prefect takes; alerts.py has a run be silent for 10/3 of it."""
 
 
 async def run_by_schedule(deployment_name: str) -> dict[str, Any]:
@@ -129,16 +136,70 @@ def alert_of_a_failure() -> dict[str, Any]:
             as_subflow=False,
         )
         ended = time.monotonic()
-        try:
-            text = json.loads(heard.get(timeout=ALERT_SECONDS))["text"]
-        except Empty:
-            text = ""
+        text = _text_of_next(heard, ALERT_SECONDS)
         return {
             "flow_run_name": run.name,
             "state": run.state_name,
             "text": text,
             "after_seconds": time.monotonic() - ended,
         }
+
+
+def alert_of_a_kill(parts: Parts) -> dict[str, Any]:
+    """Kill a run with its worker, which comes back; what was sent, and how long after the kill."""
+    from prefect.deployments import run_deployment
+
+    with listener() as (address, heard):
+        asyncio.run(alerts.register(address))
+        run = run_deployment(
+            "sweep/on-demand", parameters={"config": NOT_CACHED}, timeout=0, as_subflow=False
+        )
+        process = asyncio.run(_process_with_heartbeat(run.id, time.monotonic() + CHECK_SECONDS))
+        parts.kill("Worker")
+        os.kill(process, signal.SIGKILL)
+        killed = time.monotonic()
+        text = _text_of_next(heard, 10 / 3 * HEARTBEAT_SECONDS + ALERT_SECONDS)
+        after_seconds = time.monotonic() - killed
+        parts.restart("Worker")
+    return {
+        "flow_run_name": run.name,
+        "state": asyncio.run(_state_name(run.id)),
+        "text": text,
+        "after_seconds": after_seconds,
+    }
+
+
+async def _process_with_heartbeat(run_id: Any, deadline: float) -> int:
+    """The process of a run, as soon as the server has heard its heart beat."""
+    from prefect.client.orchestration import get_client
+    from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
+
+    heartbeat = EventFilter(
+        event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
+        resource=EventResourceFilter(id=[f"prefect.flow-run.{run_id}"]),
+    )
+    async with get_client() as client:
+        while time.monotonic() < deadline:
+            if (await client.read_events(heartbeat)).events:
+                run = await client.read_flow_run(run_id)
+                return int(str(run.infrastructure_pid).rpartition(":")[2])
+            await asyncio.sleep(1)
+    raise InputError(f"no heartbeat of a run within {CHECK_SECONDS:.0f} s; see the logs")
+
+
+async def _state_name(run_id: Any) -> str | None:
+    from prefect.client.orchestration import get_client
+
+    async with get_client() as client:
+        return (await client.read_flow_run(run_id)).state_name
+
+
+def _text_of_next(heard: "Queue[bytes]", seconds: float) -> str:
+    """What the next alert says; empty when none comes."""
+    try:
+        return str(json.loads(heard.get(timeout=seconds))["text"])
+    except Empty:
+        return ""
 
 
 @contextmanager
@@ -183,8 +244,8 @@ def runs_in_mlflow(experiment: str) -> list[dict[str, Any]]:
     ]
 
 
-def see_one_through(stack: Stack) -> dict[str, Any]:
-    """The figures of one scheduled run, a refresh and an alert, on a stack that is up."""
+def see_one_through(stack: Stack, to_kill: Parts | None) -> dict[str, Any]:
+    """The figures of one scheduled run, a refresh and the alerts, on a stack that is up."""
     os.environ.update(stack.client)
     figures = asyncio.run(run_by_schedule("nightly/nightly"))
     return figures | {
@@ -193,6 +254,7 @@ def see_one_through(stack: Stack) -> dict[str, Any]:
         "mlflow": stack.client["MLFLOW_TRACKING_URI"],
         "refresh": refresh(),
         "alert": alert_of_a_failure(),
+        **({"killed": alert_of_a_kill(to_kill)} if to_kill else {}),
     }
 
 
@@ -207,13 +269,23 @@ def told(figures: dict[str, Any]) -> str:
         f"the refresh ended as {refreshed['state']}, {len(refreshed['rows'])} rows\n"
         f"{alert['flow_run_name']!r} ended as {alert['state']}, and {alert['after_seconds']:.0f} s "
         f"later this was sent:\n{alert['text']}"
+        + ("\n" + told_of_a_kill(figures["killed"]) if "killed" in figures else "")
+    )
+
+
+def told_of_a_kill(alert: dict[str, Any]) -> str:
+    return (
+        f"{alert['flow_run_name']!r} was killed with its worker and is {alert['state']}; "
+        f"{alert['after_seconds']:.0f} s after the kill this was sent:\n{alert['text']}"
     )
 
 
 def is_good(figures: dict[str, Any]) -> bool:
-    states = [figures["state"], figures["refresh"]["state"], figures["alert"]["state"]]
-    sent = figures["alert"]["text"]
-    return states == ["Completed", "Completed", "Failed"] and bool(sent and figures["mlflow_runs"])
+    wanted = {"refresh": "Completed", "alert": "Failed", "killed": "Crashed"}
+    seen = {part: state for part, state in wanted.items() if part in figures}
+    ended_so = all(figures[part]["state"] == state for part, state in seen.items())
+    sent = all(figures[part].get("text", "none is sent") for part in seen)
+    return figures["state"] == "Completed" and ended_so and sent and bool(figures["mlflow_runs"])
 
 
 def main() -> None:
@@ -221,13 +293,17 @@ def main() -> None:
     parser.add_argument("--home", type=Path, help="where files are; by default a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object, on one line")
     parser.add_argument("--keep", action="store_true", help="stay up afterwards, until Ctrl-C")
+    parser.add_argument("--killed", action="store_true", help="kill a run with its worker, too")
     arguments = parser.parse_args()
+    if arguments.killed:
+        os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_SECONDS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     started = time.monotonic()
     try:
         with temporary_or(arguments.home) as home, up(stack := stack_in(home)) as parts:
             up_seconds = time.monotonic() - started
-            figures = {"up_seconds": up_seconds, **see_one_through(stack)}
+            to_kill = parts if arguments.killed else None
+            figures = {"up_seconds": up_seconds, **see_one_through(stack, to_kill)}
             print(json.dumps(figures) if arguments.json else told(figures), flush=True)
             if arguments.keep:
                 parts.watch()

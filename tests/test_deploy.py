@@ -16,6 +16,7 @@ from prefect import Flow
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.settings.models.flows import FlowsSettings
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
@@ -214,6 +215,12 @@ def test_alerts_go_to_the_block_of_their_address(alerts: ModuleType) -> None:
     failed, gone = alerts.automations(block)
     assert failed["actions"][0]["block_document_id"] == block
     assert "block_document_id" not in gone["actions"][0]
+
+
+def test_a_run_may_be_silent_for_as_long_as_its_heartbeats_say(alerts: ModuleType) -> None:
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
+        _, gone = alerts.automations("11111111-2222-3333-4444-555555555555")
+    assert AutomationCore.model_validate(gone).trigger.within.total_seconds() == 100
 
 
 def test_alerts_without_an_address_are_a_sentence(
