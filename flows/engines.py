@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from prefect.settings import get_current_settings
@@ -32,7 +33,7 @@ from foldstack.flows.prefect_server import deliver_what_waits
 from foldstack.flows.terminal import Display
 from foldstack.tasks.prefect_cache import Report
 from foldstack.tasks.stage import Stage
-from foldstack.tasks.worker_pool import SECONDS_BETWEEN_REPORTS
+from foldstack.tasks.worker_pool import SECONDS_BETWEEN_REPORTS, end_workers
 
 if TYPE_CHECKING:
     from foldstack.flows.branches import Layout
@@ -57,12 +58,9 @@ def engine_for(layout: "Layout", display: Display) -> Iterator[Engine]:
         InputError: the Dask scheduler or one of its workers cannot be used.
     """
 
-    def report(stage: Stage, what: str, done: int, total: int) -> None:
-        display.report(stage.label, what, done, total)
-
     if layout.config.execution.engine == "processes":
         runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=layout.workers)
-        with runner:
+        with runner, _stages_ending_with_the_flow(display) as report:
             yield Engine(runner, report)
         return
     with _dask_runner(layout.config.execution.address) as dask:
@@ -73,6 +71,31 @@ def engine_for(layout: "Layout", display: Display) -> Iterator[Engine]:
             Exception
         ):  # the server may end with us: what workers have to say comes first
             dask.client.run(_deliver, on_error="ignore")
+
+
+@contextmanager
+def _stages_ending_with_the_flow(display: Display) -> Iterator[Report]:
+    """Gives a report by which stages end as well when the flow is interrupted from outside.
+
+    The runner waits for every stage that has begun, which may be hours, and Prefect's SIGTERM only
+    raises TerminationSignal in the flow. So what computes is killed, and what waits for another
+    process, which reports every second, is stopped there.
+    """
+    interrupted = Event()
+
+    def report(stage: Stage, what: str, done: int, total: int) -> None:
+        if interrupted.is_set():
+            raise RuntimeError(f"{stage.label}: the flow run was told to end")
+        display.report(stage.label, what, done, total)
+
+    try:
+        yield report
+    except Exception:
+        raise
+    except BaseException:
+        interrupted.set()
+        end_workers()
+        raise
 
 
 async def _deliver() -> None:
