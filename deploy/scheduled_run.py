@@ -174,13 +174,12 @@ async def _process_with_heartbeat(run_id: Any, deadline: float) -> int:
     from prefect.client.orchestration import get_client
     from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 
-    heartbeat = EventFilter(
-        event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
-        resource=EventResourceFilter(id=[f"prefect.flow-run.{run_id}"]),
-    )
+    name = EventNameFilter(name=["prefect.flow-run.heartbeat"])
+    of_the_run = EventResourceFilter(id=[f"prefect.flow-run.{run_id}"])
     async with get_client() as client:
         while time.monotonic() < deadline:
-            if (await client.read_events(heartbeat)).events:
+            until_now = EventFilter(event=name, resource=of_the_run)
+            if (await client.read_events(until_now, limit=1)).events:
                 run = await client.read_flow_run(run_id)
                 return int(str(run.infrastructure_pid).rpartition(":")[2])
             await asyncio.sleep(1)
