@@ -1,18 +1,25 @@
 """How fast this machine is, measured for a moment, in what stages are made of."""
 
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MATMUL_SIZE = 768
 SECONDS = 0.3
 """That each measurement goes on."""
 TOKENS_AT_ONCE = 1024
+SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 16, 20_000
+LIBRARIES = "from transformers import AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM"
+"""What a process imports that loads a model and nothing of ours."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,10 @@ class Rates:
     float64: float
     head_seconds: float
     """That one token takes from the hidden state to the logits."""
+    lone_seconds: float
+    """That one token takes through one block by itself, as in decoding."""
+    fresh_seconds: float
+    """Of computing until a new process has the libraries."""
 
 
 def measure_rates(
@@ -37,14 +48,26 @@ def measure_rates(
     text, before = config.get_text_config(decoder=True), torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
+        block, lone = _block_seconds(config, dtype, window_tokens)
         return Rates(
-            block_seconds=_block_seconds(config, dtype, window_tokens),
+            block_seconds=block,
             float32=_matmul_rate(torch.float32),
             float64=_matmul_rate(torch.float64),
             head_seconds=2 * text.hidden_size * text.vocab_size / _matmul_rate(dtype),
+            lone_seconds=lone,
+            fresh_seconds=_fresh_seconds(),
         )
     finally:
         torch.set_num_threads(before)
+
+
+def characters_per_second(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str]) -> float:
+    """Of text into tokens, by one pass over some of it: words that come again cost less."""
+    some = documents[:: max(1, len(documents) // SAMPLE_DOCUMENTS)]
+    sample = [text[:SAMPLE_CHARACTERS] for text in some]
+    started = time.process_time()  # of all threads that a tokenizer may take
+    tokenizer(sample, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return sum(map(len, sample)) / (time.process_time() - started)
 
 
 def _matmul_rate(dtype: "torch.dtype") -> float:
@@ -54,8 +77,11 @@ def _matmul_rate(dtype: "torch.dtype") -> float:
     return 2 * MATMUL_SIZE**3 / _seconds_of(lambda: torch.mm(a, b))
 
 
-def _block_seconds(config: "PreTrainedConfig", dtype: "torch.dtype", window_tokens: int) -> float:
-    """A block of this shape, all its weights alike: what they are changes no time."""
+def _block_seconds(
+    config: "PreTrainedConfig", dtype: "torch.dtype", window_tokens: int
+) -> tuple[float, float]:
+    """Of one token among many, and of one alone, through a block of this shape. All its weights
+    are alike: what they are changes no time."""
     import torch
 
     from foldstack.compression.architectures import architecture_of, base_config_of
@@ -72,16 +98,29 @@ def _block_seconds(config: "PreTrainedConfig", dtype: "torch.dtype", window_toke
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(0.01)
-    count = max(1, TOKENS_AT_ONCE // window_tokens)
-    windows = torch.zeros(count, window_tokens, dtype=torch.long)
-    stream = BlockStream(model, windows, batch_size=count)
-    block, (batch,) = stream.blocks[0], stream.hidden
 
-    def forward() -> None:
-        with torch.no_grad():
-            stream.call(block, batch)
+    def seconds_per_token(count: int, tokens: int) -> float:
+        windows = torch.zeros(count, tokens, dtype=torch.long)
+        stream = BlockStream(model, windows, batch_size=count)
+        block, (batch,) = stream.blocks[0], stream.hidden
 
-    return _seconds_of(forward) / windows.numel()
+        def forward() -> None:
+            with torch.no_grad():
+                stream.call(block, batch)
+
+        return _seconds_of(forward) / windows.numel()
+
+    together = max(1, TOKENS_AT_ONCE // window_tokens)
+    return seconds_per_token(together, window_tokens), seconds_per_token(1, 1)
+
+
+@cache
+def _fresh_seconds() -> float:
+    before = os.times()
+    subprocess.run([sys.executable, "-I", "-c", LIBRARIES], check=True, capture_output=True)
+    after = os.times()
+    used = (after.children_user, after.children_system)
+    return sum(used) - before.children_user - before.children_system
 
 
 def _seconds_of(work: Callable[[], Any]) -> float:

@@ -6,12 +6,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from foldstack.flows.branches import Branch, Layout
-from foldstack.flows.machine_rates import Rates, measure_rates
+from foldstack.flows.machine_rates import Rates, characters_per_second, measure_rates
 from foldstack.flows.needs import Need, stored_dtype
+from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from foldstack.compression.plan import Plan
 
 TRAINING_FACTOR = 3
 """A forward and a backward pass over a forward pass."""
@@ -19,14 +22,10 @@ GRAM_FACTOR = 1.2
 """Of the upper triangle of a Gram over its multiplications, and of adding it up."""
 WRITE_RATE = 5e8
 """Bytes per second that go to disk."""
-FRESH_SECONDS = 6.0
-"""A process of its own that loads the libraries and a model: the check of what was saved."""
 LITTLE_SECONDS = 1.0
-"""Of a stage without a model: text into windows, scores into a picture."""
+"""Of a stage without a model: scores into a picture."""
 OPENING_SECONDS = 0.5
 """Of a model, a tokenizer and a text."""
-DECODING_FACTOR = 8
-"""A token that is written over one that is read with others."""
 CHARACTERS_PER_TOKEN = 3
 WHOLE_BENCHMARK, TOKENS_PER_ITEM = 1000, 400
 
@@ -48,6 +47,9 @@ class StageArithmetic:
         """Expected, with the libraries loaded already."""
         config, rates, branch = self.layout.config, self._rates, self._owners.get(stage.fingerprint)
         match stage.stage:
+            case "collect_calibration":
+                assert isinstance(stage, CollectCalibration)
+                return OPENING_SECONDS + self._tokenising(stage)
             case "gather_statistics":
                 disk = self.needs[stage.fingerprint].disk_bytes
                 tokens = self._calibration / config.statistics.shards
@@ -55,23 +57,29 @@ class StageArithmetic:
                 passing = tokens * self._token
                 return OPENING_SECONDS + passing + products + disk / WRITE_RATE
             case "compress_model":
-                return OPENING_SECONDS + FRESH_SECONDS + self._of_method(branch)
+                return OPENING_SECONDS + self._checking(branch) + self._of_method(branch)
             case "recover_model":
                 schedule = config.recovery
                 tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
                 tokens *= schedule.windows.window_tokens
                 student = TRAINING_FACTOR * self._passing(tokens, branch)
                 teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
-                return OPENING_SECONDS + FRESH_SECONDS + student + teacher
+                return OPENING_SECONDS + self._checking(branch) + student + teacher
             case "evaluate_model":
                 return OPENING_SECONDS + self._passing(self._evaluated_tokens, branch)
             case "benchmark_speed":
-                spec = config.speed
-                turns = (spec.warmup + spec.repeats) * sum(spec.batch_sizes)
-                tokens = turns * (spec.prompt_tokens + DECODING_FACTOR * spec.new_tokens)
-                return FRESH_SECONDS + self._passing(tokens) + self._passing(tokens, branch)
+                return rates.fresh_seconds + self._timing(branch)
             case _:
                 return LITTLE_SECONDS
+
+    def _tokenising(self, stage: CollectCalibration) -> float:
+        """All of a text, of which windows are drawn."""
+        from foldstack.compression.checkpoint import load_tokenizer
+        from foldstack.compression.corpus import documents
+
+        texts = documents(stage.source)
+        rate = characters_per_second(load_tokenizer(stage.model.open()), texts)
+        return sum(map(len, texts)) / rate
 
     def _passing(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens through the dense model or that of a branch, with its head, forward: less
@@ -79,6 +87,34 @@ class StageArithmetic:
         dense = self.flops[self.layout.branches[0].label]
         flops = dense if branch is None else self.flops[branch.label]
         return tokens * (self._rates.head_seconds + self._token * flops / dense)
+
+    def _decoding(self, tokens: float, branch: Branch | None = None) -> float:
+        """Of tokens that follow one another, each through the model by itself."""
+        text = self._meta.config.get_text_config(decoder=True)
+        head = 2 * text.hidden_size * text.vocab_size
+        dense = self.flops[self.layout.branches[0].label]
+        flops = dense if branch is None else self.flops[branch.label]
+        blocks = len(self._plan.blocks) * self._rates.lone_seconds
+        return tokens * blocks * flops / (dense - head)
+
+    def _timing(self, branch: Branch | None) -> float:
+        """Of a model's turns beside the dense model's, one of each in a process that measures
+        memory, where nothing is repeated."""
+        spec = self.layout.config.speed
+        turns = (spec.warmup + spec.repeats) * sum(spec.batch_sizes) + max(spec.batch_sizes)
+        read, written = turns * spec.prompt_tokens, turns * spec.new_tokens
+        assert branch is not None
+        models = (branch,) if branch.variant is None else (None, branch)
+        loading = OPENING_SECONDS * len(models) * (spec.load_repeats + 1)
+        return loading + sum(self._passing(read, m) + self._decoding(written, m) for m in models)
+
+    def _checking(self, branch: Branch | None) -> float:
+        """Of what was saved, in a process of its own."""
+        from foldstack.compression.checkpoint import PROBE_TOKENS
+        from foldstack.compression.reload_check import GREEDY_TOKENS
+
+        decoded = PROBE_TOKENS / 2 + GREEDY_TOKENS
+        return self._rates.fresh_seconds + OPENING_SECONDS + self._decoding(decoded, branch)
 
     def _of_method(self, branch: Branch | None) -> float:
         """Of a method's own work: closed forms, sums, and passes over the calibration windows."""
@@ -115,9 +151,13 @@ class StageArithmetic:
     @property
     def _token(self) -> float:
         """Seconds of a token in all blocks of the dense model."""
+        return len(self._plan.blocks) * self._rates.block_seconds
+
+    @cached_property
+    def _plan(self) -> "Plan":
         from foldstack.compression.surgery import plan_of
 
-        return len(plan_of(self._meta).blocks) * self._rates.block_seconds
+        return plan_of(self._meta)
 
     @cached_property
     def _meta(self) -> "PreTrainedModel":

@@ -5,11 +5,13 @@ import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from foldstack.compression import checkpoint
@@ -19,8 +21,9 @@ from foldstack.compression.method import Evidence
 from foldstack.compression.methods import METHODS
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.statistics import gather
-from foldstack.flows import needs
+from foldstack.flows import needs, stage_arithmetic
 from foldstack.flows.branches import Layout, lay_out
+from foldstack.flows.machine_rates import Rates
 from foldstack.flows.needs import needs_of
 from foldstack.flows.planning import expected_models, expected_stages
 from foldstack.flows.preflight import check
@@ -145,6 +148,53 @@ def test_the_time_of_closed_forms_grows_with_the_width(data: dict[str, Any]) -> 
     }
     modegpt, svd_llm, shortgpt = seconds.values()
     assert svd_llm > modegpt > shortgpt > 0
+
+
+def test_times_are_made_of_the_rates_of_the_machine(
+    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = {"prompt_tokens": 8, "new_tokens": 4, "warmup": 1, "repeats": 3, "load_repeats": 2}
+    layout = lay_out(parse_config(data | {"speed": speed}))
+    free = Rates(
+        block_seconds=0,
+        float32=float("inf"),
+        float64=float("inf"),
+        head_seconds=0,
+        lone_seconds=0,
+        fresh_seconds=0,
+    )
+
+    monkeypatch.setattr(stage_arithmetic, "characters_per_second", lambda *_: 1e9)
+
+    def seconds(rates: Rates) -> dict[str, float]:
+        monkeypatch.setattr(stage_arithmetic, "measure_rates", lambda *_: rates)
+        return {s.label: s.seconds for s in expected_stages(layout, expected_models(layout))}
+
+    before = seconds(free)
+    fresh = seconds(replace(free, fresh_seconds=100))
+    assert {s.label: fresh[s.label] - before[s.label] for s in layout.stages} == {
+        s.label: 100 if s.stage in ("compress_model", "benchmark_speed") else 0
+        for s in layout.stages
+    }
+    reading = seconds(replace(free, head_seconds=1))["bench dense"] - before["bench dense"]
+    assert reading == pytest.approx(8 * (1 + 3 + 1))
+    writing = seconds(replace(free, lone_seconds=1))["bench dense"] - before["bench dense"]
+    model = load_model(Path(data["model"]["name"]))
+    linears = sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
+    of_head = linears / (linears - model.lm_head.weight.numel())
+    assert writing == pytest.approx(4 * (1 + 3 + 1) * model.config.num_hidden_layers * of_head)
+
+
+def test_a_text_takes_as_long_as_it_has_characters(
+    layout: Layout, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_arithmetic, "characters_per_second", lambda *_: 10.0)
+    stages = expected_stages(layout, expected_models(layout))
+    collect = next(stage for stage in stages if stage.stage == "collect_calibration")
+    characters = len(Path(data["calibration"]["source"]["corpus"]).read_text())
+    assert collect.seconds == pytest.approx(
+        characters / 10 + stage_arithmetic.OPENING_SECONDS, rel=0.01
+    )
 
 
 def test_a_run_that_fits_is_not_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
