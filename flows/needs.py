@@ -126,10 +126,11 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
     batch = chosen.statistics.batch_size * chosen.calibration.window_tokens
     # Blocks of half precision compute in float32 on a CPU; hidden states are in files.
     in_float32 = max(1, 4 // shapes.element_bytes)
+    of_window = 8 * (shapes.num_blocks + 1) * chosen.calibration.window_tokens * shapes.hidden
     memory = (
         in_float32 * (shapes.block_bytes + shapes.activations(batch))
         + 12 * elements  # sums in float64, and rounded to float32 for their file
-        + COMPARED_COPIES * BYTES_AT_ONCE
+        + COMPARED_COPIES * min(of_window, BYTES_AT_ONCE)
     )
     return Need(PROCESS_BYTES + memory, disk)
 
