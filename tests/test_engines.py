@@ -247,6 +247,7 @@ def test_a_killed_worker_costs_the_stage_that_it_was_at(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_processes_are_faster_than_one_and_a_killed_one_costs_its_stage_only() -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "fanout.py"
     done = subprocess.run(
