@@ -67,7 +67,7 @@ class DryRun(_Record):
 
 
 def dry_run(config: RunConfig) -> DryRun:
-    """What `run` would do with `config`; computes nothing but a short matmul.
+    """What `run` would do with `config`; computes nothing but how fast this machine is.
 
     Raises:
         InputError: what `run` would refuse.

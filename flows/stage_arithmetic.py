@@ -84,18 +84,19 @@ class StageArithmetic:
     def _passing(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens through the dense model or that of a branch, with its head, forward: less
         arithmetic takes that much less time."""
-        dense = self.flops[self.layout.branches[0].label]
-        flops = dense if branch is None else self.flops[branch.label]
-        return tokens * (self._rates.head_seconds + self._token * flops / dense)
+        blocks = self._token * self._flops(branch) / self._flops()
+        return tokens * (self._rates.head_seconds + blocks)
 
     def _decoding(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens that follow one another, each through the model by itself."""
         text = self._meta.config.get_text_config(decoder=True)
         head = 2 * text.hidden_size * text.vocab_size
-        dense = self.flops[self.layout.branches[0].label]
-        flops = dense if branch is None else self.flops[branch.label]
         blocks = len(self._plan.blocks) * self._rates.lone_seconds
-        return tokens * blocks * flops / (dense - head)
+        return tokens * blocks * self._flops(branch) / (self._flops() - head)
+
+    def _flops(self, branch: Branch | None = None) -> float:
+        """Per token of the model of a branch, or of the dense one."""
+        return self.flops[(branch or self.layout.branches[0]).label]
 
     def _timing(self, branch: Branch | None) -> float:
         """Of a model's turns beside the dense model's, one of each in a process that measures
