@@ -54,6 +54,8 @@ class Benchmark(_Record):
     num_fewshot: int
     num_items: int
     """Items scored; 0 for a group."""
+    members: tuple[str, ...] = ()
+    """What a group is made of: benchmarks, and groups again."""
     scores: dict[str, Score]
     """By metric; "metric,filter" where lm-eval filters answers."""
 
@@ -164,6 +166,7 @@ def _benchmark(name: str, found: Mapping[str, Any]) -> Benchmark:
         version=str(found["versions"].get(name)),
         num_fewshot=int(found["n-shot"].get(name) or 0),
         num_items=int(found["n-samples"].get(name, {}).get("effective", 0)),
+        members=tuple(sorted(found["group_subtasks"].get(name, ()))),
         scores=scores,
     )
 

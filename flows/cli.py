@@ -174,6 +174,7 @@ def cache_gc(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory, hub id, or reference.")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    against: Annotated[str, typer.Option(help="Dense model, compared item by item.")] = "",
     config: Annotated[str, typer.Option(help="Config whose evaluation section counts.")] = "demo",
     limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
@@ -185,7 +186,7 @@ def evaluate(
 
         benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
         chosen = config_for(config, model, revision=revision, benchmarks=benchmarks, limit=limit)
-        _print_facts(evaluate_command(chosen), output, as_json)
+        _print_facts(evaluate_command(chosen, against), output, as_json)
 
 
 @app.command()

@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Sequence
 
+from foldstack.compression.beside_dense import beside_dense
 from foldstack.flows.config_file import find_config, read_config
 from foldstack.flows.measures import evaluation_digests, evaluation_of, speed_of
 from foldstack.flows.run_config import RunConfig, parse_config
 from foldstack.flows.terminal import console_on, display_on
-from foldstack.tasks.artifacts import ArtifactStore
+from foldstack.tasks.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.evaluate_model import load_evaluation
 from foldstack.tasks.execution import Execution, cores
 from foldstack.tasks.manifest import Facts
 from foldstack.tasks.stage import ModelRef, Stage, run_stage
@@ -37,20 +39,31 @@ def config_for(
     return parse_config(data | {"evaluation": evaluation}, where=config)
 
 
-def evaluate_command(config: RunConfig) -> Facts:
-    """Perplexity, bits per byte and benchmarks of the config's model, from the store if there.
+def evaluate_command(config: RunConfig, against: str = "") -> Facts:
+    """Perplexity, bits per byte and benchmarks of the config's model, from the store if there; with
+    `against` also its differences from that model, under "beside_dense/" (see `beside_dense`).
 
     Raises:
-        InputError: the model, the text or a benchmark cannot be had.
+        InputError: a model, the text or a benchmark cannot be had, or the two models do not read
+            the text as the same windows of tokens.
     """
     from foldstack.compression.benchmark_index import check_tasks
 
     if config.evaluation.benchmarks:
         check_tasks(config.evaluation.benchmarks, config.evaluation.include_paths)
-    model = ModelRef.of(config.model.name, config.model.revision)
     execution = Execution(device=config.model.device, threads=cores())
     digests = evaluation_digests(config)
-    return _run(config, evaluation_of(config, model, config.model.name, execution, digests))
+
+    def run(name: str, revision: str | None) -> Artifact:
+        model = ModelRef.of(name, revision)
+        return _run(config, evaluation_of(config, model, name, execution, digests))
+
+    evaluated = run(config.model.name, config.model.revision)
+    facts = evaluated.manifest().facts
+    if not against:
+        return facts
+    beside = beside_dense(load_evaluation(run(against, None)), load_evaluation(evaluated))
+    return {**facts, **{f"beside_dense/{name}": value for name, value in beside.items()}}
 
 
 def bench_command(config: RunConfig, against: str) -> Facts:
@@ -61,16 +74,15 @@ def bench_command(config: RunConfig, against: str) -> Facts:
     """
     model = ModelRef.of(config.model.name, config.model.revision)
     dense = ModelRef.of(against) if against else model
-    return _run(config, speed_of(config, dense, model, config.model.name))
+    return _run(config, speed_of(config, dense, model, config.model.name)).manifest().facts
 
 
-def _run(config: RunConfig, stage: Stage) -> Facts:
+def _run(config: RunConfig, stage: Stage) -> Artifact:
     store = ArtifactStore(config.output.home / "store", config.output.store)
     with display_on(console_on(sys.stderr)) as display:
         display.begin(stage.label, 1)
         artifact = run_stage(
             stage, store, lambda what, done, total: display.report(stage.label, what, done, total)
         )
-        manifest = artifact.manifest()
-        display.finished(stage.label, "done", manifest.seconds)
-    return manifest.facts
+        display.finished(stage.label, "done", artifact.manifest().seconds)
+    return artifact

@@ -9,11 +9,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from foldstack.compression.beside_dense import STANDARD_ERRORS
+
 Facts = dict[str, float | int | str | bool | None]
 
 QUALITY = "bits_per_byte"
 """What the best variant is lowest in, and what the plot shows."""
 BEST_RULE = "lowest bits per byte after recovery among the variants of the same sparsity"
+GOING_ON = ("after", "- dense ±", "stability")
+"""Headings of columns that belong to a measure some columns before."""
 SHOWN_METRICS = ("acc", "exact_match", "acc_norm", "f1")
 """A benchmark's column shows the first of these that it has."""
 
@@ -43,6 +47,8 @@ class Row(BaseModel):
     """Quality right after compression; of the dense model its only one."""
     after: Facts = {}
     """Quality after recovery; empty where there was none."""
+    beside_dense: Facts = {}
+    """Of the final model: differences from the dense one on the same windows and items."""
     recovery: Facts = {}
     """Steps, tokens and loss of the training."""
     speed: Facts = {}
@@ -66,6 +72,24 @@ class Row(BaseModel):
         return float(value) if isinstance(value, int | float) and value == value else None
 
 
+class Rival(BaseModel):
+    """A variant beside the best one of its sparsity, on the same windows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    row: str
+    best: str
+    difference: float
+    """In bits per byte, of `row` over `best`."""
+    stderr: float
+    """Its standard error, from windows alone: training with another seed may differ by more."""
+
+    @property
+    def is_level(self) -> bool:
+        """True when the text does not tell the two apart."""
+        return abs(self.difference) <= STANDARD_ERRORS * self.stderr
+
+
 class Comparison(BaseModel):
     """Everything that a sweep found out."""
 
@@ -76,6 +100,7 @@ class Comparison(BaseModel):
     """Digest of what was compared: the same for the same config on the same model."""
     model: str
     rows: tuple[Row, ...]
+    rivals: tuple[Rival, ...] = ()
     num_stages: int = 0
     num_cached: int = 0
     seconds: float = 0.0
@@ -99,6 +124,19 @@ class Comparison(BaseModel):
             str(row.structure["missed"]) for row in self.rows if row.structure.get("missed")
         }
         return tuple(sorted(sentences))
+
+    @property
+    def ties(self) -> tuple[str, ...]:
+        """Which variants are as good as the best, as far as this text can tell."""
+        level: dict[str, list[str]] = {}
+        for rival in self.rivals:
+            if rival.is_level:
+                told = f"{rival.row} ({rival.difference:+.4f} ±{rival.stderr:.4f})"
+                level.setdefault(rival.best, []).append(told)
+        return tuple(
+            f"this text does not tell {best}, the lowest in bits per byte, from {', '.join(rows)}"
+            for best, rows in level.items()
+        )
 
     def benchmarks(self) -> dict[str, str]:
         """The metric that is shown of each benchmark, by benchmark."""
@@ -129,9 +167,11 @@ class Comparison(BaseModel):
 
 def columns(comparison: Comparison) -> list[str]:
     """Headings of the table, in order."""
-    heads = ["model", "sparsity", "realised", "parameters", "bits/byte before", "after"]
+    heads = ["model", "sparsity", "realised", "parameters"]
+    heads += ["bits/byte before", "after", "- dense ±"]
     for benchmark, metric in comparison.benchmarks().items():
-        heads += [f"{benchmark} {metric} before", "after ±"]
+        heads += [f"{benchmark} {metric} before", "after", "- dense ±"]
+        heads += ["stability"] * _has_stability(comparison, benchmark)
     return [*heads, "decode tok/s", "dense beside", "x dense", "grade"]
 
 
@@ -151,13 +191,15 @@ def _cells_of(comparison: Comparison, row: Row) -> list[str]:
         _number(row.number("parameters", "structure"), "{:,.0f}"),
         _number(row.number(QUALITY, "before"), "{:.3f}"),
         _number(row.number(QUALITY, "after"), "{:.3f}"),
+        _difference(row, QUALITY),
     ]
     for benchmark, metric in comparison.benchmarks().items():
         name = f"{benchmark}/{metric}"
         texts.append(_number(row.number(name, "before"), "{:.3f}"))
-        after = _number(row.number(name, "after"), "{:.3f}")
-        error = _number(row.number(f"{name}_stderr"), " ±{:.3f}")
-        texts.append((after or "-") + error if row.final else "")
+        texts.append(_number(row.number(name, "after"), "{:.3f}"))
+        texts.append(_difference(row, name))
+        if _has_stability(comparison, benchmark):
+            texts.append(_number(row.number(f"{benchmark}/stability", "beside_dense"), "{:.3f}"))
     return [
         *texts,
         _number(row.number("decode_tokens_per_second", "speed"), "{:,.0f}"),
@@ -166,6 +208,18 @@ def _cells_of(comparison: Comparison, row: Row) -> list[str]:
         _number(row.number("decode_speedup", "speed"), "{:.2f}"),
         str(row.structure.get("grade") or ""),
     ]
+
+
+def _has_stability(comparison: Comparison, benchmark: str) -> bool:
+    return any(f"{benchmark}/stability" in row.beside_dense for row in comparison.rows)
+
+
+def _difference(row: Row, name: str) -> str:
+    """From the dense model, with the standard error of the pairs; of the dense one its own."""
+    if row.is_dense:
+        return _number(row.number(f"{name}_stderr"), "±{:.3f}")
+    error = _number(row.number(f"{name}_difference_stderr", "beside_dense"), " ±{:.3f}")
+    return _number(row.number(f"{name}_difference", "beside_dense"), "{:+.3f}") + error
 
 
 def _number(value: float | None, form: str) -> str:
@@ -181,11 +235,10 @@ def markdown(comparison: Comparison) -> str:
 def records(comparison: Comparison) -> list[dict[str, str]]:
     """One mapping of heading to text per row, every heading a different one."""
     heads: list[str] = []
+    of = ""  # what a heading that says no measure of its own goes on with
     for head in columns(comparison):
-        before = heads[-1] if heads else ""
-        heads.append(
-            f"{before.removesuffix(' before')} {head}" if head.startswith("after") else head
-        )
+        of = head.removesuffix(" before") if head.endswith(" before") else of
+        heads.append(f"{of} {head}" if head in GOING_ON else head)
     return [dict(zip(heads, texts, strict=True)) for texts in cells(comparison)]
 
 
@@ -197,7 +250,8 @@ def flat(row: Row) -> dict[str, Any]:
     }  # fmt: skip
     parts: Mapping[str, Mapping[str, Any]] = {
         "size": row.structure, "before_recovery": row.before, "after_recovery": row.after,
-        "recovery": row.recovery, "speed": row.speed, "seconds": row.seconds,
+        "beside_dense": row.beside_dense, "recovery": row.recovery, "speed": row.speed,
+        "seconds": row.seconds,
     }  # fmt: skip
     return values | {
         f"{part}/{k}": v for part, numbers in parts.items() for k, v in numbers.items()

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 
+from foldstack.compression.beside_dense import beside_dense, bits_per_byte_difference
 from foldstack.flows.branches import DENSE, Branch, Layout
-from foldstack.flows.comparison import Facts, Row
+from foldstack.flows.comparison import Comparison, Facts, Rival, Row
 from foldstack.flows.stage_runs import Outcome
 from foldstack.tasks.artifacts import Artifact
+from foldstack.tasks.evaluate_model import load_evaluation
 from foldstack.tasks.models import MODEL_FOLDER
 
 TRAINING = ("steps", "tokens", "seconds_training", "first_loss", "last_loss")
@@ -13,11 +15,7 @@ TRAINING = ("steps", "tokens", "seconds_training", "first_loss", "last_loss")
 
 def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> Row:
     """The row of a branch, with the numbers of those of its stages that succeeded."""
-    made: dict[str, Artifact] = {}
-    for part, stage in branch.stages.items():
-        outcome = outcomes.get(stage.fingerprint)
-        if outcome is not None and outcome.artifact is not None:
-            made[part] = outcome.artifact
+    made = _made(branch, outcomes)
     label, failure = _failure(layout, branch, outcomes)
     facts: dict[str, Facts] = {part: dict(item.manifest().facts) for part, item in made.items()}
     variant = branch.variant
@@ -38,6 +36,7 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
         structure=_structure(facts),
         before=_quality(facts.get("evaluate_before", {})),
         after=_quality(facts.get("evaluate_after", {})),
+        beside_dense=_beside_dense(_evaluated(made), layout, outcomes) if variant else {},
         speed=facts.get("speed", {}),
         recovery={name: facts["recover"][name] for name in TRAINING if name in facts["recover"]}
         if "recover" in facts
@@ -45,6 +44,47 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
         seconds={part: item.manifest().seconds for part, item in made.items()},
         fingerprints={part: item.fingerprint for part, item in made.items()},
     )
+
+
+def rivals(
+    layout: Layout, comparison: Comparison, outcomes: Mapping[str, Outcome]
+) -> tuple[Rival, ...]:
+    """The finished variants beside the best of their sparsity, on the same windows."""
+    made = {branch.label: _evaluated(_made(branch, outcomes)) for branch in layout.branches}
+    best, found = comparison.best(), []
+    for row in comparison.rows:
+        if row.sparsity not in best or row.state == "failed":
+            continue
+        winner = best[row.sparsity]
+        first, second = made[winner.label], made[row.label]
+        if row == winner or first is None or second is None:
+            continue
+        bits = bits_per_byte_difference(load_evaluation(first), load_evaluation(second))
+        if bits is not None:
+            found.append(
+                Rival(row=row.label, best=winner.label, difference=bits[0], stderr=bits[1])
+            )
+    return tuple(found)
+
+
+def _made(branch: Branch, outcomes: Mapping[str, Outcome]) -> dict[str, Artifact]:
+    """What there is of a branch, by the part that made it."""
+    found = {part: outcomes.get(stage.fingerprint) for part, stage in branch.stages.items()}
+    return {part: each.artifact for part, each in found.items() if each and each.artifact}
+
+
+def _evaluated(made: Mapping[str, Artifact]) -> Artifact | None:
+    """The evaluation of the model that a branch ends with."""
+    return made.get("evaluate_after") or made.get("evaluate_before")
+
+
+def _beside_dense(
+    evaluated: Artifact | None, layout: Layout, outcomes: Mapping[str, Outcome]
+) -> Facts:
+    dense = _evaluated(_made(layout.branches[0], outcomes))
+    if evaluated is None or dense is None:
+        return {}
+    return {**beside_dense(load_evaluation(dense), load_evaluation(evaluated))}
 
 
 def _structure(facts: Mapping[str, Facts]) -> Facts:

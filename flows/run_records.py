@@ -187,6 +187,7 @@ def metrics(row: Row) -> dict[str, float]:
     parts: dict[str, Mapping[str, Any]] = {
         "quality": row.final,
         "before_recovery": row.before if row.after else {},
+        "beside_dense": row.beside_dense,
         "size": row.structure,
         "recovery": {k: v for k, v in row.recovery.items() if k not in CURVES},
         "speed": row.speed,

@@ -24,7 +24,7 @@ from foldstack.flows.comparison import Comparison
 from foldstack.flows.engines import Engine, engine_for
 from foldstack.flows.prefect_server import note_flow_run
 from foldstack.flows.preflight import check
-from foldstack.flows.rows import row_of
+from foldstack.flows.rows import rivals, row_of
 from foldstack.flows.run_config import RunConfig, to_yaml
 from foldstack.flows.run_records import SweepLog
 from foldstack.flows.stage_runs import StageRuns
@@ -106,6 +106,8 @@ def _run_on(engine: Engine, layout: Layout, started: float) -> Comparison:
         num_stages=len(layout.stages),
         num_cached=runs.num_cached,
     )
+    found = rivals(layout, comparison, runs.outcomes)
+    comparison = comparison.model_copy(update={"rivals": found})
     return _publish(layout, comparison, runs, log, started)
 
 

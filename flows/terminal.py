@@ -165,7 +165,7 @@ def print_result(comparison: Comparison, console: Console) -> None:
     counts = f"{comparison.num_cached} of {comparison.num_stages} stages from the store"
     lines = [f"{counts}, {comparison.seconds:.1f} s"]
     lines += [f"{name}: {place}" for name, place in comparison.links.items()]
-    lines += [f"note: {sentence}" for sentence in comparison.missed]
+    lines += [f"note: {sentence}" for sentence in (*comparison.missed, *comparison.ties)]
     lines += [f"warning: {sentence}" for sentence in comparison.warnings]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,9 @@
 """The stage that measures a model's quality: perplexity, bits per byte, benchmarks."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +17,9 @@ from foldstack.tasks.manifest import Facts
 from foldstack.tasks.models import model_folder, open_model
 from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.worker_pool import ComputedStage
+
+if TYPE_CHECKING:
+    from foldstack.compression.beside_dense import Evaluation
 
 PERPLEXITY_FILE = "perplexity.json"
 TASK_FILES = ("**/*.yaml", "**/*.yml", "**/*.py", "**/*.json", "**/*.jsonl", "**/*.txt")
@@ -99,6 +103,25 @@ class EvaluateModel(ComputedStage):
                     facts[f"{name}/{metric}"] = score.value
                     facts[f"{name}/{metric}_stderr"] = score.stderr
         return facts
+
+
+@lru_cache(maxsize=2)  # the dense model's, beside that of one after the other
+def load_evaluation(evaluated: Artifact) -> "Evaluation":
+    """What a stage measured, with every window and item."""
+    from foldstack.compression.beside_dense import Evaluation
+    from foldstack.compression.harness import HarnessResult, read_items
+    from foldstack.compression.perplexity import PerplexityResult
+
+    folder = evaluated.open()
+    results = [
+        HarnessResult.model_validate_json(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("benchmarks*.json"))
+    ]
+    return Evaluation(
+        PerplexityResult.model_validate_json((folder / PERPLEXITY_FILE).read_text("utf-8")),
+        {name: found for result in results for name, found in result.benchmarks.items()},
+        [item for file in sorted(folder.glob("items*.jsonl")) for item in read_items(file)],
+    )
 
 
 def benchmarks_digest(benchmarks: Sequence[str], include_paths: Sequence[Path]) -> str:

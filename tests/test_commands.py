@@ -119,6 +119,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(hub: dict[str, str], config
     # What `evaluate` would measure is in the store already.
     evaluated = json_of("evaluate", HUB_ID, "--config", str(config), environment=hub)
     assert evaluated["bits_per_byte"] == rows[0]["before"]["bits_per_byte"]
+    compressed = rows[1]["folder"]
+    beside = json_of(
+        "evaluate", compressed, "--against", HUB_ID, "--config", str(config), environment=hub
+    )
+    name = "bits_per_byte_difference"
+    assert beside[f"beside_dense/{name}"] == pytest.approx(rows[1]["beside_dense"][name])
 
 
 def free_port() -> int:

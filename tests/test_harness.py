@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression import benchmark_index
 from foldstack.compression.benchmark_index import task_manager
+from foldstack.compression.beside_dense import Evaluation, beside_dense
 from foldstack.compression.errors import InputError
 from foldstack.compression.harness import (
     HarnessResult,
@@ -26,6 +27,7 @@ from foldstack.compression.harness import (
 )
 from foldstack.compression.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.paired import mcnemar_p, paired_ratio
+from foldstack.compression.perplexity import PerplexityProtocol, measure_perplexity
 from foldstack.compression.quiet_lm_eval import quiet_lm_eval
 from foldstack.compression.surgery import Cut, cut, plan_of
 
@@ -218,6 +220,37 @@ def test_a_restructured_model_is_evaluated_like_any_other(
     doc: Any = CHOICE_ITEMS[1]
     expected = [log_likelihood(shared, tokenizer, doc["context"], c) for c in doc["choices"]]
     assert items[1].loglikelihoods == pytest.approx(expected, abs=1e-3)
+
+
+def test_two_models_pair_in_every_score_and_group(
+    result: HarnessResult,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task_folder: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "suite.yaml").write_text("group: my_suite\ntask: [toy_choice]")
+    shared = cut(model, Cut(plan_of(model).share(1, [2]), tuple(range(4))))
+    folders = [task_folder, tmp_path]
+    other = evaluate(shared, tokenizer, [*TASKS[1:], "my_suite"], include_paths=folders)
+    assert other.benchmarks["my_suite"].members == ("toy_choice",)
+    protocol = PerplexityProtocol(window_tokens=16)
+    dense, compressed = (
+        Evaluation(
+            measure_perplexity(each, tokenizer, TEXTS, protocol), found.benchmarks, found.items
+        )
+        for each, found in ((model, result), (shared, other))
+    )
+    facts = beside_dense(dense, compressed)
+    for name in TASKS:
+        for metric, score in result.benchmarks[name].scores.items():
+            change = other.benchmarks[name].scores[metric].value - score.value
+            assert facts[f"{name}/{metric}_difference"] == pytest.approx(change, abs=1e-6)
+            assert facts[f"{name}/{metric}_difference_stderr"] >= 0
+    bits = [each.perplexity.bits_per_byte or 0 for each in (dense, compressed)]
+    assert facts["bits_per_byte_difference"] == pytest.approx(bits[1] - bits[0])
+    assert 0 <= facts["toy_choice/stability"] <= 1
+    assert "toy_generation/stability" not in facts
 
 
 def test_evaluation_is_silent_and_leaves_no_trace(

@@ -17,7 +17,7 @@ from foldstack.compression.method import TOLERANCE
 from foldstack.compression.methods.svd_llm import SvdLlm
 from foldstack.flows.branches import lay_out
 from foldstack.flows.command_cache import gc_command
-from foldstack.flows.comparison import Comparison, columns, load, records
+from foldstack.flows.comparison import Comparison, Rival, columns, load, records
 from foldstack.flows.planning import dry_run
 from foldstack.flows.preflight import check
 from foldstack.flows.run_config import RunConfig, load_config, parse_config
@@ -137,12 +137,47 @@ def test_every_model_has_its_row(first: Comparison) -> None:
         )
 
 
+def test_every_variant_is_paired_with_the_dense_model_and_the_best(first: Comparison) -> None:
+    dense, *smaller = first.rows
+    assert dense.beside_dense == {}
+    for row in smaller:
+        difference = row.number("bits_per_byte_difference", "beside_dense")
+        assert difference == pytest.approx(
+            row.final["bits_per_byte"] - dense.final["bits_per_byte"]
+        )  # type: ignore[operator]
+        assert row.number("bits_per_byte_difference_stderr", "beside_dense") > 0  # type: ignore[operator]
+    best = first.best()[0.15]
+    (other,) = (row for row in smaller if row != best)
+    (rival,) = first.rivals
+    assert (rival.row, rival.best) == (other.label, best.label)
+    assert rival.difference == pytest.approx(
+        other.final["bits_per_byte"] - best.final["bits_per_byte"]  # type: ignore[operator]
+    )
+    assert len(first.ties) == int(rival.is_level)
+
+
+def test_ties_are_told_of_those_that_the_text_does_not_tell_apart(first: Comparison) -> None:
+    rivals = [
+        Rival(row="b 0.15", best="a 0.15", difference=0.0019, stderr=0.001),
+        Rival(row="c 0.15", best="a 0.15", difference=0.0021, stderr=0.001),
+    ]
+    told = first.model_copy(update={"rivals": tuple(rivals)}).ties
+    assert told == (
+        "this text does not tell a 0.15, the lowest in bits per byte, from b 0.15 "
+        "(+0.0019 ±0.0010)",
+    )
+
+
 def test_report_holds_table_picture_and_resolved_config(first: Comparison, make: Make) -> None:
     folder = Path(first.links["report"])
     assert load(folder).rows == first.rows
     assert (folder / "quality_against_size.png").read_bytes().startswith(b"\x89PNG")
     assert load_config(str(folder / "config.yaml")).methods == make(folder).methods
-    assert all(len(record) == len(columns(first)) for record in records(first))
+    for row, record in zip(first.rows, records(first), strict=True):
+        assert len(record) == len(columns(first))
+        difference = row.number("bits_per_byte_difference", "beside_dense")
+        told = record["bits/byte - dense ±"]
+        assert told.startswith("" if difference is None else f"{difference:+.3f} ±")
 
 
 def test_garbage_leaves_a_sweep_that_is_kept(first: Comparison, home: Path) -> None:
@@ -172,9 +207,12 @@ def test_mlflow_has_a_run_per_model_and_one_of_the_sweep(first: Comparison) -> N
     assert variant.data.params["method.name"] == "svd_llm"
     assert variant.data.params["sparsity"] == "0.15"
     assert variant.data.tags["foldstack.sweeps"] == first.sweep
-    assert {"quality/bits_per_byte", "before_recovery/bits_per_byte", "size/parameters"} <= set(
-        variant.data.metrics
-    )
+    assert {
+        "quality/bits_per_byte",
+        "before_recovery/bits_per_byte",
+        "beside_dense/bits_per_byte_difference_stderr",
+        "size/parameters",
+    } <= set(variant.data.metrics)
     contexts = {tag.value for use in variant.inputs.dataset_inputs for tag in use.tags}
     assert contexts == {"calibration", "recovery", "evaluation"}
     files = {file.path for file in client.list_artifacts(variant.info.run_id)}
