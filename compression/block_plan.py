@@ -1,6 +1,6 @@
 """One executed block as data: whose weights it runs on, in which form, of which widths."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -147,6 +147,20 @@ class BlockPlan(Record):
             weights_of=base,
             adapters=dict(ranks),
             outputs=outputs,
+        )
+
+    def after(self, earlier: Sequence["BlockPlan"]) -> "BlockPlan":
+        """This block with `earlier`, blocks as a stock class has them, as what it is made from."""
+        made_from = [earlier[source] for source in self.stands_for]
+        has_base_width = self.has_attention and self.weights_of is None and self.mlp_width is None
+        return BlockPlan.model_validate(
+            dict(self)
+            | {
+                "kind": made_from[0].kind if self.kind == "original" else self.kind,
+                "source": made_from[0].source,
+                "stands_for": tuple(base for block in made_from for base in block.stands_for),
+                "mlp_width": made_from[0].mlp_width if has_base_width else self.mlp_width,
+            }
         )
 
     @property

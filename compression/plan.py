@@ -250,6 +250,21 @@ class Plan(Record):
         stored_at = {owner: new_position[heir] for owner, heir in heirs.items()}
         return self._with_blocks(_slices_moved(blocks, stored_at), bases)
 
+    def after(self, first: "Plan") -> "Plan":
+        """This plan, of the model that `first` makes, as a plan of the base model of `first`.
+
+        A model of a native plan is a stock one, which does not know what it was made from: a plan
+        of it counts its blocks from 0. The plan of any other says by itself what it is made from,
+        and stays as it is.
+        """
+        if not first.is_native:
+            return self
+        return Plan(
+            base_model_type=first.base_model_type,
+            base_num_blocks=first.base_num_blocks,
+            blocks=tuple(block.after(first.blocks) for block in self.blocks),
+        )
+
     def _heirs(self, kept: Sequence[int]) -> dict[int, int]:
         """Who stores what each owner stored: itself if it stays, else its first borrower."""
         heirs: dict[int, int] = {}

@@ -66,10 +66,12 @@ class CompressModel(ComputedStage):
             progress=progress,
         )
         # On the CPU, where the fresh process will be: other hardware computes other last digits.
-        smaller = cut(model, self.method.compress(model, evidence), share_memory=True).cpu()
+        change = self.method.compress(model, evidence)
+        smaller, plan = cut(model, change, share_memory=True).cpu(), change.plan
+        del change  # with those of its tensors that were copied
         size, dense = size_of(smaller), size_of(model)
         out = folder / MODEL_FOLDER
-        grade = save_model(smaller, out, tokenizer_from=model_folder(self.model))
+        grade = save_model(smaller, out, tokenizer_from=model_folder(self.model), plan=plan)
         card = CardFacts(
             base_model=self.model.name,
             model_type=architecture_of(model).model_type,

@@ -115,6 +115,25 @@ def test_removal_alone_is_native_and_keeps_every_tensor(
             assert torch.equal(smaller.model.layers[new].state_dict()[name], tensor)
 
 
+def test_blocks_that_share_after_a_removal_keep_their_attention(
+    tiny_model: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(
+        "gemma3_text",
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )
+    order = [1, 0, 2, 3, 4, 5]
+    scores = [float(order.index(block)) for block in range(6)]
+    monkeypatch.setattr(FoldGpt, "_gates", lambda *_: scores)
+    method = FoldGpt(sparsity=share_of_blocks(model, 1.9), keep_head=0, keep_tail=0, **QUICK)
+    change = method.compress(model, evidence_of(model, windows))
+    assert change.plan.removed_blocks == (1,)
+    assert num_shared(change.plan) == 1
+    types = cut(model, change).config.base_config.layer_types
+    assert types == [model.config.layer_types[block] for block in (0, 2, 3, 4, 5)]
+
+
 def test_the_set_that_is_missed_least_goes(tiny_model: Any, windows: Tensor) -> None:
     """Never one that costs more than the set of least block influence."""
     model = tiny_model("llama", num_hidden_layers=6)

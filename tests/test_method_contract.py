@@ -22,7 +22,7 @@ from foldstack.compression.recovery import Recovery, recover
 from foldstack.compression.size import count_parameters, size_of_plan
 from foldstack.compression.statistics import KINDS, gather
 from foldstack.compression.support import page
-from foldstack.compression.surgery import build_on_meta, cut
+from foldstack.compression.surgery import build_on_meta, cut, plan_of
 
 # Each method as its tests build it: small enough to run in a moment on four blocks.
 QUICK: dict[str, dict[str, Any]] = {
@@ -174,6 +174,16 @@ def test_it_shrinks_saves_decodes_and_leaves_its_input_alone_or_says_why_not(
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{method.name} changed {name} of its input"
     assert all(not module._forward_pre_hooks for module in model.modules())
+
+    assert change.plan.base_num_blocks == len(plan_of(model).blocks)
+    for block, inherited in zip(change.plan.blocks, change.inherits, strict=True):
+        assert inherited is None or inherited in block.stands_for
+    types = getattr(model.config, "layer_types", None)
+    if types is not None:  # a block keeps the attention that it was trained with
+        kept = [types[block.source] for block in change.plan.blocks]
+        assert smaller.config.get_text_config().layer_types == kept or not all(
+            block.has_attention for block in change.plan.blocks
+        )
 
     dense, left = count_parameters(model), count_parameters(smaller)
     assert 1 - left / dense >= method.sparsity - TOLERANCE

@@ -35,6 +35,31 @@ def test_kept_positions_keep_their_source():
     assert kept.is_native
 
 
+def test_a_plan_of_a_pruned_model_goes_on_from_its_base():
+    """What a native plan makes counts its blocks from 0."""
+    pruned = plan().keep([0, 2, 3, 5])
+    again = Plan.identity("llama", 4)
+    assert again.after(pruned) == pruned
+    assert again.keep([0, 2, 3]).after(pruned) == plan().keep([0, 3, 5])
+    shared = again.share(1, [2]).factor({(1, Q): 3})
+    assert shared.after(pruned) == pruned.share(1, [2]).factor({(1, Q): 3})
+    assert shared.after(shared) == shared  # it is what the next step started from, and says so
+
+
+def test_a_plan_of_a_replaced_and_narrow_model_goes_on_from_its_base():
+    first = plan().narrow(dict.fromkeys(range(6), 40)).keep([0, 1, 2, 3, 5])
+    run = Plan.identity("llama", 5).replace(2, 5, "swiglu", 24).after(first)
+    assert run.blocks[2].stands_for == (2, 3, 5)
+    assert run.blocks[2].mlp_width is None
+    assert [block.mlp_width for block in run.blocks[:2]] == [40, 40]
+    layer = plan().replace(1, 4, "layer")
+    kept = Plan.identity("llama", 4).keep([1, 2]).after(layer)
+    assert [(block.kind, block.stands_for) for block in kept.blocks] == [
+        ("layer", (1, 2, 3)),
+        ("original", (4,)),
+    ]
+
+
 def test_positions_are_those_of_the_current_plan():
     assert [b.source for b in plan().keep([1, 3, 5]).keep([0, 2]).blocks] == [1, 5]
 

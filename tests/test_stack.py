@@ -67,17 +67,29 @@ def test_every_order_lands_on_one_budget(
 DEPTH = {"llama_tied": "num_hidden_layers", "qwen2": "num_hidden_layers", "gpt2": "n_layer"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("gone", [0, 1, 3])
 def test_it_is_its_steps_one_after_the_other(
-    tiny_model: Callable[..., Any], windows: Tensor
+    family: str, gone: int, tiny_model: Callable[..., Any], windows: Tensor
 ) -> None:
-    model = tiny_model("llama", num_hidden_layers=6)
-    stack = Stack(sparsity=0.4, steps=({**PRUNE, "portion": 0.3}, FACTOR))
-    together = cut(model, stack.compress(model, evidence_of(model, windows)))
+    """Also where a block's attention is not like its neighbours': each keeps its own."""
+    model = tiny_model(family)
+    prune = {"protect_first": gone, "protect_last": 3 - gone}
+    stack = Stack(sparsity=0.4, steps=({**PRUNE, **prune, "portion": 0.3}, FACTOR))
+    change = stack.compress(model, evidence_of(model, windows))
+    together = cut(model, change)
+    assert change.plan.removed_blocks == (gone,)
+    assert change.plan.base_num_blocks == 4
+    outlined = stack.outline(build_on_meta(model.config))
+    assert len(outlined.blocks) == 3
+    assert outlined.base_num_blocks == 4
 
-    pruned = cut(model, ShortGpt(sparsity=0.12).compress(model, evidence_of(model, windows)))
+    pruning = ShortGpt(sparsity=0.12, **prune).compress(model, evidence_of(model, windows))
+    pruned = cut(model, pruning)
     left = 1 - 0.6 * count_parameters(model) / count_parameters(pruned)
     factored = SvdLlm(sparsity=left).compress(pruned, evidence_of(pruned, windows))
     apart = cut(pruned, factored)
+    assert windows.shape[1] > 16  # the sliding window: full attention sees more
     with torch.no_grad():
         torch.testing.assert_close(together(windows).logits, apart(windows).logits, rtol=0, atol=0)
 

@@ -1,7 +1,8 @@
 """FoldGPT-style removal and sharing: blocks whose gates close go, neighbours of the rest share."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -66,9 +67,10 @@ class FoldGpt(GroupSharing):
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.
         deepest = _deepest(model)
-        pruned = self._pruned(model, deepest[: self._num_removed(model, deepest)])
+        kept = _without(model, deepest[: self._num_removed(model, deepest)])
+        pruned = build_on_meta(config_for(model.config, kept))
         sharing = self._sharing(model, pruned)
-        return plan_of(pruned) if sharing is None else sharing.sharing_outline(pruned)
+        return kept if sharing is None else sharing.sharing_outline(pruned).after(kept)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
@@ -78,7 +80,7 @@ class FoldGpt(GroupSharing):
         if count:  # counted again: blocks of a model that was cut before differ in size
             count = self._num_removed(model, order)
         survivors = tuple(sorted(order[count:]))
-        pruning = Cut(plan_of(model).keep(survivors), survivors)
+        pruning = Cut(_without(model, order[:count]), survivors)
         sharing = self._sharing(model, self._pruned(model, order[:count]))
         if sharing is None:
             change = pruning
@@ -97,7 +99,8 @@ class FoldGpt(GroupSharing):
         if len(survivors) == len(gates):
             return self.share_groups(model, evidence, importance)
         pruned = cut(model, pruning)
-        return self.share_groups(pruned, evidence.of(pruned, self.needs), importance)
+        shared = self.share_groups(pruned, evidence.of(pruned, self.needs), importance)
+        return replace(shared, plan=shared.plan.after(pruning.plan))
 
     def _gates(self, model: PreTrainedModel, evidence: Evidence, count: int) -> list[float]:
         """The gate of every block, a mean over the runs; block influence where no block goes."""
@@ -204,9 +207,12 @@ class FoldGpt(GroupSharing):
 
     def _pruned(self, model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
         """The model without these blocks, on the meta device."""
-        plan = plan_of(model)
-        kept = plan.keep(p for p in range(len(plan.blocks)) if p not in gone)
-        return build_on_meta(config_for(model.config, kept))
+        return build_on_meta(config_for(model.config, _without(model, gone)))
+
+
+def _without(model: PreTrainedModel, gone: Collection[int]) -> Plan:
+    plan = plan_of(model)
+    return plan.keep(p for p in range(len(plan.blocks)) if p not in gone)
 
 
 def _deepest(model: PreTrainedModel) -> list[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import architecture_of, stock_of
 from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.block_residency import run_blocks_in_turn
-from foldstack.compression.checkpoint import load_model, save_model
+from foldstack.compression.checkpoint import load_model, load_plan, save_model
 from foldstack.compression.durable import sync_files, sync_folder
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE, Evidence, Method, unreachable
@@ -138,6 +138,7 @@ class Stack(Method):
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         current, dense = model, count_parameters(model)
+        whole = base = plan_of(model)
         for number in range(len(self.steps)):
             method = self._method(number, dense, count_parameters(current))
             if method is None:
@@ -146,16 +147,23 @@ class Stack(Method):
                 continue
             work = None if evidence.work is None else evidence.work / f"step-{number}"
             step = replace(evidence, work=work)
-            current = _smaller(current, method, step, is_first=current is model)
-        return _as_cut(current)
+            current, plan = _smaller(current, method, step, is_first=current is model)
+            whole = plan.after(base)
+            base = whole if whole.is_native else base
+        return _as_cut(current, whole)
 
     def _outline(self, model: PreTrainedModel) -> Plan:
         current, dense = model, count_parameters(model)
+        whole = base = plan_of(model)
         for number in range(len(self.steps)):
             method = self._method(number, dense, count_parameters(current))
-            if method is not None:
-                current = build_on_meta(config_for(current.config, method.outline(current)))
-        return plan_of(current)
+            if method is None:
+                continue
+            plan = method.outline(current)
+            current = build_on_meta(config_for(current.config, plan))
+            whole = plan.after(base)
+            base = whole if whole.is_native else base
+        return whole
 
     def _method(self, number: int, dense: int, left: int) -> Method | None:
         """The method of a step for what is `left` of `dense` parameters; None if it is enough."""
@@ -202,37 +210,39 @@ def _registered() -> dict[str, type[Method]]:
 
 def _smaller(
     model: PreTrainedModel, method: Method, evidence: Evidence, *, is_first: bool
-) -> PreTrainedModel:
-    """What a step makes of `model`; in `evidence.work`, if there is one, where a killed run finds
-    it, and out of memory."""
+) -> tuple[PreTrainedModel, Plan]:
+    """What a step makes of `model`, and by which plan; in `evidence.work`, if there is one, where a
+    killed run finds it, and out of memory."""
 
     def compress() -> Cut:
         return method.compress(model, evidence if is_first else evidence.of(model, KINDS))
 
     if evidence.work is None:
-        return _placed_like(model, cut(model, compress()))
+        change = compress()
+        return _placed_like(model, cut(model, change)), change.plan
     folder, unfinished = evidence.work / "model", evidence.work / "unfinished"
     found = _left_in(folder, model)
     if found is None:
-        smaller = cut(model, compress(), share_memory=True)
+        change = compress()
+        smaller = cut(model, change, share_memory=True)
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_model(smaller, unfinished, tokenizer_from=unfinished)
+        save_model(smaller, unfinished, tokenizer_from=unfinished, plan=change.plan)
         sync_files(unfinished)
         unfinished.rename(folder)
         sync_folder(evidence.work)
-        found = load_model(folder, dtype=model.dtype)
+        found = load_model(folder, dtype=model.dtype), change.plan
     for leftover in evidence.work.iterdir():
         if leftover != folder:
             shutil.rmtree(leftover)
-    return _placed_like(model, found)
+    return _placed_like(model, found[0]), found[1]
 
 
-def _left_in(folder: Path, model: PreTrainedModel) -> PreTrainedModel | None:
+def _left_in(folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, Plan] | None:
     """What an earlier run has made of `model`; None where it has not, or its files are torn."""
     if not folder.is_dir():
         return None
     try:
-        return load_model(folder, dtype=model.dtype)
+        return load_model(folder, dtype=model.dtype), load_plan(folder)
     except (OSError, ValueError, SafetensorError) as error:
         logger.warning("%s, left by an earlier run, cannot be read (%s): made anew", folder, error)
         shutil.rmtree(folder)
@@ -247,9 +257,8 @@ def _placed_like(model: PreTrainedModel, made: PreTrainedModel) -> PreTrainedMod
     return made
 
 
-def _as_cut(model: PreTrainedModel) -> Cut:
-    """The cut that makes this very model from any model of its base."""
-    plan = plan_of(model)
+def _as_cut(model: PreTrainedModel, plan: Plan) -> Cut:
+    """The cut that makes this very model, whose structure is `plan`, from any model of its base."""
     path = f"{architecture_of(model).blocks_path}."
     state = stock_of(model).state_dict()
     tensors = {
