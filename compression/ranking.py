@@ -16,11 +16,14 @@ x^(l) and x^(l+n). All of them come from one matrix over pairs of boundaries.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.statistics import Statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -89,7 +92,12 @@ def rank_blocks(statistics: Statistics) -> Ranking:
 
 
 def plot(ranking: Ranking, path: Path) -> None:
-    """Write a picture of the scores per block and of the similarity of all boundaries."""
+    """Write the picture of the scores to a file of the kind that its name says."""
+    scores_figure(ranking).savefig(path, dpi=120)
+
+
+def scores_figure(ranking: Ranking) -> "Figure":
+    """A picture of the scores per block and of the similarity of all boundaries."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -111,4 +119,4 @@ def plot(ranking: Ranking, path: Path) -> None:
         title="Mean cosine of hidden states",
     )
     figure.colorbar(image, ax=heat)
-    figure.savefig(path, dpi=120)
+    return figure

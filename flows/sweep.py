@@ -9,6 +9,7 @@ import logging
 import time
 from contextlib import nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime
@@ -24,6 +25,7 @@ from foldstack.flows.comparison import Comparison
 from foldstack.flows.engines import Engine, engine_for
 from foldstack.flows.prefect_server import note_flow_run
 from foldstack.flows.preflight import check
+from foldstack.flows.report import REPORT, write_report
 from foldstack.flows.rows import rivals, row_of
 from foldstack.flows.run_config import RunConfig, to_yaml
 from foldstack.flows.run_records import SweepLog
@@ -126,12 +128,14 @@ def _publish(
 ) -> Comparison:
     """Write, show and log the comparison; fail the flow when a variant failed."""
     folder = layout.report_folder
+    config = to_yaml(layout.resolved_config)
     files = tables.save(comparison, folder)
-    (folder / "config.yaml").write_text(to_yaml(layout.resolved_config), encoding="utf-8")
+    files[REPORT] = _report(layout, comparison, runs, folder, config)
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
     links, warnings = log.finish(comparison, runs, {**files, "config.yaml": folder / "config.yaml"})
     comparison = comparison.model_copy(
         update={
-            "links": {"report": str(folder), **links},
+            "links": {"report": str(folder), "page": str(files[REPORT]), **links},
             "warnings": tuple(warnings),
             "seconds": time.monotonic() - started,
         }
@@ -142,6 +146,21 @@ def _publish(
     if comparison.failed:
         raise SweepFailed(comparison)
     return comparison
+
+
+def _report(
+    layout: Layout, comparison: Comparison, runs: StageRuns, folder: Path, config: str
+) -> Path:
+    ranked = runs.artifact(layout.ranking)
+    evaluated = runs.artifact(layout.branches[0].before)
+    manifest = None if evaluated is None else evaluated.manifest()
+    return write_report(
+        comparison,
+        folder,
+        ranking=None if ranked is None else load_ranking(ranked),
+        config=config,
+        origin={} if manifest is None else {"hardware": manifest.hardware, **manifest.versions},
+    )
 
 
 def _show_ranking(layout: Layout, runs: StageRuns) -> None:

@@ -11,7 +11,7 @@ from prefect.states import Failed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression import benchmark_index, checkpoint, speed
-from foldstack.compression.checkpoint import ReloadReport
+from foldstack.compression.checkpoint import ReloadReport, load_plan
 from foldstack.compression.errors import InputError
 from foldstack.compression.method import TOLERANCE
 from foldstack.compression.methods.svd_llm import SvdLlm
@@ -126,6 +126,8 @@ def test_every_model_has_its_row(first: Comparison) -> None:
         assert row.number("decode_tokens_per_second", "speed") is not None
         assert (Path(row.folder) / "config.json").is_file()
     dense, *smaller = first.rows
+    removed = load_plan(Path(smaller[0].folder))
+    assert (removed.base_num_blocks, len(removed.removed_blocks)) == (4, 1)
     for row in smaller:
         assert row.after["bits_per_byte"] != row.before["bits_per_byte"]
         assert row.number("parameters", "structure") < dense.number("parameters", "structure")  # type: ignore[operator]
@@ -172,6 +174,7 @@ def test_report_holds_table_picture_and_resolved_config(first: Comparison, make:
     folder = Path(first.links["report"])
     assert load(folder).rows == first.rows
     assert (folder / "quality_against_size.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(first.links["page"]).read_text().startswith("<!doctype html>")
     assert load_config(str(folder / "config.yaml")).methods == make(folder).methods
     for row, record in zip(first.rows, records(first), strict=True):
         assert len(record) == len(columns(first))
