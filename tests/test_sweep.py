@@ -268,6 +268,19 @@ def test_a_method_that_is_added_runs_alone(
     assert more.rows[:3] == first.rows
 
 
+def test_a_native_model_is_distilled_from_the_tail_of_its_teacher(
+    first: Comparison, make: Make, home: Path, run: Run
+) -> None:
+    """A stock model does not say which blocks it lacks: its plan file does."""
+    recovery = make(home).model_dump(mode="json")["recovery"] | {"tail_distillation": 1.0}
+    found, outcomes = run(
+        make(home, methods=["shortgpt"], recovery=recovery, speed={"enabled": False})
+    )
+    assert found.failed == ()
+    assert outcomes["compress shortgpt 0.15"] == "cached"
+    assert load_plan(Path(found.rows[1].folder)) == load_plan(Path(first.rows[1].folder))
+
+
 def test_dry_run_knows_sizes_and_what_is_stored(first: Comparison, make: Make, home: Path) -> None:
     expected = dry_run(make(home, methods=["shortgpt", SHARING]))
     sizes = {entry.label: entry.parameters for entry in expected.models}
