@@ -6,6 +6,7 @@ record that is known to be complete costs no MLflow call at all (its receipt lie
 folder). Logging happens on one background thread; a server that is away costs a warning.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -61,6 +62,7 @@ class Tracker:
         self._receipts = Receipts(folder, uri, experiment)
         self._queue: queue.SimpleQueue[RunRecord | _Best | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._num_steps = 0  # that the thread has done, for whoever waits for it
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = self._receipts.experiment_id
 
@@ -81,14 +83,17 @@ class Tracker:
         """True when there was something to write since the last `finish`."""
         return self._thread is not None
 
-    def finish(self, wait_seconds: float = 60.0) -> None:
-        """Wait until everything is written, or until that has taken too long."""
+    def finish(self, patience_seconds: float = 60.0) -> None:
+        """Wait until everything is written, or until nothing was for so long."""
         if self._thread is None:
             return
         self._queue.put(None)
-        self._thread.join(wait_seconds)
-        if self._thread.is_alive():
-            self._warn(f"MLflow at {self.uri} did not answer within {wait_seconds:.0f} s")
+        while self._thread.is_alive():
+            before = self._num_steps
+            self._thread.join(patience_seconds)
+            if self._thread.is_alive() and self._num_steps == before:
+                self._warn(f"MLflow at {self.uri} did not answer within {patience_seconds:.0f} s")
+                break
         self._thread = None
 
     def pages(self, fingerprints: Sequence[str]) -> dict[str, str]:
@@ -117,6 +122,7 @@ class Tracker:
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 self._warn(f"MLflow at {self.uri} could not be written: {reason[0][:300]}")
+            self._num_steps += 1
 
     def _warn(self, sentence: str) -> None:
         sentence = redacted(sentence)
@@ -127,6 +133,8 @@ class Tracker:
     def _write(self, item: "RunRecord | _Best") -> None:
         if self._client is None:
             check_reachable(self.uri)
+            importlib.import_module("mlflow")  # seconds, and on a busy machine many
+            self._num_steps += 1
             self._client, self._experiment_id = open_experiment(
                 self.uri, self.experiment, self._artifact_location
             )

@@ -1,6 +1,7 @@
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,32 @@ def test_what_a_dead_server_missed_is_logged_by_the_next_run(
     log(tracker_at(uri, tmp_path), record)
 
     assert len(runs(uri)) == 1
+
+
+def test_what_is_slow_is_waited_for_and_what_stands_still_is_not(
+    tmp_path: Path, record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, never = [], threading.Event()
+
+    def write(self: Tracker, item: RunRecord) -> None:
+        if item.name == "stuck":
+            never.wait(60)
+        time.sleep(0.2)
+        written.append(item.name)
+
+    monkeypatch.setattr(Tracker, "_write", write)
+    slow = tracker_at("sqlite:///nowhere.db", tmp_path)
+    for number in range(5):
+        slow.log(replace(record, fingerprint=f"{number:064d}", name=str(number)))
+    slow.finish(patience_seconds=0.5)  # of a second in all
+    assert written == list("01234")
+    assert slow.warnings == []
+
+    hung = tracker_at("sqlite:///nowhere.db", tmp_path)
+    hung.log(replace(record, fingerprint="ef" * 32, name="stuck"))
+    hung.finish(patience_seconds=0.5)
+    never.set()
+    assert "did not answer within" in hung.warnings[0]
 
 
 def test_the_best_run_gets_the_alias(uri: str, tmp_path: Path, record: RunRecord) -> None:
