@@ -91,8 +91,8 @@ def fitted_in_order(
     with their inputs in the dense model, since what compression makes of those is not known yet.
 
     Args:
-        factors_of: the factors of the linears stored at a position, by their name in the block;
-            called once for each, and not for those that a killed run has left.
+        factors_of: the factors of the linears stored at a position, by their name in the block,
+            `as_held`; called once for each, and not for those that a killed run has left.
         what: whose progress this is.
     """
     plan, spool = plan_of(model), evidence.spool()
@@ -188,7 +188,7 @@ def _fitted(
     architecture, plan = architecture_of(model), plan_of(model)
     position, blocks = streams.deviated.position, streams.deviated.blocks
     owner = plan.owner(position)
-    factors = {name: as_held(pair, model) for name, pair in factors_of(owner).items()}
+    factors = factors_of(owner)
     if not factors:
         return {}
     trim()  # after much that was large and is gone, and before the sums

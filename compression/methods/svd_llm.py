@@ -17,6 +17,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.factoring import (
     Factors,
     Site,
+    as_held,
     fitted_in_order,
     fitting_arithmetic,
     gram_of_users,
@@ -196,16 +197,20 @@ class SvdLlm(Method):
         ranks: Mapping[Site, int],
         evidence: Evidence,
     ) -> dict[str, Factors]:
-        factors = {}
-        for site in architecture_of(model).linears:
-            rank = ranks.get((position, site.name))
-            if rank is None:
-                continue
-            svd = self._svd(model, (position, site.name), evidence)
-            factors[site.name] = truncate(svd, rank)
-            lost = tail_energy(svd, rank)
-            logger.debug("block %d %s: rank %d loses %.3g", position, site.name, rank, lost)
-        return factors
+        return {
+            site.name: self._truncated(model, (position, site.name), rank, evidence)
+            for site in architecture_of(model).linears
+            if (rank := ranks.get((position, site.name))) is not None
+        }
+
+    def _truncated(
+        self, model: PreTrainedModel, site: Site, rank: int, evidence: Evidence
+    ) -> Factors:
+        # A function of its own: the whole decomposition is gone before the next one begins.
+        svd = self._svd(model, site, evidence)
+        logger.debug("block %d %s: rank %d loses %.3g", *site, rank, tail_energy(svd, rank))
+        factors = truncate(svd, rank)
+        return as_held(factors, model) if self.update == "closed_form" else factors
 
     def _svd(self, model: PreTrainedModel, site: Site, evidence: Evidence) -> WhitenedSVD:
         architecture = architecture_of(model)
@@ -213,9 +218,12 @@ class SvdLlm(Method):
         linear = architecture.blocks(model)[position].get_submodule(name)
         weight = architecture.weight(linear).detach().to(model.device)
         reads = next(site.reads for site in architecture.linears if site.name == name)
-        gram = gram_of_users(plan_of(model), position, reads, evidence.statistics)
         decompose = eigen_whitened_svd if self.whitening == "eigen" else whitened_svd
-        return decompose(weight, gram.to(model.device))
+        # No name for the Gram here: it goes when the decomposition has its own in float64.
+        return decompose(
+            weight,
+            gram_of_users(plan_of(model), position, reads, evidence.statistics).to(model.device),
+        )
 
 
 def _product(shape: tuple[int, int]) -> int:
