@@ -91,7 +91,7 @@ def beside_dense(dense: Evaluation, compressed: Evaluation) -> dict[str, float]:
         facts[f"{score}_difference_stderr"] = found.stderr
         if found.mcnemar_p is not None:
             facts[f"{score}_mcnemar_p"] = found.mcnemar_p
-        if metric == "acc" and all(len(item.loglikelihoods) > 1 for item in dense.of(name)):
+        if metric == "acc" and all(_is_choice(item) for item in dense.of(name)):
             stable[name] = stability(dense.of(name), compressed.of(name), name)
             facts[f"{name}/stability_items"] = stable[name].effective_items
     for name in dense.benchmarks:
@@ -117,6 +117,10 @@ def _paired_scores(
             found = paired_difference(first.of(name), second.of(name), name, metric)
             if isclose(found.first, score.value, rel_tol=1e-6, abs_tol=1e-9):
                 yield name, metric, found
+
+
+def _is_choice(item: Item) -> bool:
+    return len(item.loglikelihoods) == len(item.choice_tokens) > 1
 
 
 def _is_mean(items: Sequence[Item], metric: str) -> bool:

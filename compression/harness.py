@@ -144,7 +144,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         dtype=str(model.dtype).removeprefix("torch."),
-        items=tuple(_items(found["samples"])),
+        items=tuple(_items(found["samples"], tokenizer)),
     )
 
 
@@ -175,7 +175,9 @@ def _score_name(metric: str, answer_filter: str) -> str:
     return metric if answer_filter == "none" else f"{metric},{answer_filter}"
 
 
-def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[Item]:
+def _items(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> Iterable[Item]:
     for benchmark, documents in samples.items():
         for sample in documents:
             answers = [_first(answer) for answer in sample["filtered_resps"]]
@@ -186,9 +188,23 @@ def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[Item]
                 filter=sample["filter"],
                 target=_text(sample["target"]),
                 loglikelihoods=tuple(float(a) for a in answers if isinstance(a, numbers.Real)),
+                choice_tokens=_choice_tokens(sample["arguments"], tokenizer),
                 responses=tuple(a for a in answers if isinstance(a, str)),
                 metrics=_numbers({name: sample[name] for name in sample["metrics"]}),
             )
+
+
+def _choice_tokens(arguments: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens of each choice behind its context; none for what is no choice between texts."""
+    pairs = [pair for pair in arguments if len(pair) == 2 and isinstance(pair[1], str)]
+    if len(pairs) < 2:
+        return ()
+    # As lm-eval splits them: spaces at a context's end are the choice's.
+    contexts = [context.rstrip() for context, _ in pairs]
+    texts = contexts + [context + choice for context, choice in pairs]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    wholes = lengths[len(contexts) :]
+    return tuple(max(1, whole - part) for whole, part in zip(wholes, lengths, strict=False))
 
 
 def _first(answer: Any) -> Any:

@@ -25,6 +25,8 @@ class Item(_Record):
     """The right choice or answer; shortened."""
     loglikelihoods: tuple[float, ...] = ()
     """Of each choice, or of the whole text; nats."""
+    choice_tokens: tuple[int, ...] = ()
+    """How many tokens each choice is; of a multiple-choice item."""
     responses: tuple[str, ...] = ()
     """What the model wrote, for a generation benchmark."""
     metrics: dict[str, float | tuple[float, ...]]

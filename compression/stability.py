@@ -35,14 +35,15 @@ def stability(
 ) -> Stability:
     """Stability of one benchmark; that of a group is the plain mean over its benchmarks.
 
-    With p_ij the negative log likelihood of option j of item i under the original model alone,
+    With p_ij the mean negative log likelihood per token of option j of item i under the original
+    model alone (the "PPL" of the paper's OpenCompass, there of the prompt and the option together),
 
         w_i = exp(std_i) / sum over m of exp(std_m),    std_i of p_ij over j, with k - 1
         stability = sum of w_i over the items that are right, or wrong, with both models
 
-    Departs from the paper: p is summed over an option's tokens, as lm-eval gives it (OpenCompass
-    takes the mean), so long options weigh more: see `effective_items`. The released script adds up
-    the first weights of the file, not those of the items that agree.
+    Departs from the paper: p is of the option alone, as lm-eval gives it, which lies further apart;
+    see `effective_items`. The released script adds up the first weights of the file, not those of
+    the items that agree.
 
     Args:
         original: items of the uncompressed model, of any benchmarks and in any order.
@@ -88,13 +89,14 @@ def _by_document(items: Sequence[Item], benchmark: str, metric: str) -> dict[tup
 
 
 def _spread(item: Item) -> float:
-    """Standard deviation of the options' log likelihoods."""
-    values = item.loglikelihoods
-    if len(values) < 2 or not all(map(math.isfinite, values)):
+    """Standard deviation of the options' log likelihoods per token."""
+    sums, tokens = item.loglikelihoods, item.choice_tokens
+    if len(sums) < 2 or len(tokens) != len(sums) or not all(map(math.isfinite, sums)):
         raise InputError(
-            "stability needs items with finite log likelihoods of at least 2 options, got "
-            f"{values} for document {item.doc_id} of {item.benchmark}"
+            "stability needs items with finite log likelihoods and numbers of tokens of at least 2 "
+            f"options, got {sums} and {tokens} for document {item.doc_id} of {item.benchmark}"
         )
+    values = [total / count for total, count in zip(sums, tokens, strict=True)]
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 

@@ -38,7 +38,8 @@ def items_of(benchmark: str, right: Sequence[float]) -> list[Item]:
     return [
         Item(
             benchmark=benchmark, doc_id=number, doc_hash=f"{benchmark}{number}", filter="none",
-            target="", loglikelihoods=OPTIONS[number], metrics={"acc": value},
+            target="", loglikelihoods=OPTIONS[number], choice_tokens=(1, 2),
+            metrics={"acc": value},
         )
         for number, value in enumerate(right)
     ]  # fmt: skip

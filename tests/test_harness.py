@@ -132,6 +132,11 @@ def test_choices_are_scored_by_their_log_likelihood(
         expected = [log_likelihood(model, tokenizer, str(doc["context"]), c) for c in choices]
         assert item.loglikelihoods == pytest.approx(expected, abs=1e-3)
         assert item.target == str(doc["label"])
+        whole, context = (
+            [len(tokenizer(text)["input_ids"]) for text in texts]
+            for texts in ([str(doc["context"]) + c for c in choices], [str(doc["context"])] * 3)
+        )
+        assert item.choice_tokens == tuple(a - b for a, b in zip(whole, context, strict=True))
         assert item.metrics["acc"] == float(expected.index(max(expected)) == doc["label"])
     score = result.benchmarks["toy_choice"].scores["acc"]
     right = [item.metrics["acc"] for item in items]
@@ -158,7 +163,10 @@ def test_rolling_text_is_scored_over_all_its_bytes(
 def test_generated_answers_are_kept(result: HarnessResult) -> None:
     items = of(result.items, "toy_generation")
     assert len(items) == len(CHOICE_ITEMS)
-    assert all(len(item.responses) == 1 and not item.loglikelihoods for item in items)
+    for item in items:
+        assert len(item.responses) == 1
+        assert not item.loglikelihoods
+        assert not item.choice_tokens
 
 
 def test_result_says_what_was_measured(result: HarnessResult) -> None:

@@ -15,7 +15,7 @@ def items_of(answers: list[tuple[float, Options]], metric: str = "acc") -> list[
     return [
         Item(
             benchmark="b", doc_id=number, doc_hash=f"h{number}", filter="none", target="",
-            loglikelihoods=options, metrics={metric: right},
+            loglikelihoods=options, choice_tokens=(1,) * len(options), metrics={metric: right},
         )
         for number, (right, options) in enumerate(answers)
     ]  # fmt: skip
@@ -29,6 +29,24 @@ def test_equal_spreads_give_plain_agreement() -> None:
     assert (found.agreement, found.num_items) == (0.5, 4)
     assert found.effective_items == pytest.approx(4)
     assert (found.right_to_wrong, found.wrong_to_right) == (1, 1)
+
+
+def test_an_option_counts_by_its_mean_per_token() -> None:
+    """Long options have large sums, which say nothing of how sure the model is."""
+    short = items_of([(1, (-1.0, -3.0)), (1, (-2.0, -2.0))])
+    long = [
+        item.model_copy(
+            update={
+                "loglikelihoods": tuple(40 * value for value in item.loglikelihoods),
+                "choice_tokens": (40, 40),
+            }
+        )
+        for item in short
+    ]
+    after = items_of([(0, (0.0, 0.0)), (1, (0.0, 0.0))])
+    assert stability(long, after, "b").stability == pytest.approx(
+        stability(short, after, "b").stability
+    )
 
 
 def test_by_hand_with_one_confident_item_flipped() -> None:
