@@ -28,6 +28,9 @@ class Rates:
 
     block_seconds: float
     """That one token takes through one block of the dense model, forward."""
+    stream_block_seconds: float
+    """The same where blocks are streamed over all windows: there a CPU multiplies in float32 what a
+    model keeps in half precision (`stream.cpu_precision`)."""
     float32: float
     """Operations per second of a matrix product."""
     float64: float
@@ -49,8 +52,11 @@ def measure_rates(
     torch.set_num_threads(threads or before)
     try:
         block, lone = _block_seconds(config, dtype, window_tokens)
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        streamed = _block_seconds(config, torch.float32, window_tokens)[0] if is_half else block
         return Rates(
             block_seconds=block,
+            stream_block_seconds=streamed,
             float32=_matmul_rate(torch.float32),
             float64=_matmul_rate(torch.float64),
             head_seconds=2 * text.hidden_size * text.vocab_size / _matmul_rate(dtype),

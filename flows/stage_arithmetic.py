@@ -54,7 +54,7 @@ class StageArithmetic:
                 disk = self.needs[stage.fingerprint].disk_bytes
                 tokens = self._calibration / config.statistics.shards
                 products = GRAM_FACTOR * disk / 4 * tokens / rates.float32
-                passing = tokens * self._token
+                passing = tokens * self._streamed_token
                 return OPENING_SECONDS + passing + products + disk / WRITE_RATE
             case "compress_model":
                 return OPENING_SECONDS + self._checking(branch) + self._of_method(branch)
@@ -122,7 +122,8 @@ class StageArithmetic:
         assert branch is not None
         assert branch.variant is not None
         work = branch.variant.method.arithmetic(self._meta, self._calibration)
-        token = work.passes * self._token + work.heads * self._rates.head_seconds
+        blocks = self._streamed_token if work.streams else self._token
+        token = work.passes * blocks + work.heads * self._rates.head_seconds
         products = GRAM_FACTOR * work.products / self._rates.float32
         return work.float64 / self._rates.float64 + products + token * self._calibration
 
@@ -153,6 +154,11 @@ class StageArithmetic:
     def _token(self) -> float:
         """Seconds of a token in all blocks of the dense model."""
         return len(self._plan.blocks) * self._rates.block_seconds
+
+    @property
+    def _streamed_token(self) -> float:
+        """The same, streamed."""
+        return len(self._plan.blocks) * self._rates.stream_block_seconds
 
     @cached_property
     def _plan(self) -> "Plan":

@@ -157,6 +157,7 @@ def test_times_are_made_of_the_rates_of_the_machine(
     layout = lay_out(parse_config(data | {"speed": speed}))
     free = Rates(
         block_seconds=0,
+        stream_block_seconds=0,
         float32=float("inf"),
         float64=float("inf"),
         head_seconds=0,
@@ -178,6 +179,14 @@ def test_times_are_made_of_the_rates_of_the_machine(
     }
     reading = seconds(replace(free, head_seconds=1))["bench dense"] - before["bench dense"]
     assert reading == pytest.approx(8 * (1 + 3 + 1))
+    calibration = layout.config.calibration
+    tokens = calibration.num_windows * calibration.window_tokens
+    blocks = load_model(Path(data["model"]["name"])).config.num_hidden_layers
+    streamed = seconds(replace(free, stream_block_seconds=1))["gather statistics"]
+    assert streamed - before["gather statistics"] == pytest.approx(tokens * blocks)
+    assert seconds(replace(free, block_seconds=1))["gather statistics"] == pytest.approx(
+        before["gather statistics"]
+    )
     writing = seconds(replace(free, lone_seconds=1))["bench dense"] - before["bench dense"]
     model = load_model(Path(data["model"]["name"]))
     linears = sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
