@@ -51,18 +51,19 @@ def evaluate_command(config: RunConfig, against: str = "") -> Facts:
 
     if config.evaluation.benchmarks:
         check_tasks(config.evaluation.benchmarks, config.evaluation.include_paths)
+    models = [ModelRef.of(config.model.name, config.model.revision)]
+    if against:  # found before the first one is measured
+        models.append(ModelRef.of(against))
     execution = Execution(device=config.model.device, threads=cores())
     digests = evaluation_digests(config)
-
-    def run(name: str, revision: str | None) -> Artifact:
-        model = ModelRef.of(name, revision)
-        return _run(config, evaluation_of(config, model, name, execution, digests))
-
-    evaluated = run(config.model.name, config.model.revision)
+    evaluated, *dense = (
+        _run(config, evaluation_of(config, model, model.name, execution, digests))
+        for model in models
+    )
     facts = evaluated.manifest().facts
-    if not against:
+    if not dense:
         return facts
-    beside = beside_dense(load_evaluation(run(against, None)), load_evaluation(evaluated))
+    beside = beside_dense(load_evaluation(dense[0]), load_evaluation(evaluated))
     return {**facts, **{f"beside_dense/{name}": value for name, value in beside.items()}}
 
 
