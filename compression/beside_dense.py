@@ -42,30 +42,31 @@ class Evaluation:
         return dict(found)
 
 
-def loss_difference(first: Evaluation, second: Evaluation) -> PairedDifference:
+def loss_difference(first: PerplexityResult, second: PerplexityResult) -> PairedDifference:
     """How much more the second model loses per predicted token on the same windows, in nats.
 
     Raises:
         InputError: they did not read the same windows.
     """
-    a, b = first.perplexity, second.perplexity
-    if a.window_tokens != b.window_tokens or a.num_bytes != b.num_bytes:
+    if first.window_tokens != second.window_tokens or first.num_bytes != second.num_bytes:
         raise InputError(
             "two models' losses pair only on the same windows, got "
-            f"{a.num_windows} windows of {a.num_tokens} tokens and {a.num_bytes} bytes, and "
-            f"{b.num_windows} of {b.num_tokens} and {b.num_bytes}"
+            f"{first.num_windows} windows of {first.num_tokens} tokens and {first.num_bytes} "
+            f"bytes, and {second.num_windows} of {second.num_tokens} and {second.num_bytes}"
         )
-    return paired_ratio(a.window_nll, b.window_nll, [float(n) for n in a.window_tokens])
+    tokens = [float(count) for count in first.window_tokens]
+    return paired_ratio(first.window_nll, second.window_nll, tokens)
 
 
-def bits_per_byte_difference(first: Evaluation, second: Evaluation) -> tuple[float, float] | None:
+def bits_per_byte_difference(
+    first: PerplexityResult, second: PerplexityResult
+) -> tuple[float, float] | None:
     """The same in bits per byte of text, with its standard error; None where bytes are unknown or
     one window is all there is."""
-    result = first.perplexity
-    if not result.num_bytes or result.num_windows < 2:
+    if not first.num_bytes or first.num_windows < 2:
         return None
     found = loss_difference(first, second)
-    scale = result.num_tokens / result.num_bytes / log(2)
+    scale = first.num_tokens / first.num_bytes / log(2)
     return found.difference * scale, found.stderr * scale
 
 
@@ -82,7 +83,8 @@ def beside_dense(dense: Evaluation, compressed: Evaluation) -> dict[str, float]:
         InputError: the two were not measured on the same windows and items.
     """
     facts: dict[str, float] = {}
-    if (bits := bits_per_byte_difference(dense, compressed)) is not None:
+    bits = bits_per_byte_difference(dense.perplexity, compressed.perplexity)
+    if bits is not None:
         facts["bits_per_byte_difference"], facts["bits_per_byte_difference_stderr"] = bits
     stable: dict[str, Stability] = {}
     for name, metric, found in _paired_scores(dense, compressed):

@@ -7,7 +7,7 @@ from foldstack.flows.branches import DENSE, Branch, Layout
 from foldstack.flows.comparison import Comparison, Facts, Rival, Row
 from foldstack.flows.stage_runs import Outcome
 from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.evaluate_model import load_evaluation
+from foldstack.tasks.evaluate_model import load_evaluation, load_perplexity
 from foldstack.tasks.models import MODEL_FOLDER
 
 TRAINING = ("steps", "tokens", "seconds_training", "first_loss", "last_loss")
@@ -59,7 +59,7 @@ def rivals(
         first, second = made[winner.label], made[row.label]
         if row == winner or first is None or second is None:
             continue
-        bits = bits_per_byte_difference(load_evaluation(first), load_evaluation(second))
+        bits = bits_per_byte_difference(load_perplexity(first), load_perplexity(second))
         if bits is not None:
             found.append(
                 Rival(row=row.label, best=winner.label, difference=bits[0], stderr=bits[1])

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from foldstack.compression.corpus import TextSource, source_digest
 from foldstack.compression.digest import digest_folder, digest_json
-from foldstack.compression.perplexity import PerplexityProtocol
+from foldstack.compression.perplexity import PerplexityProtocol, PerplexityResult
 from foldstack.compression.reference import BENCHMARKS_FOLDER
 from foldstack.tasks.artifacts import Artifact
 from foldstack.tasks.execution import Dtype, Execution
@@ -105,12 +105,17 @@ class EvaluateModel(ComputedStage):
         return facts
 
 
+def load_perplexity(evaluated: Artifact) -> PerplexityResult:
+    """The loss on every window that a stage measured."""
+    text = (evaluated.open() / PERPLEXITY_FILE).read_text(encoding="utf-8")
+    return PerplexityResult.model_validate_json(text)
+
+
 @lru_cache(maxsize=2)  # the dense model's, beside that of one after the other
 def load_evaluation(evaluated: Artifact) -> "Evaluation":
     """What a stage measured, with every window and item."""
     from foldstack.compression.beside_dense import Evaluation
     from foldstack.compression.harness import HarnessResult, read_items
-    from foldstack.compression.perplexity import PerplexityResult
 
     folder = evaluated.open()
     results = [
@@ -118,7 +123,7 @@ def load_evaluation(evaluated: Artifact) -> "Evaluation":
         for file in sorted(folder.glob("benchmarks*.json"))
     ]
     return Evaluation(
-        PerplexityResult.model_validate_json((folder / PERPLEXITY_FILE).read_text("utf-8")),
+        load_perplexity(evaluated),
         {name: found for result in results for name, found in result.benchmarks.items()},
         [item for file in sorted(folder.glob("items*.jsonl")) for item in read_items(file)],
     )

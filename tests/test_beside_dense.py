@@ -136,6 +136,6 @@ def test_one_window_or_item_has_no_error_and_so_no_difference() -> None:
 def test_other_windows_and_items_are_refused() -> None:
     first = evaluation((1, 2, 3), items_of("a", (1, 0, 1)))
     with pytest.raises(InputError, match="got 3 windows of 24 tokens and 60 bytes, and 3 of 25"):
-        loss_difference(first, Evaluation(loss((1, 2, 3), (10, 10, 5)), {}, []))
+        loss_difference(first.perplexity, loss((1, 2, 3), (10, 10, 5)))
     with pytest.raises(InputError, match="same items for both models, 1 of 3"):
         beside_dense(first, evaluation((1, 2, 3), items_of("a", (1, 0))))
