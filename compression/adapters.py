@@ -2,6 +2,7 @@
 parameters in place."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from foldstack.compression.architectures import architecture_of
-from foldstack.compression.modeling_foldstack import is_linear, linear_shape
+from foldstack.compression.modeling_foldstack import Borrowed, is_linear, linear_shape
 from foldstack.compression.surgery import plan_of
 
 Survivors = Literal["lora_merge", "none", "full"]
@@ -37,6 +38,12 @@ class FoldingLora(PeftLinear):
         self.has_dropout = isinstance(self.lora_dropout[adapter_name], nn.Dropout)
 
     @property
+    def is_folding(self) -> bool:
+        """True where a forward pass in training makes W + s B A."""
+        base: Any = self.get_base_layer()
+        return not self.has_dropout and base.weight.numel() <= FOLD_UP_TO
+
+    @property
     def weight(self) -> Tensor:
         """W + s B A as W is stored: what a linear that uses slices of this one takes."""
         base: Any = self.get_base_layer()
@@ -49,7 +56,7 @@ class FoldingLora(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **settings: Any) -> Tensor:
         base: Any = self.get_base_layer()
-        if self.merged or self.has_dropout or base.weight.numel() > FOLD_UP_TO:
+        if self.merged or not self.is_folding:
             result: Tensor = super().forward(x, *args, **settings)
             return result
         with torch.autocast(x.device.type, enabled=False):
@@ -141,6 +148,23 @@ class Adapters:
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return {**self.matrices, **self.vectors, **self.virtual}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what training holds besides activations: the weights, what is needed to undo it, the
+        gradients and AdamW's two moments, and W + s B A of every use of a linear until the backward
+        pass. What head-wise sharing puts together of slices is left out."""
+        in_place = sum(tensor.nbytes for tensor in self._values_before.values())
+        trained = sum(parameter.nbytes for parameter in self.trainable.values())
+        folded = sum(4 * linear.get_base_layer().weight.numel() for linear in self._folding())
+        return sum(p.nbytes for p in self.model.parameters()) + in_place + 3 * trained + folded
+
+    def _folding(self) -> Iterator[FoldingLora]:
+        """What folds in a forward pass, once for each block that uses it."""
+        for module in self.model.modules():
+            used = module.target if isinstance(module, Borrowed) else module
+            if isinstance(used, FoldingLora) and used.is_folding:
+                yield used
 
     def merge(self) -> None:
         """Add the adapters to the weights: the model is again what it was, with other values."""

@@ -209,23 +209,13 @@ def _recover(
     progress: Callable[[str, int, int], None] | None,
     accelerator: "Accelerator",
 ) -> RecoveryResult:
-    from foldstack.compression.adapters import Adapters
-
     dtype = autocast_dtype(settings.precision, accelerator.device)
     checkpoints = None
     if work is not None:
         digest = _digest(model, windows, settings, teacher, tail, dtype)
         checkpoints = Checkpoints(work, digest, settings.checkpoint_every)
     head = head_of(model)
-    adapters = Adapters(
-        model,
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-        dropout=settings.lora_dropout,
-        train_vectors=settings.train_norms,
-        in_float32=dtype is None,
-        survivors=settings.train_survivors,
-    )
+    adapters = adapters_for(model, settings, dtype)
     batch_size = settings.batch_size
     try:
         blend = Blend(settings.distillation, settings.temperature)
@@ -290,6 +280,24 @@ def autocast_dtype(
             gains = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if gains else None
     return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def adapters_for(
+    model: PreTrainedModel, settings: Recovery, dtype: torch.dtype | None
+) -> "Adapters":
+    """`model`, which may be on the meta device, opened for a training that computes in `dtype` (see
+    `autocast_dtype`)."""
+    from foldstack.compression.adapters import Adapters
+
+    return Adapters(
+        model,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        train_vectors=settings.train_norms,
+        in_float32=dtype is None,
+        survivors=settings.train_survivors,
+    )
 
 
 def _optimizer(adapters: "Adapters", settings: Recovery) -> torch.optim.Optimizer:

@@ -42,15 +42,21 @@ class Need:
 class _Shapes:
     """What the needs are computed from."""
 
+    dtype: Any
     dense_bytes: int
     block_bytes: int
-    element_bytes: int
     hidden: int
     widest: int
     gram_elements: int
     """Of all Grams of one block."""
     num_blocks: int
     vocabulary: int
+
+    @property
+    def element_bytes(self) -> int:
+        """Of one weight."""
+        size: int = self.dtype.itemsize
+        return size
 
     def activations(self, tokens: int) -> int:
         """Bytes of what lives at once inside a block that `tokens` pass without gradients."""
@@ -60,20 +66,27 @@ class _Shapes:
 def needs_of(layout: Layout) -> dict[str, Need]:
     """The need of every stage, by its fingerprint."""
     from foldstack.compression.checkpoint import load_config
-    from foldstack.compression.size import size_of_plan
-    from foldstack.compression.surgery import build_on_meta
+    from foldstack.compression.size import count_parameters
+    from foldstack.compression.surgery import build_on_meta, config_for
 
     config = load_config(layout.model.folder)
     meta = build_on_meta(config)
     shapes = _shapes(meta, layout)
     needs: dict[str, Need] = {}
     for branch in layout.branches:
-        model_bytes = shapes.dense_bytes
+        made = meta
         if branch.variant is not None:
-            plan = branch.variant.method.outline(meta)
-            model_bytes = size_of_plan(config, plan).parameters * shapes.element_bytes
+            made = build_on_meta(config_for(config, branch.variant.method.outline(meta)))
+        model_bytes = count_parameters(made) * shapes.element_bytes
         for stage in branch.stages.values():
-            needs[stage.fingerprint] = _need(stage, branch, meta, model_bytes, shapes, layout)
+            if stage.stage == "compress_model":
+                memory = _of_compressing(branch, meta, model_bytes, shapes, layout)
+                need = Need(PROCESS_BYTES + memory, model_bytes)
+            elif stage.stage == "recover_model":
+                need = Need(PROCESS_BYTES + _of_recovering(made, shapes, layout), model_bytes)
+            else:
+                need = _of_measuring(stage, branch, model_bytes, shapes, layout)
+            needs[stage.fingerprint] = need
     for stage in layout.stages:
         if stage.fingerprint not in needs:
             needs[stage.fingerprint] = _shared_need(stage, shapes, layout)
@@ -94,9 +107,9 @@ def _shapes(meta: Any, layout: Layout) -> _Shapes:
     text = meta.config.get_text_config(decoder=True)
     dtype = torch_dtype(layout.config.model.dtype) or stored_dtype(meta)
     return _Shapes(
+        dtype=dtype,
         dense_bytes=count_parameters(meta) * dtype.itemsize,
         block_bytes=count_parameters(block) * dtype.itemsize,
-        element_bytes=dtype.itemsize,
         hidden=text.hidden_size,
         widest=max(widths.values()),
         gram_elements=sum(width**2 for width in widths.values()),
@@ -108,6 +121,19 @@ def _shapes(meta: Any, layout: Layout) -> _Shapes:
 def stored_dtype(meta: Any) -> Any:
     """The precision of a model's weights, which on the meta device are in that of new ones."""
     return getattr(meta.config.get_text_config(decoder=True), "dtype", None) or meta.dtype
+
+
+def autocast_of(layout: Layout) -> Any:
+    """What recovery casts its products to, where it trains; None for float32."""
+    import torch
+
+    from foldstack.compression.recovery import autocast_dtype
+    from foldstack.tasks.execution import device_named
+
+    name = layout.config.model.device
+    # A named one may be another machine's, which a run on Dask does not look for here.
+    device = torch.device(device_named(name) if name == "auto" else name)
+    return autocast_dtype(layout.config.recovery.precision, device)
 
 
 def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
@@ -135,32 +161,32 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
     return Need(PROCESS_BYTES + memory, disk)
 
 
-def _need(
-    stage: Stage, branch: Branch, meta: Any, model_bytes: int, shapes: _Shapes, layout: Layout
+def _of_measuring(
+    stage: Stage, branch: Branch, model_bytes: int, shapes: _Shapes, layout: Layout
 ) -> Need:
-    """Of a stage of a branch whose model takes `model_bytes`."""
-    chosen = layout.config
-    protocol = chosen.evaluation.perplexity.protocol
-    match stage.stage:
-        case "compress_model":
-            memory = _of_compressing(branch, meta, model_bytes, shapes, layout)
-            return Need(PROCESS_BYTES + memory, model_bytes)
-        case "recover_model":
-            tokens = chosen.recovery.batch_size * chosen.recovery.windows.window_tokens
-            kept = tokens * shapes.num_blocks * (3 * shapes.widest + 8 * shapes.hidden) * 4
-            logits = 3 * tokens * shapes.vocabulary * 4
-            teacher = shapes.dense_bytes if chosen.recovery.needs_teacher else 0
-            # In training in full: the weight, its gradient and two moments, in float32.
-            is_full = chosen.recovery.train_survivors == "full"
-            student = 16 * model_bytes // shapes.element_bytes if is_full else model_bytes
-            return Need(PROCESS_BYTES + student + teacher + kept + logits, model_bytes)
-        case "evaluate_model":
-            batch = shapes.activations(protocol.batch_size * protocol.window_tokens)
-            return Need(PROCESS_BYTES + model_bytes + batch, 0)
-        case "benchmark_speed":
-            return Need(PROCESS_BYTES + shapes.dense_bytes + model_bytes, 0)
-        case _:
-            return Need(PROCESS_BYTES, 0)
+    """Of a stage that measures a model of `model_bytes`."""
+    protocol = layout.config.evaluation.perplexity.protocol
+    if stage.stage == "evaluate_model":
+        batch = shapes.activations(protocol.batch_size * protocol.window_tokens)
+        return Need(PROCESS_BYTES + model_bytes + batch, 0)
+    assert stage.stage == "benchmark_speed", stage.stage
+    beside = 0 if branch.variant is None else shapes.dense_bytes
+    return Need(PROCESS_BYTES + beside + model_bytes, 0)
+
+
+def _of_recovering(made: Any, shapes: _Shapes, layout: Layout) -> int:
+    """Bytes of training the model `made`, which is on the meta device; it is not the same after."""
+    from foldstack.compression.architectures import architecture_of
+    from foldstack.compression.recovery import adapters_for
+
+    settings = layout.config.recovery
+    num_blocks = len(architecture_of(made).blocks(made))
+    opened = adapters_for(made.to(shapes.dtype), settings, autocast_of(layout))
+    tokens = settings.batch_size * settings.windows.window_tokens
+    kept = tokens * num_blocks * (3 * shapes.widest + 8 * shapes.hidden) * 4
+    logits = 3 * tokens * shapes.vocabulary * 4
+    teacher = shapes.dense_bytes if settings.needs_teacher else 0
+    return opened.num_bytes + teacher + kept + logits
 
 
 def _of_compressing(

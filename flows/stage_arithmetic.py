@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from foldstack.flows.branches import Branch, Layout
 from foldstack.flows.machine_rates import Rates, characters_per_second, measure_rates
-from foldstack.flows.needs import Need, stored_dtype
+from foldstack.flows.needs import Need, autocast_of, stored_dtype
 from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.stage import Stage
 
@@ -62,7 +62,7 @@ class StageArithmetic:
                 schedule = config.recovery
                 tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
                 tokens *= schedule.windows.window_tokens
-                student = TRAINING_FACTOR * self._passing(tokens, branch)
+                student = TRAINING_FACTOR * self._trained(tokens, branch)
                 teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
                 return OPENING_SECONDS + self._checking(branch) + student + teacher
             case "evaluate_model":
@@ -87,12 +87,23 @@ class StageArithmetic:
         blocks = self._token * self._flops(branch) / self._flops()
         return tokens * (self._rates.head_seconds + blocks)
 
+    def _trained(self, tokens: float, branch: Branch | None) -> float:
+        """Of tokens forward in the precision that recovery trains in."""
+        if autocast_of(self.layout) is not None:
+            return self._passing(tokens, branch)
+        head = self._head_flops / self._rates.float32
+        return tokens * (head + self._streamed_token * self._flops(branch) / self._flops())
+
     def _decoding(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens that follow one another, each through the model by itself."""
-        text = self._meta.config.get_text_config(decoder=True)
-        head = 2 * text.hidden_size * text.vocab_size
         blocks = len(self._plan.blocks) * self._rates.lone_seconds
-        return tokens * blocks * self._flops(branch) / (self._flops() - head)
+        return tokens * blocks * self._flops(branch) / (self._flops() - self._head_flops)
+
+    @property
+    def _head_flops(self) -> int:
+        """Per token, from the hidden state to the logits."""
+        text = self._meta.config.get_text_config(decoder=True)
+        return 2 * int(text.hidden_size) * int(text.vocab_size)
 
     def _flops(self, branch: Branch | None = None) -> float:
         """Per token of the model of a branch, or of the dense one."""

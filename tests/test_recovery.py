@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression import distillation
-from foldstack.compression.adapters import Adapters, linear_names
+from foldstack.compression.adapters import Adapters, FoldingLora, linear_names
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.distillation import (
     Blend,
@@ -307,6 +307,44 @@ def test_a_virtual_block_sees_the_adapter_of_its_base(
     assert (adapted - plain).abs().max() > 1e-2
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4)
     assert not any(isinstance(module, LoraLayer) for module in blocks.modules())
+
+
+@pytest.mark.parametrize("survivors", ["lora_merge", "none", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_training_holds_is_known_from_the_meta_device(
+    tiny_model: ModelFactory,
+    windows: Tensor,
+    survivors: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = virtual_model(tiny_model("llama")).to(dtype)
+    on_meta = build_on_meta(model.config).to(dtype)
+    expected = open_adapters(on_meta, survivors=survivors).num_bytes
+    adapters = open_adapters(model, survivors=survivors)
+    made: list[Tensor] = []
+    kept: dict[int, Tensor] = {}
+
+    def make(self: FoldingLora, base: Any, fold: Any = FoldingLora._folded) -> Tensor:
+        made.append(fold(self, base))
+        return made[-1]
+
+    def keep(tensor: Tensor) -> Tensor:
+        if any(tensor.data_ptr() == weight.data_ptr() for weight in made):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    monkeypatch.setattr(FoldingLora, "_folded", make)
+    optimizer = torch.optim.AdamW(adapters.trainable.values())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(windows[:2], labels=windows[:2]).loss
+    loss.backward()
+    optimizer.step()
+    moments = [state for each in optimizer.state.values() for state in each.values()]
+    held = [*model.parameters(), *kept.values(), *adapters._values_before.values()]
+    held += [p.grad for p in model.parameters() if p.grad is not None]
+    held += [moment for moment in moments if moment.ndim]
+    assert sum(tensor.nbytes for tensor in held) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
