@@ -14,6 +14,7 @@ from foldstack.compression.architectures import architecture_of
 from foldstack.compression.arithmetic import Arithmetic
 from foldstack.compression.grams import paired_inputs, summed_inputs
 from foldstack.compression.hidden_states import MEMORY_BYTES
+from foldstack.compression.kept_pass import KeptPass
 from foldstack.compression.low_rank import updated_directions, updated_directions_operations
 from foldstack.compression.mapped_memory import release, trim
 from foldstack.compression.method import Evidence
@@ -24,6 +25,7 @@ from foldstack.compression.statistics import Statistics
 from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
 from foldstack.compression.surgery import plan_of
 
+DEVIATED, DENSE = "deviated", "dense"
 TOKENS_AT_ONCE = 1024
 """That pass a block beside the sums, which are most of what is in memory then."""
 
@@ -97,6 +99,7 @@ def fitted_in_order(
     """
     plan, spool = plan_of(model), evidence.spool()
     streams = _Streams(model, evidence, dense_target)
+    streams.resume(lambda position: spool.has(f"block-{plan.owner(position)}"))
     fitted: dict[int, dict[str, LowRankLinear]] = {}
     for position, block in enumerate(streams.deviated.blocks):
         owner = plan.owner(position)
@@ -104,7 +107,8 @@ def fitted_in_order(
             fit = partial(_fitted, model, streams, factors_of, evidence)
             tensors = spool.part(f"block-{owner}", fit)
             fitted[owner] = _thin_linears(tensors, owner, model.device)
-        streams.advance(_with_linears(block, fitted[owner]))
+        if streams.deviated.position == position:
+            streams.advance(_with_linears(block, fitted[owner]))
         release(tensors_of(block))
         release(t for linear in fitted[owner].values() for t in linear.parameters())
         evidence.progress(what, position + 1, len(streams.deviated.blocks))
@@ -138,22 +142,34 @@ def fitting_arithmetic(
 
 
 class _Streams:
-    """The compressed model's hidden states and, where the target asks for them, the dense one's."""
+    """The compressed model's hidden states and, where the target asks for them, the dense one's;
+    kept where a killed run has left them."""
 
     def __init__(self, model: PreTrainedModel, evidence: Evidence, dense_target: float) -> None:
+        kinds = (DEVIATED, DENSE) if dense_target > 0 else (DEVIATED,)
+        work = None if evidence.work is None else evidence.work / "streams"
+        self.kept = KeptPass(work, kinds)
         open_stream = partial(
             BlockStream,
             model,
             evidence.calibration,
             batch_size=max(1, TOKENS_AT_ONCE // evidence.calibration.shape[1]),
             dtype=cpu_precision(model),
-            memory_bytes=MEMORY_BYTES // 2 if dense_target > 0 else MEMORY_BYTES,
-            folder=evidence.work,
+            memory_bytes=MEMORY_BYTES // len(kinds),
+            folder=work,
         )
         self.architecture = architecture_of(model)
         self.dense_target = dense_target
-        self.deviated = open_stream()
-        self.dense = open_stream() if dense_target > 0 else None
+        self.deviated = open_stream(name=self.kept.name(DEVIATED))
+        self.dense = open_stream(name=self.kept.name(DENSE)) if dense_target > 0 else None
+
+    def resume(self, is_made: Callable[[int], bool]) -> None:
+        """Stand where a killed run has stood, if what it made of the blocks before is there."""
+        if not all(map(is_made, range(self.kept.position))):
+            self.kept.begin_anew()
+        for stream in (self.deviated, self.dense):
+            if stream is not None and self.kept.position > 0:
+                stream.resume(self.kept.position)
 
     def sums(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """By what the linears of the block at hand read: the sums of x' x'^T, and unless a = 0
@@ -175,6 +191,7 @@ class _Streams:
         self.deviated.advance(compressed)
         if self.dense is not None and self.dense.position < self.deviated.position:
             self.dense.advance()
+        self.kept.checkpoint(self.deviated.position)
 
 
 def _fitted(

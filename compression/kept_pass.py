@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,16 +27,18 @@ SIZE = "size/"
 class KeptPass:
     """The state of a pass in a folder that belongs to this one computation.
 
-    The hidden states and the Grams are written into files there while they are computed. A
-    checkpoint makes them last, and then the small rest is written at once: the blocks that are
-    done, the sums of their inputs, the bounds on the ranks of their Grams, and the sizes of the
-    files. A run that finds a file of another size begins anew: what entered the blocks that are
-    done is not kept.
+    The hidden states, and the Grams where there are any, are written into files there while they
+    are computed. A checkpoint makes them last, and then the small rest is written at once: the
+    blocks that are done, the sums of their inputs, the bounds on the ranks of their Grams, and the
+    sizes of the files. A run that finds a file of another size begins anew: what entered the blocks
+    that are done is not kept.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        """Without a folder nothing is kept."""
+    def __init__(self, folder: Path | None, kinds: Sequence[str] = (STATES,)) -> None:
+        """Without a folder nothing is kept; `kinds` are the names of the hidden states that go from
+        block to block."""
         self.folder = folder
+        self._kinds = kinds
         self.position = 0
         """Blocks that an earlier run has done."""
         self.input_sums: dict[GramKey, Tensor] = {}
@@ -51,6 +54,14 @@ class KeptPass:
         """What the files of hidden states are to be called; None: they need not stay."""
         return None if self.folder is None else kind
 
+    def begin_anew(self) -> None:
+        """Take nothing of what an earlier run has kept."""
+        self.position = 0
+        self.input_sums, self.ranks = {}, {}
+        if self.folder is not None:
+            # Before any file changes: those that are made keep their size from the start.
+            (self.folder / RECORD).unlink(missing_ok=True)
+
     def checkpoint(self, position: int) -> None:
         """Keep what is done up to the input of block `position`, unless it was kept just now."""
         if self.folder is None or time.monotonic() - self._last < SECONDS_BETWEEN:
@@ -62,9 +73,10 @@ class KeptPass:
         for file in self._files(position):
             record[f"{SIZE}{file.name}"] = torch.tensor(file.stat().st_size)
         write_at_once(record, self.folder / RECORD)
-        for file in self.folder.glob(f"{STATES}-*"):
-            if file.name != file_name(STATES, position):
-                file.unlink()
+        for kind in self._kinds:
+            for file in self.folder.glob(f"{kind}-*"):
+                if file.name != file_name(kind, position):
+                    file.unlink()
         self._last = time.monotonic()
 
     def show_grams(self, folder: Path) -> None:
@@ -81,7 +93,7 @@ class KeptPass:
     def _files(self, position: int) -> list[Path]:
         """What a run that goes on at block `position` reads."""
         assert self.folder is not None
-        names = [file_name(STATES, position)]
+        names = [file_name(kind, position) for kind in self._kinds]
         names += [file_name(BOUNDARIES, boundary) for boundary in range(position)]
         files = [self.folder / name for name in names]
         files += [gram_file(self.folder, done) for done in range(position)]
@@ -96,7 +108,7 @@ class KeptPass:
             if found != size:
                 now = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 logger.warning("%s, left by an earlier run, %s: the pass begins anew", file, now)
-                (self.folder / RECORD).unlink()  # files get their sizes before their content
+                self.begin_anew()
                 return False
         return True
 

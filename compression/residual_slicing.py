@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of, base_config_of, stock_of
 from foldstack.compression.errors import InputError
+from foldstack.compression.kept_pass import STATES, KeptPass
 from foldstack.compression.mapped_memory import release
 from foldstack.compression.modeling_foldstack import PRE_NORM_NAMES, SlicedBlock
 from foldstack.compression.spool import Spool
@@ -191,44 +192,90 @@ def sliced_tensors(
     `choose` sees the signal that the links sliced so far have left (algorithm of section 3.3 and of
     the released code), or that of the model as it came with `dense_signal`. Each block runs twice
     over all windows; between blocks only the signal lives, in the coordinates of the model. What a
-    killed run has left in `work` is not done again but for the blocks' own run.
+    killed run has left in `work` is not done again.
     """
-    stream = BlockStream(model, windows, folder=work)
-    stream.put(_centred(h, centres(model)).float() for h in stream.hidden)
-    width = stream.states.all.shape[-1]
-    whole = torch.eye(width, dtype=torch.float64, device=model.device)
-    bases = Spool(None if work is None else work / "bases")
-    spool = Spool(None if work is None else work / "spool")
-
-    def chosen(link: int, batches: Iterable[States]) -> tuple[Basis, Basis]:
-        """What a link is stored in, and what the blocks behind it are calibrated in."""
-
-        def found() -> dict[str, Tensor]:
-            moments = second_moments(batches, model.device, skip_first_token=skip_first_token)
-            return {"basis": choose(link, moments)}
-
-        basis = bases.part(f"link-{link}", found)["basis"].to(whole.device)
-        return basis, whole if dense_signal else basis
-
-    stored, seen = chosen(0, stream.hidden)
-    spool.part("embeddings", lambda: _embeddings(model, stored))
-    for position in range(len(stream.blocks)):
-        block = FusedBlock(model, position)
-        attended = _middle_states(stream, block.build(seen, whole, whole), seen, position)
-        middle, middle_seen = chosen(2 * position + 1, attended)
-        running = block.build(seen, middle_seen, whole)
-        with torch.no_grad():
-            stream.put(stream.call(running, _in(seen, x), position) for x in stream.hidden)
-        entering = stored
-        if position == len(stream.blocks) - 1:
-            stored = whole
-        else:
-            stored, seen = chosen(2 * position + 2, stream.hidden)
-        of_block = partial(_named, model, position, block, (entering, middle, stored))
-        spool.part(f"block-{position}", of_block)
-        release(stream.blocks[position])
+    slicing = _Slicing(model, windows, choose, dense_signal, skip_first_token, work)
+    for position in range(slicing.num_blocks):
+        if position >= slicing.stream.position:
+            slicing.slice(position)
         progress(position + 1)
-    return spool.tensors
+    return slicing.spool.tensors
+
+
+class _Slicing:
+    """The signal of a model that is sliced from the embeddings up, and what is sliced already."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Int[Tensor, "windows tokens"],
+        choose: Choose,
+        dense_signal: bool,
+        skip_first_token: bool,
+        work: Path | None,
+    ) -> None:
+        self.model, self.choose = model, choose
+        self.dense_signal, self.skip_first_token = dense_signal, skip_first_token
+        self.kept = KeptPass(None if work is None else work / "stream")
+        self.stream = BlockStream(
+            model, windows, folder=self.kept.folder, name=self.kept.name(STATES)
+        )
+        self.stream.put(_centred(h, centres(model)).float() for h in self.stream.batches())
+        self.num_blocks = len(self.stream.blocks)
+        width = self.stream.states.all.shape[-1]
+        self.whole = torch.eye(width, dtype=torch.float64, device=model.device)
+        self.bases = Spool(None if work is None else work / "bases")
+        self.spool = Spool(None if work is None else work / "spool")
+        self.stored, self.seen = self._chosen(0, self.stream.batches())
+        """What the link at hand is stored in, and what the blocks behind it are calibrated in."""
+        self.spool.part("embeddings", lambda: _embeddings(model, self.stored))
+        self._resume()
+
+    def _resume(self) -> None:
+        """Stand where a killed run has stood, if what it has made is there."""
+        position = self.kept.position
+        links = range(2 * position + (position < self.num_blocks))
+        has_bases = all(self.bases.has(f"link-{link}") for link in links)
+        if not (has_bases and all(self.spool.has(f"block-{p}") for p in range(position))):
+            self.kept.begin_anew()
+            return
+        for done in range(position):
+            self.spool.part(f"block-{done}", dict)
+        if position > 0:
+            self.stream.resume(position)
+            self.stored, self.seen = self._behind(position)
+
+    def slice(self, position: int) -> None:
+        """Slice the block before which the signal stands, and pass it."""
+        stream, whole, entering = self.stream, self.whole, self.stored
+        block = FusedBlock(self.model, position)
+        attended = _middle_states(stream, block.build(self.seen, whole, whole), self.seen, position)
+        middle, middle_seen = self._chosen(2 * position + 1, attended)
+        running = block.build(self.seen, middle_seen, whole)
+        with torch.no_grad():
+            outputs = (stream.call(running, _in(self.seen, x), position) for x in stream.batches())
+            stream.put(outputs, position + 1)
+        self.stored, self.seen = self._behind(position + 1)
+        of_block = partial(_named, self.model, position, block, (entering, middle, self.stored))
+        self.spool.part(f"block-{position}", of_block)
+        release(stream.blocks[position])
+        self.kept.checkpoint(position + 1)
+
+    def _behind(self, num_done: int) -> tuple[Basis, Basis]:
+        """The bases of the link behind so many blocks."""
+        if num_done == self.num_blocks:
+            return self.whole, self.whole
+        return self._chosen(2 * num_done, self.stream.batches())
+
+    def _chosen(self, link: int, batches: Iterable[States]) -> tuple[Basis, Basis]:
+        def found() -> dict[str, Tensor]:
+            moments = second_moments(
+                batches, self.model.device, skip_first_token=self.skip_first_token
+            )
+            return {"basis": self.choose(link, moments)}
+
+        basis = self.bases.part(f"link-{link}", found)["basis"].to(self.whole.device)
+        return basis, self.whole if self.dense_signal else basis
 
 
 def _named(
@@ -275,7 +322,7 @@ def _middle_states(
         raise _Reached
 
     block.mlp_norm.register_forward_pre_hook(catch)
-    for x in stream.hidden:
+    for x in stream.batches():
         try:
             with torch.no_grad():
                 stream.call(block, _in(seen, x), position)

@@ -27,6 +27,11 @@ class Spool:
         self.tensors: dict[str, Tensor] = {}
         """Those of all parts so far."""
 
+    def has(self, name: str) -> bool:
+        """Whether an earlier run has left this part."""
+        file = None if self._folder is None else self._folder / f"{name}.safetensors"
+        return file is not None and read_whole(file) is not None
+
     def part(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of one part: as an earlier run has left them, or made now."""
         if self._folder is None:

@@ -99,6 +99,12 @@ class BlockStream:
         """The input of block `position`, per batch, on the CPU."""
         return list(torch.split(self.states.all, self.batch_size))
 
+    def batches(self) -> Iterator[Hidden]:
+        """`hidden` one after the other, of which those in a file leave memory again."""
+        for hidden in self.hidden:
+            yield hidden
+            self.states.let_go()
+
     def call(
         self, block: nn.Module, hidden: Hidden, position: int | None = None
     ) -> Float[Tensor, "batch tokens leaving"]:
@@ -118,11 +124,10 @@ class BlockStream:
         """The block's output for every batch in turn; the stream stays where it is."""
         block = self.blocks[self.position] if block is None else block
         with _computing_in(block, self._dtype):
-            for hidden in self.hidden:
+            for hidden in self.batches():
                 with torch.no_grad():
                     output = self.call(block, hidden)
                 yield output
-                self.states.let_go()
 
     def advance(
         self, block: nn.Module | None = None, *, beside: "BlockStream | None" = None
@@ -138,9 +143,10 @@ class BlockStream:
         self.states = self._kept(outputs, self.position + 1)
         self.position += 1
 
-    def put(self, batches: Iterable[Hidden]) -> None:
-        """Let these hidden states, in the order of the windows, stand where the stream is."""
-        self.states = self._kept(batches, self.position)
+    def put(self, batches: Iterable[Hidden], position: int = 0) -> None:
+        """Stand before block `position` with these hidden states, in the order of the windows."""
+        self.states = self._kept(batches, position)
+        self.position = position
 
     def resume(self, position: int) -> None:
         """Stand before block `position`, with the hidden states that another process has left."""

@@ -206,9 +206,8 @@ def _of_compressing(
 
 
 def _of_streams(method: Method, meta: Any, shapes: _Shapes, layout: Layout) -> int:
-    """Bytes of the hidden states that go along with a method from block to block, and of what they
-    are used for there."""
-    from foldstack.compression.hidden_states import MEMORY_BYTES
+    """Bytes of what the hidden states are used for that go along with a method from block to block;
+    they themselves are in files."""
     from foldstack.compression.stream import BATCH_SIZE
 
     chosen = layout.config.calibration
@@ -216,11 +215,8 @@ def _of_streams(method: Method, meta: Any, shapes: _Shapes, layout: Layout) -> i
     streams = method.arithmetic(meta, tokens).streams
     # Blocks of half precision compute in float32 on a CPU.
     in_float32 = max(1, 4 // shapes.element_bytes)
-    states = 2 * streams * tokens * shapes.hidden * in_float32 * shapes.element_bytes
     block = 2 * shapes.block_bytes + shapes.activations(BATCH_SIZE * chosen.window_tokens)
-    sums = 8 * streams * shapes.gram_elements
-    in_memory = states if states <= MEMORY_BYTES else 0  # more of them are in files
-    return in_memory + sums + (in_float32 * block if streams else 0)
+    return 8 * streams * shapes.gram_elements + (in_float32 * block if streams else 0)
 
 
 def check_room(layout: Layout, missing: set[str]) -> list[str]:

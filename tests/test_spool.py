@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from foldstack.compression import kept_pass
 from foldstack.compression.method import Evidence
 from foldstack.compression.methods import METHODS
 from foldstack.compression.ranking import rank_blocks
 from foldstack.compression.spool import Spool
 from foldstack.compression.statistics import KINDS, gather
+from foldstack.compression.stream import BlockStream
 from foldstack.compression.surgery import cut
 
 SPARSITY = 0.3
@@ -27,6 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "modegpt": {"name": "modegpt"},
     "slicegpt": {"name": "slicegpt", "round_interval": 1},
 }
+
+
+STREAMED = ("svd_llm in order", "basis_sharing in order", "slicegpt")
+"""Those whose hidden states go along and are kept."""
 
 
 class Killed(BaseException):
@@ -52,15 +58,20 @@ def evidence(tiny_model: Any) -> Callable[[Any, Path], Evidence]:
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
-@pytest.mark.parametrize("name", sorted(SETTINGS))
+@pytest.mark.parametrize(
+    ("name", "seconds_between"),
+    [*((name, kept_pass.SECONDS_BETWEEN) for name in SETTINGS), *((name, 0) for name in STREAMED)],
+)
 def test_a_killed_run_goes_on_behind_the_last_block_it_finished(
     name: str,
     family: str,
+    seconds_between: float,
     tiny_model: Any,
     evidence: Callable[[Any, Path], Evidence],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kept_pass, "SECONDS_BETWEEN", seconds_between)
     model = tiny_model(family)
     settings = {"sparsity": SPARSITY, **SETTINGS[name]}
     method = METHODS[settings["name"]](**settings)
@@ -97,6 +108,41 @@ def test_a_killed_run_goes_on_behind_the_last_block_it_finished(
         torch.testing.assert_close(tensor, in_memory.tensors[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", STREAMED)
+def test_no_window_passes_a_block_again_that_a_killed_run_has_passed(
+    name: str,
+    tiny_model: Any,
+    evidence: Callable[[Any, Path], Evidence],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept_pass, "SECONDS_BETWEEN", 0)
+    model = tiny_model("llama")
+    settings = {"sparsity": SPARSITY, **SETTINGS[name]}
+    method = METHODS[settings["name"]](**settings)
+    whole = method.compress(model, evidence(model, tmp_path / "whole"))
+
+    passed: list[int] = []
+    call = BlockStream.call
+
+    def noted(self: BlockStream, block: Any, hidden: Tensor, position: int | None = None) -> Any:
+        passed.append(self.position if position is None else position)
+        return call(self, block, hidden, position)
+
+    def kill(_what: str, done: int, _total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    broken = evidence(model, tmp_path / "broken")
+    with pytest.raises(Killed):
+        method.compress(model, replace(broken, progress=kill))
+    monkeypatch.setattr(BlockStream, "call", noted)
+    resumed = method.compress(model, broken)
+    assert set(passed) == set(range(2, len(model.model.layers)))
+    for key, tensor in whole.tensors.items():
+        assert torch.equal(tensor, resumed.tensors[key]), key
+
+
 def test_a_part_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "block-0.unfinished").write_bytes(b"half a file")
     both = torch.arange(4.0)
@@ -122,16 +168,23 @@ def test_a_part_that_was_cut_short_is_named_and_made_again(
     assert f"{file} was left by an earlier run and cannot be read" in caplog.text
 
 
+@pytest.mark.parametrize("seconds_between", [0, kept_pass.SECONDS_BETWEEN])
 @pytest.mark.parametrize("name", ["slicegpt", "svd_llm in order"])
 def test_a_method_makes_the_part_again_that_was_cut_short(
-    name: str, tiny_model: Any, evidence: Callable[[Any, Path], Evidence], tmp_path: Path
+    name: str,
+    seconds_between: float,
+    tiny_model: Any,
+    evidence: Callable[[Any, Path], Evidence],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kept_pass, "SECONDS_BETWEEN", seconds_between)
     model = tiny_model("llama")
     settings = {"sparsity": SPARSITY, **SETTINGS[name]}
     method = METHODS[settings["name"]](**settings)
     method.compress(model, evidence(model, tmp_path))
     whole = files_in(tmp_path)
-    cut_short = sorted(tmp_path.rglob("*.safetensors"))[1]
+    cut_short = sorted(tmp_path.rglob("*-*.safetensors"))[1]
     os.truncate(cut_short, cut_short.stat().st_size // 2)
     method.compress(model, evidence(model, tmp_path))
     assert files_in(tmp_path) == whole
