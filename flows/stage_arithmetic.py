@@ -22,7 +22,7 @@ GRAM_FACTOR = 1.2
 """Of the upper triangle of a Gram over its multiplications, and of adding it up."""
 WRITE_RATE = 5e8
 """Bytes per second that go to disk."""
-LITTLE_SECONDS = 1.0
+LITTLE_SECONDS = 1.5
 """Of a stage without a model: scores into a picture."""
 OPENING_SECONDS = 0.5
 """Of a model, a tokenizer and a text."""
