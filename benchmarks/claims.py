@@ -33,7 +33,8 @@ from held_out_loss import DATA, Bench, Figures, Results, add_data_options, add_r
 from transformers import PreTrainedModel
 
 from foldstack.compression.architectures import architecture_of
-from foldstack.compression.gates import GateTraining, train_gates
+from foldstack.compression.gate_training import train_gates
+from foldstack.compression.gates import GateTraining
 from foldstack.compression.methods import METHODS
 from foldstack.compression.size import count_parameters
 from foldstack.compression.surgery import Cut, cut, plan_of

@@ -156,15 +156,16 @@ class Adapters:
         pass. What head-wise sharing puts together of slices is left out."""
         in_place = sum(tensor.nbytes for tensor in self._values_before.values())
         trained = sum(parameter.nbytes for parameter in self.trainable.values())
-        folded = sum(4 * linear.get_base_layer().weight.numel() for linear in self._folding())
+        folded = sum(4 * weight.numel() for weight in self._folded())
         return sum(p.nbytes for p in self.model.parameters()) + in_place + 3 * trained + folded
 
-    def _folding(self) -> Iterator[FoldingLora]:
-        """What folds in a forward pass, once for each block that uses it."""
+    def _folded(self) -> Iterator[Tensor]:
+        """The weights W that fold in a forward pass, once for each block that uses them."""
         for module in self.model.modules():
             used = module.target if isinstance(module, Borrowed) else module
             if isinstance(used, FoldingLora) and used.is_folding:
-                yield used
+                base: Any = used.get_base_layer()
+                yield base.weight
 
     def merge(self) -> None:
         """Add the adapters to the weights: the model is again what it was, with other values."""

@@ -1,6 +1,7 @@
 """Block gates (foldgpt.md, section 3, acceptance tests 1-5)."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from foldstack.compression.architectures import architecture_of
 from foldstack.compression.candidate_loss import deletion_losses
 from foldstack.compression.errors import InputError
+from foldstack.compression.gate_training import train_gates
 from foldstack.compression.gates import (
     Gates,
     GateTraining,
@@ -20,12 +22,14 @@ from foldstack.compression.gates import (
     gated,
     gates_of,
     mean_jaccard,
-    train_gates,
 )
 from foldstack.compression.surgery import Cut, cut, plan_of
 
 ModelFactory = Callable[..., PreTrainedModel]
-QUICK = GateTraining(steps=60, batch_tokens=256)
+QUICK = {
+    form: GateTraining(form=form, steps=60, batch_tokens=256) for form in ("sampled", "relaxed")
+}
+both_forms = pytest.mark.parametrize("form", QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -145,20 +149,21 @@ def test_gradient_agrees_with_finite_differences(tiny_model: ModelFactory, windo
 # --- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_kept", "noise"), [(3, 0.0), (4, 0.0), (4, 3.0)])
+@both_forms
+@pytest.mark.parametrize("num_kept", [3, 4])
 def test_training_ends_at_0_and_1_on_budget(
-    trained: PreTrainedModel, windows: Tensor, num_kept: int, noise: float
+    trained: PreTrainedModel, windows: Tensor, num_kept: int, form: str
 ) -> None:
-    settings = QUICK.model_copy(update={"noise": noise})
-    found = train_gates(trained, windows, num_kept, settings).values
+    found = train_gates(trained, windows, num_kept, QUICK[form]).values
     assert sum(found) / 5 == pytest.approx(num_kept / 5, abs=0.02)
     assert all(value < 0.1 or value > 0.95 for value in found)
     assert sum(value > 0.5 for value in found) == num_kept
 
 
+@both_forms
 @pytest.mark.parametrize("planted", [(1, 3, 5), (0, 4, 7)])
 def test_blocks_that_do_nothing_have_the_lowest_gates(
-    trained: PreTrainedModel, windows: Tensor, planted: tuple[int, ...]
+    trained: PreTrainedModel, windows: Tensor, planted: tuple[int, ...], form: str
 ) -> None:
     own = iter(range(5))
     order = [0 if position in planted else next(own) for position in range(8)]
@@ -166,12 +171,13 @@ def test_blocks_that_do_nothing_have_the_lowest_gates(
     with torch.no_grad():  # they really do nothing
         torch.testing.assert_close(model(windows).logits, trained(windows).logits)
     for seed in (0, 1):
-        found = train_gates(model, windows, 5, QUICK, seed=seed)
+        found = train_gates(model, windows, 5, QUICK[form], seed=seed)
         assert set(found.order()[:3]) == set(planted), found.values
 
 
+@both_forms
 def test_of_two_blocks_that_do_the_same_one_stays(
-    trained: PreTrainedModel, windows: Tensor
+    trained: PreTrainedModel, windows: Tensor, form: str
 ) -> None:
     """Each can go without a loss, both cannot: scores of single blocks remove both."""
     alone = deletion_losses(trained, windows, range(5))
@@ -180,14 +186,30 @@ def test_of_two_blocks_that_do_the_same_one_stays(
     model = rebuilt(trained, sorted([*range(5), needed]))
     single = deletion_losses(model, windows, range(6))
     assert set(sorted(single, key=single.__getitem__)[:2]) == twins
-    removed = set(train_gates(model, windows, 4, QUICK).order()[:2])
+    removed = set(train_gates(model, windows, 4, QUICK[form]).order()[:2])
     assert len(removed & twins) == 1
 
 
-def test_a_killed_training_ends_as_one_that_was_not(
-    tiny_model: ModelFactory, windows: Tensor, tmp_path: Path
+@pytest.mark.parametrize("num_kept", [3, 4])
+def test_sampled_gates_find_the_best_set_of_all(
+    trained: PreTrainedModel, windows: Tensor, num_kept: int
 ) -> None:
-    settings = GateTraining(steps=25, batch_tokens=64)
+    losses = {}
+    with torch.no_grad():
+        for gone in itertools.combinations(range(5), 5 - num_kept):
+            gates = torch.tensor([float(block not in gone) for block in range(5)])
+            losses[gone] = float(loss_with(trained, windows, gates))
+    for seed in (0, 1):
+        found = train_gates(trained, windows, num_kept, QUICK["sampled"], seed=seed)
+        closed = tuple(sorted(found.order()[: 5 - num_kept]))
+        assert losses[closed] <= min(losses.values()) + 0.01
+
+
+@both_forms
+def test_a_killed_training_ends_as_one_that_was_not(
+    tiny_model: ModelFactory, windows: Tensor, tmp_path: Path, form: str
+) -> None:
+    settings = GateTraining(form=form, steps=25, batch_tokens=64)
     whole = train_gates(tiny_model("qwen2"), windows, 3, settings)
     again = train_gates(tiny_model("qwen2"), windows, 3, settings)
     assert whole == again
@@ -213,31 +235,36 @@ def test_a_killed_training_ends_as_one_that_was_not(
     assert other != whole
 
 
-def test_a_bfloat16_model_trains(tiny_model: ModelFactory, windows: Tensor) -> None:
+@both_forms
+def test_a_bfloat16_model_trains(tiny_model: ModelFactory, windows: Tensor, form: str) -> None:
     model = tiny_model("gemma2").bfloat16()
-    found = train_gates(model, windows, 3, GateTraining(steps=20, batch_tokens=64))
+    settings = GateTraining(form=form, steps=20, batch_tokens=64)
+    found = train_gates(model, windows, 3, settings)
     assert sum(found.values) == pytest.approx(3, abs=1e-6)
 
 
 def test_a_budget_without_a_choice_is_refused(tiny_model: ModelFactory, windows: Tensor) -> None:
     for num_kept in (0, 4):
         with pytest.raises(InputError, match=f"1 to 3 of 4 blocks, got {num_kept}"):
-            train_gates(tiny_model("llama"), windows, num_kept, QUICK)
+            train_gates(tiny_model("llama"), windows, num_kept, GateTraining())
 
 
+@both_forms
 def test_a_model_without_a_finite_loss_is_refused(
-    tiny_model: ModelFactory, windows: Tensor
+    tiny_model: ModelFactory, windows: Tensor, form: str
 ) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = float("nan")
     with pytest.raises(InputError, match="gated model must be finite"):
-        train_gates(model, windows, 3, QUICK)
+        train_gates(model, windows, 3, QUICK[form])
 
 
-def test_the_noise_is_gone_before_the_end() -> None:
-    schedule = GateTraining(steps=10, noise=2)
-    assert [schedule.noise_at(step) for step in (0, 5, 7, 9)] == pytest.approx([2, 2, 1, 0])
+def test_the_temperature_falls_geometrically() -> None:
+    schedule = GateTraining(steps=100, hold=0.1, last_temperature=0.01)
+    assert [schedule.temperature(step) for step in (0, 9, 10)] == [1, 1, 1]
+    assert schedule.temperature(50) == pytest.approx(0.1)
+    assert [schedule.temperature(step) for step in (90, 99)] == pytest.approx([0.01, 0.01])
 
 
 def test_the_pull_rises_geometrically() -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.candidate_loss import mean_loss
 from foldstack.compression.errors import InputError
-from foldstack.compression.gates import GateTraining, mean_jaccard, train_gates
+from foldstack.compression.gate_training import train_gates
+from foldstack.compression.gates import GateTraining, mean_jaccard
 from foldstack.compression.group_sharing import GroupSharing
 from foldstack.compression.method import (
     TOLERANCE,
@@ -28,9 +29,6 @@ from foldstack.compression.stream import skipping
 from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of
 
 logger = logging.getLogger(__name__)
-
-# Of every second training of the gates.
-_NOISE = 3.0
 
 
 class FoldGpt(GroupSharing):
@@ -47,8 +45,9 @@ class FoldGpt(GroupSharing):
     where sharing among the others cannot reach the rest; the smallest number of groups follows.
 
     Departs from the paper: training of weights comes after (recovery is its own stage, its
-    `tail_distillation` is the paper's); every block counts the same in the gates' budget; the set
-    that goes is the best of several trainings' and block influence's (`selection`).
+    `tail_distillation` is the paper's); every block counts the same in the gates' budget; gates are
+    sampled and not only relaxed (`gate_training`); the set that goes is the best of several
+    trainings' and block influence's (`selection`).
     """
 
     name: Literal["foldgpt"] = "foldgpt"
@@ -56,7 +55,8 @@ class FoldGpt(GroupSharing):
     """Fraction of what is removed that goes as whole blocks, at least; sharing takes the rest. 1:
     only removal; 0: only sharing."""
     gate_runs: int = Field(default=2, ge=1)
-    """Trainings of the gates with seeds of their own; every second one with noise (see `gates`)."""
+    """Trainings of the gates with seeds of their own, every second one of the other form than
+    `gates` has."""
     selection: Literal["lowest_loss", "mean_gate"] = "lowest_loss"
     """Which blocks go. lowest_loss: of the sets that the runs close, and the set of least block
     influence, the one without which the loss on the calibration windows is lowest; mean_gate: those
@@ -130,11 +130,10 @@ class FoldGpt(GroupSharing):
         return means
 
     def _training(self, run: int) -> GateTraining:
-        """Without noise a half-closed block may look cheaper than a removed one; with it, a set
-        depends more on the seed. Neither is always the better one."""
-        if run % 2 == 0 or self.gates.noise:
+        if run % 2 == 0:
             return self.gates
-        return self.gates.model_copy(update={"noise": _NOISE})
+        other = "relaxed" if self.gates.form == "sampled" else "sampled"
+        return self.gates.model_copy(update={"form": other})
 
     def _best(
         self, model: PreTrainedModel, evidence: Evidence, count: int, gates: list[tuple[float, ...]]
