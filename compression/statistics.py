@@ -27,7 +27,7 @@ from foldstack.compression.gram_files import AddedGrams, GramFiles, GramKey, sav
 from foldstack.compression.grams import rank_bounds, report_ranks, summed_inputs
 from foldstack.compression.hidden_states import MEMORY_BYTES
 from foldstack.compression.kept_pass import BOUNDARIES, STATES, KeptPass
-from foldstack.compression.mapped_memory import release
+from foldstack.compression.mapped_memory import release, trim
 from foldstack.compression.similarity import SIMILARITY_TOKENS, Boundaries, Similarity
 from foldstack.compression.stream import BlockStream, cpu_precision, tensors_of
 from foldstack.compression.surgery import plan_of
@@ -230,6 +230,7 @@ def gather(
         else:
             stream.advance()
         release(tensors_of(block))
+        trim()
         kept.checkpoint(stream.position)
         if progress is not None:
             progress("gather statistics", stream.position, len(stream.blocks))
