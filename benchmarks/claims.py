@@ -8,9 +8,9 @@ By default on the reference model and held-out modules of the standard library; 
 With --results every figure goes into that file as soon as it is known; the same command goes on.
 
 foldgpt: without the blocks whose trained gates are lowest the perplexity is at most that without
-    the blocks of least block influence, for each number of blocks (gates: those of one training;
-    method: the set that the method as it comes chooses), and blocks that do nothing get the lowest
-    gates.
+    the blocks of least block influence, for each number of blocks (sampled and relaxed: gates of
+    one training; method: the set that the method as it comes chooses), and blocks that do nothing
+    get the lowest gates.
 flexigpt: virtual blocks start at most 1.02 times the perplexity of the model without them, and end,
     after --recovery_steps, below ShortGPT of the same stored size after the same, and below the
     model without them after the same, which is the paper's comparison and stores less.
@@ -36,6 +36,7 @@ from foldstack.compression.architectures import architecture_of
 from foldstack.compression.gate_training import train_gates
 from foldstack.compression.gates import GateTraining
 from foldstack.compression.methods import METHODS
+from foldstack.compression.methods.foldgpt import FoldGpt
 from foldstack.compression.size import count_parameters
 from foldstack.compression.surgery import Cut, cut, plan_of
 
@@ -101,7 +102,7 @@ def foldgpt(known: Known, options: argparse.Namespace) -> Iterator[Finding]:
         for seed in options.seeds:
             what = f"{count} blocks gone, seed {seed}"
             found = known.figures(f"gates, {what}", partial(gates, count, seed))
-            for which in ("gates", "method"):
+            for which in ("sampled", "relaxed", "method"):
                 yield Finding("foldgpt", f"{which}, {what}", found[which], bound["perplexity"])
     for seed in options.seeds:
         what = f"planted idle blocks that are not the lowest, seed {seed}"
@@ -116,27 +117,25 @@ def influence(count: int, bench: Bench) -> Figures:
 
 
 def gates(count: int, seed: int, bench: Bench) -> Figures:
-    """Perplexities without what the method's first training closes, and what the method chooses."""
+    """Perplexities without what each training of the method closes, and what it chooses."""
     share = removed_share(bench, count)
     method = METHODS["foldgpt"](sparsity=share, seed=seed, removal_portion=1)
-    with TemporaryDirectory() as folder:  # the method goes on from the training that it finds
-        work = Path(folder)
-        trained = train_gates(
-            bench.model,
-            bench.calibration,
-            len(plan_of(bench.model).blocks) - count,
-            GateTraining(),
-            seed=seed * method.gate_runs,
-            work=work / "gates-0",
-        )
-        change = method.compress(bench.model, replace(bench.evidence, work=work))
-    closed = frozenset(trained.order()[:count])
-    return {
-        "gates": bench.perplexity(without(bench.model, closed)),
-        "method": bench.perplexity(cut(bench.model, change)),
-        "closed": sorted(closed),
-        "chosen": list(change.plan.removed_blocks),
-    }
+    assert isinstance(method, FoldGpt)
+    num_kept = len(plan_of(bench.model).blocks) - count
+    found: Figures = {}
+    with TemporaryDirectory() as folder:  # the method goes on from the trainings that it finds
+        for run in range(method.gate_runs):
+            settings, seed_of_run = method.training(run), method.seed * method.gate_runs + run
+            work = Path(folder) / f"gates-{run}"
+            trained = train_gates(
+                bench.model, bench.calibration, num_kept, settings, seed=seed_of_run, work=work
+            )
+            closed = frozenset(trained.order()[:count])
+            found[settings.form] = bench.perplexity(without(bench.model, closed))
+            found[f"closed by {settings.form}"] = sorted(closed)
+        change = method.compress(bench.model, replace(bench.evidence, work=Path(folder)))
+    chosen = {"chosen": list(change.plan.removed_blocks)}
+    return {**found, "method": bench.perplexity(cut(bench.model, change)), **chosen}
 
 
 def missed_idle(seed: int, bench: Bench) -> Figures:

@@ -64,6 +64,13 @@ class FoldGpt(GroupSharing):
     gates: GateTraining = GateTraining()
     """How the gates train."""
 
+    def training(self, run: int) -> GateTraining:
+        """How the gates train in run `run`, counted from 0."""
+        if run % 2 == 0:
+            return self.gates
+        other = "relaxed" if self.gates.form == "sampled" else "sampled"
+        return self.gates.model_copy(update={"form": other})
+
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.
         deepest = _deepest(model)
@@ -112,7 +119,7 @@ class FoldGpt(GroupSharing):
                 model,
                 evidence.calibration,
                 num_blocks - count,
-                self._training(run),
+                self.training(run),
                 seed=self.seed * self.gate_runs + run,
                 work=None if evidence.work is None else evidence.work / f"gates-{run}",
                 progress=evidence.progress,
@@ -128,12 +135,6 @@ class FoldGpt(GroupSharing):
         means = [sum(values) / len(runs) for values in zip(*(r.values for r in runs), strict=True)]
         logger.info("gates: %s", " ".join(f"{value:.3f}" for value in means))
         return means
-
-    def _training(self, run: int) -> GateTraining:
-        if run % 2 == 0:
-            return self.gates
-        other = "relaxed" if self.gates.form == "sampled" else "sampled"
-        return self.gates.model_copy(update={"form": other})
 
     def _best(
         self, model: PreTrainedModel, evidence: Evidence, count: int, gates: list[tuple[float, ...]]
