@@ -236,9 +236,11 @@ class _Sampled(_Run):
         self.closings = _MEMORY * self.closings + closed.T @ closed
         self.rises = _MEMORY * self.rises + closed.T @ (losses - self.open[batch])
         costs = torch.linalg.solve(self.closings, self.rises)
-        spread = float((costs - costs.median()).abs().median())
+        deviations = (costs - costs.median()).abs()
+        # Of two blocks the median is one's cost; of blocks that cost the same no spread is left.
+        spread = float(deviations.median()) or float(deviations.max()) or 1.0
         temperature = settings.temperature(step) * spread
-        self.log_t2 = costs / max(temperature, torch.finfo(costs.dtype).tiny)
+        self.log_t2 = costs / temperature
         self.moved(float(losses.mean()), costs, temperature=temperature)
 
     def _noise(self, num_windows: int) -> Tensor:
@@ -257,7 +259,7 @@ class _Sampled(_Run):
             for some, of_some in zip(
                 batch.split(self.at_once), gates.split(self.at_once), strict=True
             ):
-                with gated(self.model, of_some.to(self.model.device)):
+                with gated(self.model, of_some.float().to(self.model.device)):
                     of_tokens = token_losses(self.model, self.windows[some].long(), self.head)
                 losses.append(of_tokens.mean(-1))
         return torch.cat(losses)

@@ -205,6 +205,18 @@ def test_sampled_gates_find_the_best_set_of_all(
         assert losses[closed] <= min(losses.values()) + 0.01
 
 
+@pytest.mark.parametrize("silent", [(), (0, 1)])
+def test_of_two_blocks_the_one_that_is_missed_less_goes(
+    tiny_model: ModelFactory, windows: Tensor, silent: tuple[int, ...]
+) -> None:
+    """The spread of two costs, or of equal ones, is no use as a temperature."""
+    model = rebuilt(tiny_model("llama"), [0, 1], silent)
+    losses = deletion_losses(model, windows, range(2))
+    found = train_gates(model, windows, 1, QUICK["sampled"])
+    assert sum(found.values) == pytest.approx(1)
+    assert losses[found.order()[0]] == min(losses.values())
+
+
 @both_forms
 def test_a_killed_training_ends_as_one_that_was_not(
     tiny_model: ModelFactory, windows: Tensor, tmp_path: Path, form: str
