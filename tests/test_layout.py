@@ -1,5 +1,6 @@
 """The rules of packaging and layering that no tool checks by itself."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -159,3 +160,18 @@ def test_constraints_pin_every_dependency() -> None:
     }
     names = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in wanted}
     assert names - {"foldstack"} <= pinned  # an extra of ours may name another one
+
+
+@pytest.mark.parametrize("folder", [*CODE_FOLDERS, "benchmarks"])
+def test_the_readme_says_what_each_file_is_for(folder: str) -> None:
+    """In its docstring's first sentence, in the order of a listing."""
+    rows = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        docstring = " ".join((ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split())
+        if docstring:
+            sentence = re.split(r"(?<=[.?]) ", docstring)[0]
+            rows.append(f"| `{file.relative_to(ROOT / folder)}` | {sentence} |")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, table = text.partition(f"**{folder}/**")
+    found = table.partition("|---|---|\n")[2].partition("\n\n")[0]
+    assert found.splitlines() == rows
