@@ -124,16 +124,14 @@ def gates(count: int, seed: int, bench: Bench) -> Figures:
     num_kept = len(plan_of(bench.model).blocks) - count
     found: Figures = {}
     with TemporaryDirectory() as folder:  # the method goes on from the trainings that it finds
+        evidence = replace(bench.evidence, work=Path(folder))
         for run in range(method.gate_runs):
-            settings, seed_of_run = method.training(run), method.seed * method.gate_runs + run
-            work = Path(folder) / f"gates-{run}"
-            trained = train_gates(
-                bench.model, bench.calibration, num_kept, settings, seed=seed_of_run, work=work
-            )
+            form = method.training(run).form
+            trained = method.train(bench.model, evidence, num_kept, run)
             closed = frozenset(trained.order()[:count])
-            found[settings.form] = bench.perplexity(without(bench.model, closed))
-            found[f"closed by {settings.form}"] = sorted(closed)
-        change = method.compress(bench.model, replace(bench.evidence, work=Path(folder)))
+            found[form] = bench.perplexity(without(bench.model, closed))
+            found[f"closed by {form}"] = sorted(closed)
+        change = method.compress(bench.model, evidence)
     chosen = {"chosen": list(change.plan.removed_blocks)}
     return {**found, "method": bench.perplexity(cut(bench.model, change)), **chosen}
 

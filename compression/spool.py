@@ -29,15 +29,14 @@ class Spool:
 
     def has(self, name: str) -> bool:
         """Whether an earlier run has left this part."""
-        file = None if self._folder is None else self._folder / f"{name}.safetensors"
-        return file is not None and read_whole(file) is not None
+        return self._folder is not None and read_whole(self._file(name)) is not None
 
     def part(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of one part: as an earlier run has left them, or made now."""
         if self._folder is None:
             tensors = dict(make())
         else:
-            file = self._folder / f"{name}.safetensors"
+            file = self._file(name)
             found = read_whole(file)
             if found is None:
                 write_at_once(make(), file)
@@ -45,6 +44,10 @@ class Spool:
             tensors = found
         self.tensors |= tensors
         return tensors
+
+    def _file(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{name}.safetensors"
 
 
 def read_whole(file: Path) -> dict[str, Tensor] | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from foldstack.compression.candidate_loss import mean_loss
 from foldstack.compression.errors import InputError
 from foldstack.compression.gate_training import train_gates
-from foldstack.compression.gates import GateTraining, mean_jaccard
+from foldstack.compression.gates import Gates, GateTraining, mean_jaccard
 from foldstack.compression.group_sharing import GroupSharing
 from foldstack.compression.method import (
     TOLERANCE,
@@ -71,6 +71,18 @@ class FoldGpt(GroupSharing):
         other = "relaxed" if self.gates.form == "sampled" else "sampled"
         return self.gates.model_copy(update={"form": other})
 
+    def train(self, model: PreTrainedModel, evidence: Evidence, num_kept: int, run: int) -> Gates:
+        """The gates of run `run`; one that `evidence.work` has the end of is not trained again."""
+        return train_gates(
+            model,
+            evidence.calibration,
+            num_kept,
+            self.training(run),
+            seed=self.seed * self.gate_runs + run,
+            work=None if evidence.work is None else evidence.work / f"gates-{run}",
+            progress=evidence.progress,
+        )
+
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.
         deepest = _deepest(model)
@@ -115,16 +127,7 @@ class FoldGpt(GroupSharing):
             return list(evidence.ranking.scores["block_influence"])
         num_blocks = len(plan_of(model).blocks)
         runs = [
-            train_gates(
-                model,
-                evidence.calibration,
-                num_blocks - count,
-                self.training(run),
-                seed=self.seed * self.gate_runs + run,
-                work=None if evidence.work is None else evidence.work / f"gates-{run}",
-                progress=evidence.progress,
-            )
-            for run in range(self.gate_runs)
+            self.train(model, evidence, num_blocks - count, run) for run in range(self.gate_runs)
         ]
         if self.gate_runs > 1:
             agreement = mean_jaccard([frozenset(run.order()[:count]) for run in runs])
