@@ -200,7 +200,7 @@ def attempt(case: Case, folder: Path) -> Outcome:
     server = {} if case.is_seen_by_a_stage else {"PREFECT_API_URL": NO_SERVER}
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "foldstack.flows.cli", "run", str(config), *case.overrides],
+        [sys.executable, "-m", "foldstack.flows.cli.app", "run", str(config), *case.overrides],
         capture_output=True,
         text=True,
         check=False,

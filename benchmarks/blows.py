@@ -14,7 +14,7 @@ from typing import Any
 
 from small_sweep import RUN_SECONDS, SmallSweep
 
-from foldstack.tasks.home import WORDS_OF_LIBRARIES, disk_full, disk_too_small
+from foldstack.tasks.environment.home import WORDS_OF_LIBRARIES, disk_full, disk_too_small
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 SERVERS = {"prefect": "Prefect", "mlflow": "MLflow", "postgres": "Postgres"}

@@ -32,13 +32,13 @@ from typing import Any
 from held_out_loss import DATA, Bench, Figures, Results, add_data_options, add_results_option
 from transformers import PreTrainedModel
 
-from foldstack.compression.architectures import architecture_of
-from foldstack.compression.gate_training import train_gates
-from foldstack.compression.gates import GateTraining
 from foldstack.compression.methods import METHODS
-from foldstack.compression.methods.foldgpt import FoldGpt
-from foldstack.compression.size import count_parameters
-from foldstack.compression.surgery import Cut, cut, plan_of
+from foldstack.compression.methods.sharing.foldgpt import FoldGpt
+from foldstack.compression.methods.sharing.gate_training import train_gates
+from foldstack.compression.methods.sharing.gates import GateTraining
+from foldstack.compression.structure.architectures import architecture_of
+from foldstack.compression.structure.size import count_parameters
+from foldstack.compression.structure.surgery import Cut, cut, plan_of
 
 START_BOUND = 1.02  # of FlexiGPT's perplexity over the pruned model's
 REPLACEMENTS: tuple[tuple[dict[str, Any], int | None], ...] = (

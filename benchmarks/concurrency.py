@@ -28,8 +28,8 @@ from typing import Any
 
 from small_sweep import RUN_SECONDS, SmallSweep
 
-from foldstack.flows.prefect_server import TemporaryServer
-from foldstack.tasks.leases import STALE_SECONDS
+from foldstack.flows.running.prefect_server import TemporaryServer
+from foldstack.tasks.store.leases import STALE_SECONDS
 
 MADE = re.compile(r": made in [\d.]+ s as (\S+/[0-9a-f]+)")
 TAKEN = re.compile(r": another process has just made it, as (\S+/[0-9a-f]+)")

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foldstack.compression.inner_pairs import leverage_scores, refitted
-from foldstack.compression.low_rank import truncate, whitened_svd
+from foldstack.compression.closed_forms.inner_pairs import leverage_scores, refitted
+from foldstack.compression.closed_forms.low_rank import truncate, whitened_svd
 
 CONDITION = 1e8
 """Largest eigenvalue of a Gram over its smallest: of activations with outlier channels."""

@@ -28,7 +28,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 START_SECONDS = 120.0
 SECONDS_BEFORE_DEATH = 2.0
-IMPORTED = ("torch", "transformers", "safetensors", "foldstack.flows.sweep", "foldstack.flows.rows")
+IMPORTED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "foldstack.flows.sweep",
+    "foldstack.flows.comparison.rows",
+)
 
 
 def sweep_config(home: Path, address: str) -> dict[str, Any]:
@@ -116,11 +122,11 @@ def address_in(scheduler_file: Path) -> str:
 
 def run_once(home: Path, address: str) -> dict[str, Any]:
     """One sweep: its wall time, its stages, and what it found."""
-    from foldstack.flows.branches import lay_out
-    from foldstack.flows.preflight import check
-    from foldstack.flows.run_config import parse_config
+    from foldstack.flows.config.run_config import parse_config
+    from foldstack.flows.planning.preflight import check
+    from foldstack.flows.running.branches import lay_out
+    from foldstack.flows.running.progress import Silent
     from foldstack.flows.sweep import run_sweep
-    from foldstack.flows.terminal import Silent
 
     started = time.perf_counter()
     layout = lay_out(parse_config(sweep_config(home, address)))
@@ -169,7 +175,7 @@ class Killer(threading.Thread):
 
 def measure() -> dict[str, Any]:
     """The figures of the three sweeps."""
-    from foldstack.flows.prefect_server import TemporaryServer
+    from foldstack.flows.running.prefect_server import TemporaryServer
 
     with tempfile.TemporaryDirectory(prefix="foldstack-fanout-") as name, TemporaryServer() as api:
         folder = Path(name)

@@ -44,7 +44,7 @@ from blows import BLOWS, SERVERS, Scene, Servers
 from small_sweep import RUN_SECONDS, SmallSweep
 from stage_chain import StageChain
 
-from foldstack.flows.prefect_server import TemporaryServer
+from foldstack.flows.running.prefect_server import TemporaryServer
 
 BLOWS_PER_ROUND = 3
 WHAT = {"sweep": SmallSweep, "chain": StageChain}

@@ -24,18 +24,18 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
-from foldstack.compression.block_residency import run_blocks_in_turn
-from foldstack.compression.inner_pairs import leverage_scores, refitted
-from foldstack.compression.low_rank import whitened_svd
-from foldstack.compression.method import Evidence
+from foldstack.compression.closed_forms.inner_pairs import leverage_scores, refitted
+from foldstack.compression.closed_forms.low_rank import whitened_svd
+from foldstack.compression.evaluation.generation import generate_greedily
 from foldstack.compression.methods import METHODS
-from foldstack.compression.methods.modegpt import MoDeGpt
-from foldstack.compression.methods.svd_llm import SvdLlm
-from foldstack.compression.ranking import rank_blocks
-from foldstack.compression.size import count_parameters, size_of, sparsity_between
-from foldstack.compression.speed import generate_greedily
-from foldstack.compression.statistics import KINDS, Statistics, gather
-from foldstack.compression.surgery import build_on_meta, config_for, cut
+from foldstack.compression.methods.factoring.svd_llm import SvdLlm
+from foldstack.compression.methods.method import Evidence
+from foldstack.compression.methods.narrowing.modegpt import MoDeGpt
+from foldstack.compression.statistics.block_residency import run_blocks_in_turn
+from foldstack.compression.statistics.gathering import KINDS, Statistics, gather
+from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.structure.size import count_parameters, size_of, sparsity_between
+from foldstack.compression.structure.surgery import build_on_meta, config_for, cut
 
 SIZES = {
     "tiny": (128, 344, 4, 4, 512),

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foldstack.compression.checkpoint import load_model, load_tokenizer
-from foldstack.compression.corpus import PYTHON_STDLIB, TextSource, documents
-from foldstack.compression.method import Evidence, no_progress
+from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer
+from foldstack.compression.checkpoints.model_folder import resolve
 from foldstack.compression.methods import METHODS
-from foldstack.compression.model_folder import resolve
-from foldstack.compression.plan import Plan
-from foldstack.compression.ranking import rank_blocks
-from foldstack.compression.recovery import Recovery, recover
-from foldstack.compression.size import Size, size_of
-from foldstack.compression.statistics import KINDS, gather
-from foldstack.compression.surgery import cut
+from foldstack.compression.methods.method import Evidence, no_progress
+from foldstack.compression.statistics.gathering import KINDS, gather
+from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.structure.plan import Plan
+from foldstack.compression.structure.size import Size, size_of
+from foldstack.compression.structure.surgery import cut
+from foldstack.compression.text.corpus import PYTHON_STDLIB, TextSource, documents
+from foldstack.compression.training.recovery import Recovery, recover
 
 RECOVERY_BATCH = 8
 DATA = (

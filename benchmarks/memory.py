@@ -27,16 +27,16 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from foldstack.compression.calibration import Windows
-from foldstack.compression.digest import digest_folder
-from foldstack.compression.memory_probe import peak_resident_bytes
+from foldstack.compression.evaluation.memory_probe import peak_resident_bytes
 from foldstack.compression.methods import METHODS
-from foldstack.tasks.artifacts import Artifact, ArtifactStore
+from foldstack.compression.storage.digest import digest_folder
+from foldstack.compression.text.calibration import Windows
 from foldstack.tasks.compress_model import CompressModel
-from foldstack.tasks.execution import Execution
+from foldstack.tasks.environment.execution import Execution
 from foldstack.tasks.gather_statistics import GatherStatistics
 from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.stage import ModelRef, Stage, run_stage
+from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 
 NUM_WINDOWS, WINDOW_TOKENS = 16, 512
 SPARSITY = 0.25

@@ -41,10 +41,10 @@ from held_out_loss import (
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from foldstack.compression.method import Method
 from foldstack.compression.methods import METHODS
-from foldstack.compression.size import size_of
-from foldstack.compression.surgery import cut
+from foldstack.compression.methods.method import Method
+from foldstack.compression.structure.size import size_of
+from foldstack.compression.structure.surgery import cut
 
 # Methods that make a model larger are not compared with those that make it smaller.
 SHRINKING = tuple(name for name in METHODS if name != "flexigpt_extend")

@@ -37,10 +37,10 @@ def sweep_config(home: Path) -> dict[str, Any]:
 
 def run_once(home: Path) -> dict[str, float]:
     """One sweep: its wall time, the time inside stages, and how many tasks it has."""
-    from foldstack.flows.branches import lay_out
-    from foldstack.flows.run_config import parse_config
+    from foldstack.flows.config.run_config import parse_config
+    from foldstack.flows.running.branches import lay_out
+    from foldstack.flows.running.progress import Silent
     from foldstack.flows.sweep import run_sweep
-    from foldstack.flows.terminal import Silent
 
     started = time.perf_counter()
     layout = lay_out(parse_config(sweep_config(home)))
@@ -57,7 +57,7 @@ def run_once(home: Path) -> dict[str, float]:
 
 def measure() -> dict[str, float]:
     """The figures of a computed and of a cached sweep."""
-    from foldstack.flows.prefect_server import TemporaryServer
+    from foldstack.flows.running.prefect_server import TemporaryServer
 
     with (
         tempfile.TemporaryDirectory(prefix="foldstack-overhead-") as home,

@@ -28,12 +28,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foldstack.compression.checkpoint import save_model
-from foldstack.compression.memory_probe import end_probe, peak_resident_bytes
+from foldstack.compression.checkpoints.checkpoint import save_model
+from foldstack.compression.evaluation.memory_probe import end_probe, peak_resident_bytes
 from foldstack.compression.reference import MODEL_FOLDER
-from foldstack.flows.branches import Layout, lay_out
-from foldstack.flows.planning import dry_run
-from foldstack.flows.run_config import parse_config
+from foldstack.flows.config.run_config import parse_config
+from foldstack.flows.planning.forecast import dry_run
+from foldstack.flows.running.branches import Layout, lay_out
 from foldstack.tasks.stage import run_stage
 
 FORK = multiprocessing.get_context("fork")

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from foldstack.compression.adapters import linear_names
-from foldstack.compression.checkpoint import load_model
-from foldstack.compression.recovery import Recovery, autocast_dtype, recover
-from foldstack.compression.surgery import Cut, cut, plan_of
+from foldstack.compression.checkpoints.checkpoint import load_model
+from foldstack.compression.structure.surgery import Cut, cut, plan_of
+from foldstack.compression.training.adapters import linear_names
+from foldstack.compression.training.recovery import Recovery, autocast_dtype, recover
 
 BATCH_SIZE, WINDOW_TOKENS, STEPS = 8, 256, 3
 RATE_SECONDS = 0.5

@@ -94,7 +94,7 @@ def measure() -> dict[str, object]:
         codes = {}
         for name, (arguments, changes) in commands(folder / "home", port).items():
             done = subprocess.run(
-                [sys.executable, "-m", "foldstack.flows.cli", *arguments],
+                [sys.executable, "-m", "foldstack.flows.cli.app", *arguments],
                 cwd=folder, capture_output=True,
                 env=os.environ | environment | changes | {"PREFECT_HOME": str(folder / "prefect")},
             )  # fmt: skip

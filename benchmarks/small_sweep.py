@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from foldstack.compression.digest import digest_file, digest_json
-from foldstack.flows.comparison import load
-from foldstack.tasks.artifacts import ArtifactStore
-from foldstack.tasks.garbage import StoredArtifact, collect_garbage, list_artifacts
+from foldstack.compression.storage.digest import digest_file, digest_json
+from foldstack.flows.comparison.files import load
+from foldstack.tasks.store.artifacts import ArtifactStore
+from foldstack.tasks.store.garbage import StoredArtifact, collect_garbage, list_artifacts
 
 MARK = "FOLDSTACK_SMALL_SWEEP"
 RUN_SECONDS = 300.0
@@ -63,7 +63,7 @@ class SmallSweep:
         file.write_text(json.dumps(config_of(self.home, **self.changes)))  # JSON is YAML
         with self.open_log() as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "foldstack.flows.cli", "run", str(file), "--json"],
+                [sys.executable, "-m", "foldstack.flows.cli.app", "run", str(file), "--json"],
                 env=self.marked(),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
             )  # fmt: skip

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 from small_sweep import SmallSweep
 
 from foldstack.compression.errors import InputError
-from foldstack.tasks.artifacts import Artifact, ArtifactStore
-from foldstack.tasks.manifest import Facts
 from foldstack.tasks.stage import Progress, Stage, run_stage
+from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.store.manifest import Facts
 
 NUM_STAGES, NUM_PARTS, PART_SECONDS = 4, 5, 0.04
 

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from foldstack.compression.reference import BENCHMARKS_FOLDER
-from foldstack.tasks.home import foldstack_home
-from foldstack.tasks.manifest import MANIFEST, Manifest, read_manifest
+from foldstack.tasks.environment.home import foldstack_home
+from foldstack.tasks.store.manifest import MANIFEST, Manifest, read_manifest
 
 MODEL_STAGES = ("compress_model", "recover_model")
 METRIC = "acc"

@@ -12,9 +12,9 @@ import math
 import time
 from pathlib import Path
 
-from foldstack.compression.checkpoint import load_model, load_tokenizer
-from foldstack.compression.model_folder import resolve
-from foldstack.compression.perplexity import (
+from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer
+from foldstack.compression.checkpoints.model_folder import resolve
+from foldstack.compression.evaluation.perplexity import (
     PerplexityProtocol,
     PerplexityResult,
     measure_perplexity,

@@ -18,12 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from foldstack.compression import reference
-from foldstack.compression.checkpoint import load_model, load_tokenizer
+from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer
+from foldstack.compression.evaluation.generation import generate_greedily
+from foldstack.compression.evaluation.perplexity import PerplexityProtocol, measure_perplexity
 from foldstack.compression.methods import METHODS
-from foldstack.compression.perplexity import PerplexityProtocol, measure_perplexity
-from foldstack.compression.size import count_parameters
-from foldstack.compression.speed import generate_greedily
-from foldstack.compression.surgery import build_on_meta, config_for
+from foldstack.compression.structure.size import count_parameters
+from foldstack.compression.structure.surgery import build_on_meta, config_for
 
 SPARSITIES = (0.3, 0.5)
 PROMPT_TOKENS, NEW_TOKENS = 128, 16

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from foldstack.compression.errors import InputError
+from foldstack.flows.cli.servers import Parts, Server, mlflow, prefect
 from foldstack.flows.prefect_defaults import AGAINST_OUTAGES  # before Prefect
-from foldstack.flows.servers import Parts, Server, mlflow, prefect
 
 DEPLOY = Path(__file__).resolve().parent
 DATABASES = ("prefect", "mlflow")

@@ -31,7 +31,7 @@ import alerts
 from local_stack import Stack, stack_in, temporary_or, up
 
 from foldstack.compression.errors import InputError
-from foldstack.flows.servers import Parts
+from foldstack.flows.cli.servers import Parts
 
 SMALL_CONFIG = {
     "name": "scheduled check",

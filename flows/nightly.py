@@ -11,16 +11,17 @@ from prefect import flow, runtime, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from foldstack.compression.digest import digest_json
 from foldstack.compression.errors import InputError
-from foldstack.flows.command_compare import compare_command
-from foldstack.flows.comparison import Comparison, records
-from foldstack.flows.method_entries import sparsity_text
-from foldstack.flows.run_config import RunConfig
-from foldstack.flows.run_records import experiment_of, registered_name, tracking_uri
+from foldstack.compression.storage.digest import digest_json
+from foldstack.flows.comparison.files import comparisons_in
+from foldstack.flows.comparison.result import Comparison
+from foldstack.flows.comparison.run_records import experiment_of, registered_name, tracking_uri
+from foldstack.flows.comparison.tables import records
+from foldstack.flows.config.method_entries import sparsity_text
+from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.sweep import sweep
-from foldstack.tasks.quality_gate import Gate, Verdict, apply_gate, refused
-from foldstack.tasks.redaction import without_secrets
+from foldstack.tasks.environment.redaction import without_secrets
+from foldstack.tasks.tracking.quality_gate import Gate, Verdict, apply_gate, refused
 
 DEFAULT_GATE = Gate()
 
@@ -79,7 +80,7 @@ def refresh_comparison(model: str = "", home: Path | None = None) -> int:
         InputError: there is no sweep of that model.
     """
     rows: list[dict[str, Any]] = []
-    for comparison in compare_command(model, home):
+    for comparison in comparisons_in(home, model):
         rows += [{"sweep": comparison.title, **row} for row in records(comparison)]
     create_table_artifact(table=rows, key="all-sweeps", description=f"Sweeps of {model or 'all'}")
     return len(rows)

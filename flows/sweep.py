@@ -19,21 +19,22 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from foldstack.flows import comparison as tables
-from foldstack.flows.branches import Layout, lay_out
-from foldstack.flows.comparison import Comparison
-from foldstack.flows.engines import Engine, engine_for
-from foldstack.flows.prefect_server import note_flow_run
-from foldstack.flows.preflight import check
-from foldstack.flows.report import REPORT, write_report
-from foldstack.flows.rows import rivals, row_of
-from foldstack.flows.run_config import RunConfig, to_yaml
-from foldstack.flows.run_records import SweepLog
-from foldstack.flows.stage_runs import StageRuns
-from foldstack.flows.terminal import Display, Silent
+from foldstack.flows.comparison import files as result_files
+from foldstack.flows.comparison.report import REPORT, write_report
+from foldstack.flows.comparison.result import Comparison
+from foldstack.flows.comparison.rows import rivals, row_of
+from foldstack.flows.comparison.run_records import SweepLog
+from foldstack.flows.comparison.tables import records
+from foldstack.flows.config.run_config import RunConfig, to_yaml
+from foldstack.flows.planning.preflight import check
+from foldstack.flows.running.branches import Layout, lay_out
+from foldstack.flows.running.engines import Engine, engine_for
+from foldstack.flows.running.prefect_server import note_flow_run
+from foldstack.flows.running.progress import Display, Silent
+from foldstack.flows.running.stage_runs import StageRuns
+from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
-from foldstack.tasks.redaction import hide_in_logs, without_secrets
-from foldstack.tasks.worker_pool import PACKAGE_LOGGER, worker_processes
+from foldstack.tasks.running.worker_pool import PACKAGE_LOGGER, worker_processes
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def _publish(
     """Write, show and log the comparison; fail the flow when a variant failed."""
     folder = layout.report_folder
     config = to_yaml(layout.resolved_config)
-    files = tables.save(comparison, folder)
+    files = result_files.save(comparison, folder)
     files[REPORT] = _report(layout, comparison, runs, folder, config)
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     links, warnings = log.finish(comparison, runs, {**files, "config.yaml": folder / "config.yaml"})
@@ -140,7 +141,7 @@ def _publish(
             "seconds": time.monotonic() - started,
         }
     )
-    tables.save_texts(comparison, folder)
+    result_files.save_texts(comparison, folder)
     _show_comparison(comparison, files)
     _show_links(comparison)
     if comparison.failed:
@@ -176,7 +177,7 @@ def _show_ranking(layout: Layout, runs: StageRuns) -> None:
 
 def _show_comparison(comparison: Comparison, files: dict[str, Any]) -> None:
     key = f"comparison-{comparison.sweep}"
-    table = tables.records(comparison)
+    table = records(comparison)
     _create(create_table_artifact, table=table, key=key, description=comparison.title)
     if "quality_against_size.png" in files:
         _show_picture(files["quality_against_size.png"], f"{key}-plot", "Quality against size")

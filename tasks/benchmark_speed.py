@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import ClassVar
 
-from foldstack.compression.speed import SpeedResult, SpeedSpec
-from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.execution import Dtype, Execution, torch_dtype
-from foldstack.tasks.manifest import Facts
+from foldstack.compression.evaluation.speed import SpeedResult, SpeedSpec
+from foldstack.tasks.environment.execution import Dtype, Execution, torch_dtype
 from foldstack.tasks.models import model_folder
+from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
-from foldstack.tasks.worker_pool import ComputedStage
+from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.store.manifest import Facts
 
 SPEED_FILE = "speed.json"
 DENSE, MINE = "dense", "this"
@@ -32,14 +32,14 @@ class BenchmarkSpeed(ComputedStage):
     name: str = ""
 
     def modules(self) -> tuple[str, ...]:
-        return ("foldstack.compression.speed",)
+        return ("foldstack.compression.evaluation.speed",)
 
     @property
     def label(self) -> str:
         return f"bench {self.name}".strip()
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.speed import measure_speed
+        from foldstack.compression.evaluation.speed import measure_speed
 
         progress("memory and loading", 0, 1)
         device = self.execution.begin()

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from foldstack.compression.calibration import WindowSpec
-from foldstack.compression.corpus import TextSource
-from foldstack.tasks.manifest import Facts
+from foldstack.compression.text.calibration import WindowSpec
+from foldstack.compression.text.corpus import TextSource
+from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
-from foldstack.tasks.worker_pool import ComputedStage
+from foldstack.tasks.store.manifest import Facts
 
 
 class CollectCalibration(ComputedStage):
@@ -25,16 +25,16 @@ class CollectCalibration(ComputedStage):
     purpose: Literal["calibration", "recovery"] = "calibration"
 
     def modules(self) -> tuple[str, ...]:
-        return ("foldstack.compression.calibration", "foldstack.compression.corpus")
+        return ("foldstack.compression.text.calibration", "foldstack.compression.text.corpus")
 
     @property
     def label(self) -> str:
         return f"collect {self.purpose} windows"
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.calibration import token_windows
-        from foldstack.compression.checkpoint import load_tokenizer
-        from foldstack.compression.corpus import documents
+        from foldstack.compression.checkpoints.checkpoint import load_tokenizer
+        from foldstack.compression.text.calibration import token_windows
+        from foldstack.compression.text.corpus import documents
 
         tokenizer = load_tokenizer(self.model.open())
         windows = token_windows(tokenizer, documents(self.source), self.windows)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from foldstack.compression.methods import AnyMethod
-from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.execution import Dtype, Execution
-from foldstack.tasks.manifest import Facts
+from foldstack.tasks.environment.execution import Dtype, Execution
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
 from foldstack.tasks.rank_blocks import load_ranking
+from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
-from foldstack.tasks.worker_pool import ComputedStage
+from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.store.manifest import Facts
 
 RELOAD_FILE = "reload_check.json"
 CARD_FILE = "card.json"
@@ -37,10 +37,10 @@ class CompressModel(ComputedStage):
     def modules(self) -> tuple[str, ...]:
         return (
             *self.method.modules(),
-            "foldstack.compression.checkpoint",
-            "foldstack.compression.model_card",
-            "foldstack.compression.size",
-            "foldstack.compression.surgery",
+            "foldstack.compression.checkpoints.checkpoint",
+            "foldstack.compression.checkpoints.model_card",
+            "foldstack.compression.structure.size",
+            "foldstack.compression.structure.surgery",
         )
 
     @property
@@ -48,14 +48,18 @@ class CompressModel(ComputedStage):
         return f"compress {self.name or self.method.name}"
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.architectures import architecture_of
-        from foldstack.compression.calibration import Windows
-        from foldstack.compression.checkpoint import check_reload, save_model
-        from foldstack.compression.method import Evidence, missed
-        from foldstack.compression.model_card import CardFacts, save_facts, write_model_card
-        from foldstack.compression.size import size_of, sparsity_between
-        from foldstack.compression.statistics import Statistics
-        from foldstack.compression.surgery import cut
+        from foldstack.compression.checkpoints.checkpoint import check_reload, save_model
+        from foldstack.compression.checkpoints.model_card import (
+            CardFacts,
+            save_facts,
+            write_model_card,
+        )
+        from foldstack.compression.methods.method import Evidence, missed
+        from foldstack.compression.statistics.gathering import Statistics
+        from foldstack.compression.structure.architectures import architecture_of
+        from foldstack.compression.structure.size import size_of, sparsity_between
+        from foldstack.compression.structure.surgery import cut
+        from foldstack.compression.text.calibration import Windows
 
         model = open_model(self.model, self.dtype, self.execution, blocks="where they fit")
         evidence = Evidence(

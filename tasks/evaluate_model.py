@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from foldstack.compression.corpus import TextSource, source_digest
-from foldstack.compression.digest import digest_folder, digest_json
-from foldstack.compression.perplexity import PerplexityProtocol, PerplexityResult
+from foldstack.compression.evaluation.perplexity import PerplexityProtocol, PerplexityResult
 from foldstack.compression.reference import BENCHMARKS_FOLDER
-from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.execution import Dtype, Execution
-from foldstack.tasks.manifest import Facts
+from foldstack.compression.storage.digest import digest_folder, digest_json
+from foldstack.compression.text.corpus import TextSource, source_digest
+from foldstack.tasks.environment.execution import Dtype, Execution
 from foldstack.tasks.models import model_folder, open_model
+from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
-from foldstack.tasks.worker_pool import ComputedStage
+from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.store.manifest import Facts
 
 if TYPE_CHECKING:
-    from foldstack.compression.beside_dense import Evaluation
+    from foldstack.compression.evaluation.beside_dense import Evaluation
 
 PERPLEXITY_FILE = "perplexity.json"
 TASK_FILES = ("**/*.yaml", "**/*.yml", "**/*.py", "**/*.json", "**/*.jsonl", "**/*.txt")
@@ -51,18 +51,23 @@ class EvaluateModel(ComputedStage):
     """What the model is called, e.g. "svd_llm 0.20 after recovery"."""
 
     def modules(self) -> tuple[str, ...]:
-        names = ("checkpoint", "corpus", "harness", "perplexity", "size")
-        return tuple(f"foldstack.compression.{name}" for name in names)
+        return (
+            "foldstack.compression.checkpoints.checkpoint",
+            "foldstack.compression.evaluation.harness",
+            "foldstack.compression.evaluation.perplexity",
+            "foldstack.compression.structure.size",
+            "foldstack.compression.text.corpus",
+        )
 
     @property
     def label(self) -> str:
         return f"evaluate {self.name}".strip()
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.checkpoint import load_tokenizer
-        from foldstack.compression.corpus import documents
-        from foldstack.compression.perplexity import measure_perplexity
-        from foldstack.compression.size import size_of
+        from foldstack.compression.checkpoints.checkpoint import load_tokenizer
+        from foldstack.compression.evaluation.perplexity import measure_perplexity
+        from foldstack.compression.structure.size import size_of
+        from foldstack.compression.text.corpus import documents
 
         progress("load the model", 0, 1)
         model = open_model(self.model, self.dtype, self.execution)
@@ -80,7 +85,7 @@ class EvaluateModel(ComputedStage):
         return facts | {f"size/{name}": value for name, value in size_of(model).as_dict().items()}
 
     def _benchmarks(self, folder: Path, progress: Progress, model: Any, tokenizer: Any) -> Facts:
-        from foldstack.compression.harness import evaluate
+        from foldstack.compression.evaluation.harness import evaluate
 
         facts: Facts = {}
         for number, limit in enumerate(dict.fromkeys(self.benchmarks.values())):
@@ -114,8 +119,8 @@ def load_perplexity(evaluated: Artifact) -> PerplexityResult:
 @lru_cache(maxsize=2)  # the dense model's, beside that of one after the other
 def load_evaluation(evaluated: Artifact) -> "Evaluation":
     """What a stage measured, with every window and item."""
-    from foldstack.compression.beside_dense import Evaluation
-    from foldstack.compression.harness import HarnessResult, read_items
+    from foldstack.compression.evaluation.beside_dense import Evaluation
+    from foldstack.compression.evaluation.harness import HarnessResult, read_items
 
     folder = evaluated.open()
     results = [

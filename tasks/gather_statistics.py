@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from foldstack.compression.statistics import Kind
-from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.execution import Dtype, Execution
-from foldstack.tasks.manifest import Facts
+from foldstack.compression.statistics.gathering import Kind
+from foldstack.tasks.environment.execution import Dtype, Execution
+from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
-from foldstack.tasks.worker_pool import ComputedStage
+from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.store.manifest import Facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,17 +57,20 @@ class GatherStatistics(ComputedStage):
     execution: Execution = Execution()
 
     def modules(self) -> tuple[str, ...]:
-        return ("foldstack.compression.statistics", "foldstack.compression.checkpoint")
+        return (
+            "foldstack.compression.statistics.gathering",
+            "foldstack.compression.checkpoints.checkpoint",
+        )
 
     @property
     def label(self) -> str:
         return "gather statistics" if self.shard.is_all else f"gather statistics {self.shard}"
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.calibration import Windows
         from foldstack.compression.out_of_memory import with_smaller_batches
-        from foldstack.compression.similarity import SIMILARITY_TOKENS
-        from foldstack.compression.statistics import gather
+        from foldstack.compression.statistics.gathering import gather
+        from foldstack.compression.statistics.similarity import SIMILARITY_TOKENS
+        from foldstack.compression.text.calibration import Windows
         from foldstack.tasks.models import open_model
 
         model = open_model(self.model, self.dtype, self.execution, blocks="in turn")
@@ -100,14 +103,14 @@ class AddStatistics(ComputedStage):
     shards: tuple[Artifact, ...]
 
     def modules(self) -> tuple[str, ...]:
-        return ("foldstack.compression.statistics",)
+        return ("foldstack.compression.statistics.gathering",)
 
     @property
     def label(self) -> str:
         return f"add statistics of {len(self.shards)} shards"
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.statistics import Statistics, report_deficient_grams
+        from foldstack.compression.statistics.gathering import Statistics, report_deficient_grams
 
         statistics = reduce(add, [Statistics.load(shard.open()) for shard in self.shards])
         statistics.save(folder)

@@ -4,9 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.execution import Dtype, Execution, torch_dtype
+from foldstack.tasks.environment.execution import Dtype, Execution, torch_dtype
 from foldstack.tasks.stage import ModelRef
+from foldstack.tasks.store.artifacts import Artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +39,8 @@ def open_model(
     Where that is not the CPU, the weights of its blocks are there all the time, or one block at a
     time for whoever passes each of them once; or as the memory of the device allows.
     """
-    from foldstack.compression.block_residency import run_blocks_in_turn
-    from foldstack.compression.checkpoint import load_model
+    from foldstack.compression.checkpoints.checkpoint import load_model
+    from foldstack.compression.statistics.block_residency import run_blocks_in_turn
 
     device = execution.begin()
     load = partial(load_model, model_folder(model), dtype=torch_dtype(dtype))

@@ -4,12 +4,12 @@ import csv
 from pathlib import Path
 from typing import ClassVar
 
-from foldstack.compression.ranking import Ranking, plot, rank_blocks
-from foldstack.compression.statistics import Statistics
-from foldstack.tasks.artifacts import Artifact
-from foldstack.tasks.manifest import Facts
+from foldstack.compression.statistics.gathering import Statistics
+from foldstack.compression.statistics.ranking import Ranking, plot, rank_blocks
+from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import Progress
-from foldstack.tasks.worker_pool import ComputedStage
+from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.store.manifest import Facts
 
 RANKING_FILE = "ranking.json"
 TABLE_FILE = "ranking.csv"
@@ -25,7 +25,7 @@ class RankBlocks(ComputedStage):
     statistics: Artifact
 
     def modules(self) -> tuple[str, ...]:
-        return ("foldstack.compression.ranking",)
+        return ("foldstack.compression.statistics.ranking",)
 
     @property
     def label(self) -> str:

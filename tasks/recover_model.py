@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
-from foldstack.compression.recovery import Recovery
-from foldstack.tasks.artifacts import Artifact
+from foldstack.compression.training.recovery import Recovery
 from foldstack.tasks.compress_model import CARD_FILE
-from foldstack.tasks.execution import Dtype, Execution
-from foldstack.tasks.manifest import Facts
+from foldstack.tasks.environment.execution import Dtype, Execution
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
+from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
-from foldstack.tasks.worker_pool import ComputedStage
+from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.store.manifest import Facts
 
 HISTORY_FILE = "training.jsonl"
 RELOAD_FILE = "reload_check.json"
@@ -36,10 +36,10 @@ class RecoverModel(ComputedStage):
 
     def modules(self) -> tuple[str, ...]:
         return (
-            "foldstack.compression.checkpoint",
-            "foldstack.compression.model_card",
-            "foldstack.compression.recovery",
-            "foldstack.compression.size",
+            "foldstack.compression.checkpoints.checkpoint",
+            "foldstack.compression.checkpoints.model_card",
+            "foldstack.compression.training.recovery",
+            "foldstack.compression.structure.size",
         )
 
     @property
@@ -47,11 +47,15 @@ class RecoverModel(ComputedStage):
         return f"recover {self.name}".strip()
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.calibration import Windows
-        from foldstack.compression.checkpoint import check_reload, load_plan, save_model
-        from foldstack.compression.model_card import load_facts, save_facts, write_model_card
-        from foldstack.compression.recovery import recover
-        from foldstack.compression.size import size_of
+        from foldstack.compression.checkpoints.checkpoint import check_reload, load_plan, save_model
+        from foldstack.compression.checkpoints.model_card import (
+            load_facts,
+            save_facts,
+            write_model_card,
+        )
+        from foldstack.compression.structure.size import size_of
+        from foldstack.compression.text.calibration import Windows
+        from foldstack.compression.training.recovery import recover
 
         model = open_model(self.compressed, self.dtype, self.execution)
         teacher = open_model(self.teacher, self.dtype, self.execution) if self.teacher else None

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from foldstack.compression.digest import PACKAGE, code_sources, digest_json
 from foldstack.compression.errors import InputError
-from foldstack.tasks.artifacts import Artifact, ArtifactStore
-from foldstack.tasks.manifest import Facts, package_version
+from foldstack.compression.storage.digest import PACKAGE, code_sources, digest_json
+from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.store.manifest import Facts, package_version
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class ModelRef(BaseModel):
         Raises:
             InputError: there is no such model, or its files are incomplete.
         """
-        from foldstack.compression.checkpoint import model_fingerprint
-        from foldstack.compression.model_folder import resolve
+        from foldstack.compression.checkpoints.checkpoint import model_fingerprint
+        from foldstack.compression.checkpoints.model_folder import resolve
 
         folder = resolve(model, revision)
         return cls(name=model, folder=folder, fingerprint=model_fingerprint(folder))

@@ -252,7 +252,7 @@ def model_folder(
 @pytest.fixture(scope="session")
 def new_display() -> Callable[[], Any]:
     """Maker of a display that remembers what a person would have been told."""
-    from foldstack.flows.terminal import Silent
+    from foldstack.flows.running.progress import Silent
 
     class Heard(Silent):
         def __init__(self) -> None:

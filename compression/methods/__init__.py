@@ -1,26 +1,40 @@
-"""Every method there is. To add one: a file in this folder, and one line in `Registered`."""
+"""How a model is made smaller: every method there is, a folder per family. To add one: a file in
+the folder of its family, and one line in `Registered`.
+
+- `arithmetic`: What a method computes, counted beforehand: what the time and memory it takes are
+  told from.
+- `method`: What every method is: settings, an outline before any data is seen, and a cut after.
+- `stack`: Several methods one after the other, budgeted to one sparsity.
+- `support`: Which method takes which family of models, and why not: asked of the methods
+  themselves.
+- `factoring/`: Linears become two thin ones.
+- `narrowing/`: Widths shrink.
+- `removal/`: Blocks go, or are merged into a neighbour.
+- `replacement/`: Something small stands in for a run of blocks.
+- `sharing/`: Weights serve several blocks or heads.
+"""
 
 from typing import Annotated, get_args
 
 from pydantic import Field
 
-from foldstack.compression.methods.basis_sharing import BasisSharing
-from foldstack.compression.methods.block_sharing import BlockSharing
-from foldstack.compression.methods.direct_share import DirectShare
-from foldstack.compression.methods.flexigpt import FlexiGpt
-from foldstack.compression.methods.flexigpt_extend import FlexiGptExtend
-from foldstack.compression.methods.foldgpt import FoldGpt
-from foldstack.compression.methods.laco import Laco
-from foldstack.compression.methods.llm_streamline import LlmStreamline
-from foldstack.compression.methods.mka import Mka
-from foldstack.compression.methods.modegpt import MoDeGpt
-from foldstack.compression.methods.post_share import PostShare
-from foldstack.compression.methods.shortgpt import ShortGpt
-from foldstack.compression.methods.sleb import Sleb
-from foldstack.compression.methods.slicegpt import SliceGpt
+from foldstack.compression.methods.factoring.basis_sharing import BasisSharing
+from foldstack.compression.methods.factoring.svd_llm import SvdLlm
+from foldstack.compression.methods.narrowing.modegpt import MoDeGpt
+from foldstack.compression.methods.narrowing.slicegpt import SliceGpt
+from foldstack.compression.methods.removal.laco import Laco
+from foldstack.compression.methods.removal.mka import Mka
+from foldstack.compression.methods.removal.shortgpt import ShortGpt
+from foldstack.compression.methods.removal.sleb import Sleb
+from foldstack.compression.methods.removal.uidl import Uidl
+from foldstack.compression.methods.replacement.llm_streamline import LlmStreamline
+from foldstack.compression.methods.sharing.block_sharing import BlockSharing
+from foldstack.compression.methods.sharing.direct_share import DirectShare
+from foldstack.compression.methods.sharing.flexigpt import FlexiGpt
+from foldstack.compression.methods.sharing.flexigpt_extend import FlexiGptExtend
+from foldstack.compression.methods.sharing.foldgpt import FoldGpt
+from foldstack.compression.methods.sharing.post_share import PostShare
 from foldstack.compression.methods.stack import Stack
-from foldstack.compression.methods.svd_llm import SvdLlm
-from foldstack.compression.methods.uidl import Uidl
 
 Registered = (
     ShortGpt

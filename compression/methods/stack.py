@@ -12,17 +12,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from foldstack.compression.architectures import architecture_of, stock_of
-from foldstack.compression.arithmetic import Arithmetic
-from foldstack.compression.block_residency import run_blocks_in_turn
-from foldstack.compression.checkpoint import load_model, load_plan, save_model
-from foldstack.compression.durable import sync_files, sync_folder
+from foldstack.compression.checkpoints.checkpoint import load_model, load_plan, save_model
 from foldstack.compression.errors import InputError
-from foldstack.compression.method import TOLERANCE, Evidence, Method, unreachable
-from foldstack.compression.plan import Plan
-from foldstack.compression.size import count_parameters, size_of_plan
-from foldstack.compression.statistics import KINDS
-from foldstack.compression.surgery import Cut, build_on_meta, config_for, cut, plan_of, storage_of
+from foldstack.compression.methods.arithmetic import Arithmetic
+from foldstack.compression.methods.method import TOLERANCE, Evidence, Method, unreachable
+from foldstack.compression.statistics.block_residency import run_blocks_in_turn
+from foldstack.compression.statistics.gathering import KINDS
+from foldstack.compression.storage.durable import sync_files, sync_folder
+from foldstack.compression.structure.architectures import architecture_of, stock_of
+from foldstack.compression.structure.plan import Plan
+from foldstack.compression.structure.size import count_parameters, size_of_plan
+from foldstack.compression.structure.surgery import (
+    Cut,
+    build_on_meta,
+    config_for,
+    cut,
+    plan_of,
+    storage_of,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,317 @@
+"""Model folders: find one, load it, save one, and prove that what was saved loads anywhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from foldstack.compression.checkpoints import reload_check
+from foldstack.compression.checkpoints.model_folder import check_folder
+from foldstack.compression.errors import InputError
+from foldstack.compression.storage.digest import digest_folder
+from foldstack.compression.storage.mapped_memory import release, releasing
+from foldstack.compression.structure import modeling_foldstack
+from foldstack.compression.structure.architectures import architecture_of
+from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM
+from foldstack.compression.structure.plan import Plan
+from foldstack.compression.structure.size import count_parameters
+from foldstack.compression.structure.surgery import BUILDING, plan_of
+
+Grade = Literal["native", "portable"]
+
+PLAN_FILE = "plan.json"
+MODELING_FILE = "modeling_foldstack.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_foldstack.FoldstackConfig",
+    "AutoModelForCausalLM": "modeling_foldstack.FoldstackForCausalLM",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+SHARD_BYTES = 1 << 29
+FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
+
+# Largest difference of a reloaded logit, relative to the largest logit. Reloading computes the same
+# sums in the same order; decoding from a cache orders them differently.
+RELOAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+CACHE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+PROBE_TOKENS = 48
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Digest of everything in a model folder that changes what it computes."""
+    return digest_folder(folder, FINGERPRINTED)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a supported decoder.
+
+    Raises:
+        InputError: the folder is not a whole model, or not of a family that foldstack supports.
+    """
+    check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
+        ) from error
+    architecture_of(config)
+    return config
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """The model in a folder, stock or ours, in eval mode; in its saved dtype unless told otherwise.
+
+    Raises:
+        InputError: weights are missing, damaged or misshapen, or the family is unsupported.
+    """
+    config = load_config(folder)
+    is_ours = config.model_type == "foldstack"
+    loader: Any = FoldstackForCausalLM if is_ours else AutoModelForCausalLM
+    with BUILDING, _quiet():
+        try:
+            model, loading = loader.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below, in a sentence
+                **({} if is_ours else {"trust_remote_code": False}),
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise InputError(f"the weights in {folder} do not load: {first_line(error)}") from error
+    for name, found, expected in loading["mismatched_keys"]:
+        raise InputError(
+            f"{folder} has the weight {name} of shape {tuple(found)}, where its config asks for "
+            f"{tuple(expected)}"
+        )
+    for problem in ("missing_keys", "unexpected_keys"):
+        if names := sorted(map(str, loading[problem])):
+            what = problem.removesuffix("_keys")
+            raise InputError(f"{folder} has {len(names)} {what} weights, the first is {names[0]}")
+    return model.eval().to(device)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder; never runs code from it.
+
+    Raises:
+        InputError: there is none, or it needs code of its own.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, config=_without_code(folder)
+        )
+    except (ValueError, OSError, TypeError) as error:
+        raise InputError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
+    return tokenizer
+
+
+def _without_code(folder: Path) -> PreTrainedConfig:
+    # A portable folder names remote code in its config; loading its tokenizer must not ask for it.
+    config = load_config(folder)
+    return config.base_config if config.model_type == "foldstack" else config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for use inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars: a flow has its own."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def save_model(
+    model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, plan: Plan | None = None
+) -> Grade:
+    """Write a Hugging Face model folder: weights, config, tokenizer, plan, code if it needs any.
+
+    Args:
+        model: a stock model (saved as the native grade) or a FoldstackForCausalLM (portable).
+        folder: where to; created.
+        tokenizer_from: model folder whose tokenizer files are copied.
+        plan: the structure relative to the first base model; default: that of `model` itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    is_ours = isinstance(model, FoldstackForCausalLM)
+    if is_ours:
+        model.config.auto_map = AUTO_MAP
+        shutil.copyfile(modeling_foldstack.__file__, folder / MODELING_FILE)
+    with _quiet():
+        state = _ReleasedState(model.state_dict())
+        model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_BYTES)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+    (folder / PLAN_FILE).write_text((plan or plan_of(model)).model_dump_json(indent=2) + "\n")
+    return "portable" if is_ours else "native"
+
+
+class _ReleasedState(dict[str, torch.Tensor]):
+    """A state dict that gives back the memory of what lies in files while transformers, which pops
+    the tensors of one shard after the other, writes it.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self._popped: list[torch.Tensor] = []
+        self._popped_bytes = 0
+
+    def pop(self, name: str) -> torch.Tensor:  # type: ignore[override]
+        if self._popped_bytes > SHARD_BYTES:
+            release(self._popped)
+            self._popped, self._popped_bytes = [], 0
+        tensor = super().pop(name)
+        self._popped.append(tensor)
+        self._popped_bytes += tensor.nbytes
+        return tensor
+
+
+def load_plan(folder: Path) -> Plan:
+    """The structure of the model in a folder: its plan file, or the identity of a stock model."""
+    if (folder / PLAN_FILE).is_file():
+        return Plan.model_validate_json((folder / PLAN_FILE).read_text())
+    return plan_of(load_config(folder))
+
+
+@dataclass(frozen=True)
+class ReloadReport:
+    """What a fresh process without foldstack saw in a saved folder."""
+
+    logits_scale: float
+    logits_difference: float
+    cached_difference: float
+    is_finite: bool
+    generated_tokens: tuple[int, ...]
+    parameters: int
+    class_name: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_reload(model: PreTrainedModel, folder: Path) -> ReloadReport:
+    """Load `folder` in a fresh process, without foldstack, and compare it with `model`.
+
+    Compared: the logits of a random probe, decoding from the KV cache against the full forward, a
+    greedy generation, and the number of stored parameters.
+
+    Raises:
+        RuntimeError: the folder does not load there, or computes something else.
+    """
+    (report,) = check_reloads({folder: model}).values()
+    return report
+
+
+def check_reloads(saved: Mapping[Path, PreTrainedModel]) -> dict[Path, ReloadReport]:
+    """`check_reload` of many folders in one fresh process per grade.
+
+    Raises:
+        RuntimeError: a folder does not load there, or computes something else; names the first.
+    """
+    reports: dict[Path, ReloadReport] = {}
+    for grade in (False, True):
+        models = {f: m for f, m in saved.items() if isinstance(m, FoldstackForCausalLM) == grade}
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="foldstack-reload-") as work:
+            all_seen = _run_fresh(models, Path(work), grade) if models else []
+        seconds = (time.perf_counter() - started) / max(1, len(models))
+        for (folder, model), seen in zip(models.items(), all_seen, strict=True):
+            seen["generated_tokens"] = tuple(seen["generated_tokens"])
+            reports[folder] = ReloadReport(**seen, seconds=seconds)
+            _judge(reports[folder], model, folder)
+    return reports
+
+
+def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    limit = getattr(model.config, "max_position_embeddings", PROBE_TOKENS)
+    tokens = min(PROBE_TOKENS, limit - reload_check.GREEDY_TOKENS)
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
+    with torch.inference_mode(), releasing(architecture_of(model).blocks(model)):
+        logits = model(ids.to(model.device), use_cache=False).logits.float().cpu()
+    return {"input_ids": ids, "logits": logits.contiguous()}
+
+
+def _run_fresh(
+    models: Mapping[Path, PreTrainedModel], work: Path, is_ours: bool
+) -> list[dict[str, Any]]:
+    """What the fresh process saw in each folder, in their order."""
+    flags = ["--trust_remote_code"] if is_ours else []
+    pairs: list[Path] = []
+    for number, (folder, model) in enumerate(models.items()):
+        probe = work / f"probe-{number}.safetensors"
+        save_file(_probe(model), probe)
+        pairs += [folder.resolve(), probe]
+    finished = subprocess.run(
+        [sys.executable, "-I", reload_check.__file__, *pairs, *flags],
+        cwd=work,
+        # The code that was copied beside the weights is imported from a cache of its own.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seen = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
+    if finished.returncode != 0:
+        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        failed = list(models)[len(seen)]
+        raise RuntimeError(f"{failed} does not load in a fresh process: {lines[-1]}")
+    return seen
+
+
+def _judge(report: ReloadReport, model: PreTrainedModel, folder: Path) -> None:
+    scale = max(report.logits_scale, 1e-6)
+    if not report.is_finite:
+        raise RuntimeError(f"{folder} gives logits that are not finite after reloading")
+    if report.logits_difference > RELOAD_TOLERANCE[model.dtype] * scale:
+        raise RuntimeError(
+            f"{folder} computes other logits after reloading: they differ by "
+            f"{report.logits_difference:.3g} on a scale of {scale:.3g}"
+        )
+    if report.cached_difference > CACHE_TOLERANCE[model.dtype] * scale:
+        raise RuntimeError(
+            f"{folder} decodes otherwise from its KV cache: logits differ by "
+            f"{report.cached_difference:.3g} on a scale of {scale:.3g}"
+        )
+    if report.parameters != count_parameters(model):
+        raise RuntimeError(
+            f"{folder} has {report.parameters} parameters after reloading, "
+            f"the model had {count_parameters(model)}"
+        )

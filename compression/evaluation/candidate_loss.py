@@ -1,0 +1,62 @@
+"""Next-token loss of candidates for a smaller model, without computing their common part again."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from foldstack.compression.statistics.stream import BlockStream, skipping
+from foldstack.compression.training.block_training import BatchLoss, next_token_loss
+
+WINDOWS_AT_ONCE = 8
+
+
+def windows_of(
+    calibration: Int[Tensor, "windows tokens"], tokens: int
+) -> Int[Tensor, "some tokens"]:
+    """The first windows that hold `tokens` tokens together, or all of them."""
+    return calibration[: -(-tokens // calibration.shape[1])]
+
+
+def mean_loss(loss_of: BatchLoss, num_windows: int) -> float:
+    """Mean over all windows, in nats per token; infinite for a candidate that computes no number.
+
+    A candidate may break the model altogether: it only has to lose the comparison.
+    """
+    with torch.no_grad():
+        batches = torch.split(torch.arange(num_windows), WINDOWS_AT_ONCE)
+        loss = math.fsum(float(loss_of(batch)) * len(batch) for batch in batches) / num_windows
+    return loss if math.isfinite(loss) else math.inf
+
+
+def deletion_losses(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows tokens"],
+    candidates: Iterable[int],
+    *,
+    gone: Iterable[int] = (),
+    tell: Callable[[], None] = lambda: None,
+) -> dict[int, float]:
+    """Loss of `model` without the blocks `gone` and without one of the candidates, for each.
+
+    What enters a candidate is computed once: c candidates among L blocks cost one pass over the
+    data and the c passes from behind the candidate to the head, half of c whole passes. Nothing is
+    copied and nothing in `model` stays changed. `tell` is called after every candidate.
+    """
+    losses = {}
+    with skipping(model, gone):
+        stream = BlockStream(model, windows, batch_size=WINDOWS_AT_ONCE)
+        for candidate in sorted(candidates):
+            while stream.position < candidate:
+                stream.advance()
+            entering = torch.cat(stream.hidden)
+            with (
+                skipping(model, [candidate]),
+                next_token_loss(model, candidate, windows, entering) as loss_of,
+            ):
+                losses[candidate] = mean_loss(loss_of, len(windows))
+            tell()
+    return losses

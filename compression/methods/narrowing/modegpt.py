@@ -1,0 +1,398 @@
+"""MoDeGPT: the same blocks with narrower insides, pair of matrices by pair of matrices."""
+
+import logging
+import math
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from foldstack.compression.closed_forms.inner_pairs import (
+    kept_coordinates,
+    leverage_scores,
+    narrower_values,
+    narrowing_operations,
+    output_energy,
+    refitted,
+    top,
+)
+from foldstack.compression.errors import InputError
+from foldstack.compression.methods.arithmetic import Arithmetic
+from foldstack.compression.methods.method import (
+    TOLERANCE,
+    Evidence,
+    Method,
+    check_evidence,
+    unreachable,
+)
+from foldstack.compression.methods.narrowing.inner_widths import (
+    BlockSparsities,
+    InnerDimension,
+    Widths,
+    chosen_widths,
+    farthest,
+    influence_sparsities,
+    uniform_sparsities,
+)
+from foldstack.compression.storage.mapped_memory import release
+from foldstack.compression.structure.architectures import architecture_of
+from foldstack.compression.structure.block_plan import BlockPlan, NarrowHeads
+from foldstack.compression.structure.heads import (
+    Heads,
+    HeadSizes,
+    head_sizes,
+    heads_of,
+    rotary_pairs_place,
+    stored_heads,
+)
+from foldstack.compression.structure.plan import Plan
+from foldstack.compression.structure.size import count_parameters, linear_shapes
+from foldstack.compression.structure.surgery import Cut, as_stored, plan_of
+
+logger = logging.getLogger(__name__)
+
+
+class MoDeGpt(Method):
+    """Narrow the inner dimensions of every block, each so that its pair of matrices changes its
+    output least.
+
+    MoDeGPT (Lin et al. 2024, arXiv 2408.09632, algorithms 1 to 3). With phi the sparsity of a
+    block, its MLP keeps the (1 - phi) d_int channels of largest ridge leverage score and the down
+    projection is fitted again on them; the query and key heads keep the coordinates with the
+    largest product of norms, in rotary pairs, the same ones for all query heads of a key head; the
+    value heads and what reads them become the best product of rank (1 - phi) d. The scale of the
+    attention scores stays that of whole heads. A value bias moves into the output projection's,
+    which is exact. Parameters, FLOPs and the KV cache shrink alike. A model in which only the MLP
+    narrows, by one width, is a stock model.
+
+    Departs from the paper: `sparsity` is of the whole model; queries and keys lose half as much as
+    the rest of their block (`query_key_weight`), since nothing makes up for what they lose and per
+    parameter they matter most; the block influence is not seen through the final norm; grouped
+    queries choose the values' subspace by all outputs of the group (`value_subspace` values is the
+    published re-implementations'); the ridge is relative to the channels' mean energy; rounding
+    leaves no parameters unspent. Families that norm their queries and keys (Qwen3, Gemma 3) keep
+    those whole: dropping coordinates would change what the norms divide by.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "similarity"})
+
+    steps_of: ClassVar[str] = "widths of heads and MLPs"
+    name: Literal["modegpt"] = "modegpt"
+    mlp: bool = True
+    """Whether the MLPs become narrower."""
+    query_key: bool = True
+    """Whether queries and keys do; never where they are normed head by head."""
+    value_output: bool = True
+    """Whether values do."""
+    allocation: Literal["influence", "uniform"] = "influence"
+    """More sparsity where the block influence is low (equation 11), or one for all blocks."""
+    smoothing: float = Field(default=0.1, gt=0)
+    """epsilon of allocation influence: the larger, the more alike the blocks."""
+    max_block_sparsity: float = Field(default=0.8, gt=0, lt=1)
+    """The most that any block loses of any inner dimension."""
+    query_key_weight: float = Field(default=0.5, gt=0, le=1)
+    """Sparsity of queries and keys over that of their block, 1 in the paper."""
+    ridge: float = Field(default=0.01, gt=0)
+    """lambda of the leverage scores, over the mean energy of the channels."""
+    pair_score: Literal["energy", "sum"] = "energy"
+    """Score of a rotary pair: product of its energies, or sum of its coordinates' scores."""
+    value_subspace: Literal["stacked", "values"] = "stacked"
+    """What the values' subspace is the best one for: all outputs of the group, or themselves."""
+    mlp_multiple: int = Field(default=1, ge=1)
+    """MLP widths are multiples of this; 64 or 128 suit tensor cores."""
+    head_multiple: int = Field(default=1, ge=1)
+    """Head widths are multiples of this; 8 or 16 suit tensor cores."""
+
+    def outline(self, model: PreTrainedModel) -> Plan:
+        # The influence is not known yet: the uniform allocation stands in.
+        dimensions = self._dimensions(model)
+        widths = self._widths(model, dimensions, self._uniform(dimensions))
+        return self._plan(model, widths)
+
+    @property
+    def goes_in_turn(self) -> bool:
+        return True
+
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
+        shapes, architecture = linear_shapes(model), architecture_of(model)
+        plan, total = self.outline(model), 0.0
+        for position, block in enumerate(plan.blocks):
+            for site in architecture.linears:
+                rows, columns = shapes[position, site.name]
+                if site.reads == "mlp_output" and block.mlp_width is not None:
+                    total += narrowing_operations(rows, columns, block.mlp_width)
+                elif site.reads == "attention_input" and block.narrow_heads is not None:
+                    total += 2.0 * rows * columns**2
+        return Arithmetic(float64=total)
+
+    def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
+        check_evidence(model, evidence)
+        dimensions = self._dimensions(model)
+        widths = self._widths(model, dimensions, self._block_sparsities(dimensions, evidence))
+        plan = self._plan(model, widths)
+        blocks, spool = architecture_of(model).blocks(model), evidence.spool()
+        for position, block in enumerate(plan.blocks):
+            narrow_mlp = (position, "mlp") in widths
+            spool.part(
+                f"block-{position}",
+                partial(self._narrow, model, position, block, evidence, mlp=narrow_mlp),
+            )
+            release(blocks[position])
+            evidence.progress("modegpt", position + 1, len(plan.blocks))
+        return Cut(plan, tuple(range(len(plan.blocks))), spool.tensors)
+
+    def _narrow(
+        self,
+        model: PreTrainedModel,
+        position: int,
+        form: BlockPlan,
+        evidence: Evidence,
+        *,
+        mlp: bool,
+    ) -> dict[str, Tensor]:
+        """What changes of one block, as the model stores it."""
+        tensors: dict[str, Tensor] = {}
+        if mlp and form.mlp_width is not None:
+            tensors |= self._narrow_mlp(model, position, form.mlp_width, evidence)
+        if form.narrow_heads is not None:
+            tensors |= self._narrow_heads(model, position, form.narrow_heads, evidence)
+        return as_stored(tensors, model)
+
+    def _uniform(self, dimensions: list[InnerDimension]) -> BlockSparsities:
+        return uniform_sparsities(sorted({d.position for d in dimensions}))
+
+    def _block_sparsities(
+        self, dimensions: list[InnerDimension], evidence: Evidence
+    ) -> BlockSparsities:
+        if self.allocation == "uniform":
+            return self._uniform(dimensions)
+        scores = evidence.ranking.scores["block_influence"]
+        influence = {position: scores[position] for position in {d.position for d in dimensions}}
+        return influence_sparsities(influence, self.smoothing, self.max_block_sparsity)
+
+    def _dimensions(self, model: PreTrainedModel) -> list[InnerDimension]:
+        """The inner dimensions that may become narrower.
+
+        Raises:
+            InputError: blocks share weights, or are factored or narrowed already.
+        """
+        plan, sizes = plan_of(model), head_sizes(model)
+        for position, block in enumerate(plan.blocks):
+            if block.weights_of is not None or block.linears or block.narrow_heads is not None:
+                what = "shared" if block.weights_of is not None else "factored or narrowed"
+                raise InputError(
+                    f"modegpt narrows dense blocks with weights of their own, and block {position} "
+                    f"of this model is {what} already; use modegpt before that"
+                )
+        dimensions = []
+        for position, block in enumerate(plan.blocks):
+            if block.has_attention:
+                dimensions += self._dimensions_of_block(model, position, sizes)
+        return dimensions
+
+    def _dimensions_of_block(
+        self, model: PreTrainedModel, position: int, sizes: HeadSizes
+    ) -> list[InnerDimension]:
+        architecture = architecture_of(model)
+        block = architecture.blocks(model)[position]
+        linears: dict[str, list[Any]] = {}
+        for site in architecture.linears:
+            linears.setdefault(site.reads, []).append(block.get_submodule(site.name))
+        (down,), (output,) = linears["mlp_output"], linears["attention_output"]
+        hidden, width = architecture.weight(down).shape
+        ups = sum(p.numel() for m in linears["mlp_input"] for p in m.parameters(recurse=False))
+        has_bias = linears["attention_input"][0].bias is not None
+        is_fused = len(linears["attention_input"]) == 1
+        dim, pair = sizes.head_dim, 2 if sizes.rotary_dim else 1
+        of_qk = (sizes.heads + sizes.kv_heads) * (hidden + has_bias)
+        of_values = (sizes.heads + sizes.kv_heads) * hidden
+        # A value bias of its own goes, one of zeros stays where it is fused with others.
+        freed = 0
+        if has_bias:
+            freed = -hidden if output.bias is None else 0
+            freed += 0 if is_fused else sizes.kv_heads * dim
+            of_values += sizes.kv_heads if is_fused else 0
+        step = self.head_multiple
+        dimensions = []
+        if self.mlp:
+            price = hidden + ups // width
+            dimensions.append(InnerDimension(position, "mlp", width, self.mlp_multiple, price))
+        if self.query_key and not sizes.has_norms:
+            weight, even = self.query_key_weight, math.lcm(step, pair)
+            dimensions.append(
+                InnerDimension(position, "query_key", dim, even, of_qk, weight=weight)
+            )
+        if self.value_output:
+            dimensions.append(
+                InnerDimension(position, "value_output", dim, step, of_values, freed=freed)
+            )
+        return dimensions
+
+    def _widths(
+        self,
+        model: PreTrainedModel,
+        dimensions: list[InnerDimension],
+        sparsities: BlockSparsities,
+    ) -> Widths:
+        whole, cap = count_parameters(model), self.max_block_sparsity
+        most = farthest(dimensions, cap) / whole
+        if self.sparsity - TOLERANCE > most or not dimensions:
+            by = f"{cap:.0%} of every inner dimension that may shrink"
+            raise InputError(unreachable(self, most, by))
+        only_mlp = {d.kind for d in dimensions} == {"mlp"}
+        return chosen_widths(
+            dimensions,
+            sparsities,
+            self.sparsity * whole,
+            cap,
+            even=self.allocation == "uniform",
+            slack=TOLERANCE * whole if only_mlp else 0.0,
+        )
+
+    def _plan(self, model: PreTrainedModel, widths: Widths) -> Plan:
+        sizes, shapes = head_sizes(model), linear_shapes(model)
+        down = next(s.name for s in architecture_of(model).linears if s.reads == "mlp_output")
+        mlp_widths = {
+            position: width
+            for (position, kind), width in widths.items()
+            if kind == "mlp" and width < shapes[position, down][1]
+        }
+        biased = _has_value_bias(model)
+        heads = {}
+        for position in sorted({position for position, _ in widths}):
+            qk = widths.get((position, "query_key"), sizes.head_dim)
+            v = widths.get((position, "value_output"), sizes.head_dim)
+            if min(qk, v) < sizes.head_dim:
+                heads[position] = NarrowHeads(
+                    qk_dim=qk,
+                    v_dim=v,
+                    rotary_dim=_kept_rotary(qk, sizes),
+                    value_bias_in_output=biased and v < sizes.head_dim,
+                )
+        return plan_of(model).narrow(mlp_widths, heads)
+
+    def _narrow_mlp(
+        self, model: PreTrainedModel, position: int, width: int, evidence: Evidence
+    ) -> dict[str, Tensor]:
+        """The MLP on its channels of largest leverage, the down projection fitted again."""
+        architecture = architecture_of(model)
+        block = architecture.blocks(model)[position]
+        tensors = {}
+        (down_name,) = (s.name for s in architecture.linears if s.reads == "mlp_output")
+        down: Any = block.get_submodule(down_name)
+        weight = architecture.weight(down).detach().to(model.device)
+        gram = evidence.statistics.gram(position, "mlp_output").to(model.device)
+        kept = top(leverage_scores(gram, self.ridge), width)
+        place = f"blocks.{position}.{down_name}.weight"
+        tensors[place] = architecture.stored_weight(down, refitted(weight, gram, kept))
+        for site in architecture.linears:
+            if site.reads != "mlp_input":
+                continue
+            up: Any = block.get_submodule(site.name)
+            rows = architecture.weight(up).detach().to(model.device)
+            # gate and up fused: the channels of both halves.
+            halves = range(0, len(rows), len(gram))
+            chosen = torch.cat([start + kept for start in halves])
+            place = f"blocks.{position}.{site.name}"
+            tensors[f"{place}.weight"] = architecture.stored_weight(up, rows[chosen])
+            if up.bias is not None:
+                tensors[f"{place}.bias"] = up.bias.detach().to(model.device)[chosen]
+        return tensors
+
+    def _narrow_heads(
+        self, model: PreTrainedModel, position: int, form: NarrowHeads, evidence: Evidence
+    ) -> dict[str, Tensor]:
+        sizes = head_sizes(model)
+        heads = heads_of(model, position, sizes)
+        device = heads.query.device
+        gram = evidence.statistics.gram(position, "attention_input").to(device)
+        input_sum = evidence.statistics.input_sum(position, "attention_input").to(device)
+        num_tokens = evidence.statistics.num_tokens
+        kept, pairs = self._kept(heads, sizes, form, (gram, input_sum, num_tokens))
+        of_query = kept.repeat_interleave(sizes.group, dim=0)
+        value, output = heads.value, heads.output
+        value_bias, output_bias = heads.value_bias, heads.output_bias
+        if form.v_dim < sizes.head_dim:
+            value, output = self._narrow_values(heads, sizes, form.v_dim, gram / num_tokens)
+        if form.value_bias_in_output:
+            output_bias = _with_value_bias(heads, sizes)
+            value_bias = None
+        narrow = Heads(
+            query=_rows(heads.query, of_query),
+            key=_rows(heads.key, kept),
+            value=value,
+            output=output,
+            query_bias=None if heads.query_bias is None else heads.query_bias.gather(1, of_query),
+            key_bias=None if heads.key_bias is None else heads.key_bias.gather(1, kept),
+            value_bias=value_bias,
+            output_bias=output_bias,
+        )
+        tensors = stored_heads(model, position, narrow)
+        if form.rotary_dim:
+            tensors[rotary_pairs_place(model, position)] = pairs
+        return tensors
+
+    def _kept(
+        self,
+        heads: Heads,
+        sizes: HeadSizes,
+        form: NarrowHeads,
+        inputs: tuple[Tensor, Tensor, int],
+    ) -> tuple[Tensor, Tensor]:
+        """Per key head the coordinates that it keeps, and the rotary pairs among them."""
+        queries = output_energy(heads.query, heads.query_bias, *inputs)
+        keys = output_energy(heads.key, heads.key_bias, *inputs)
+        chosen = [
+            kept_coordinates(
+                group,
+                key,
+                sizes.rotary_dim,
+                form.rotary_dim // 2,
+                form.qk_dim - form.rotary_dim,
+                self.pair_score,
+            )
+            for group, key in zip(queries.split(sizes.group), keys, strict=True)
+        ]
+        return torch.stack([kept for kept, _ in chosen]), torch.stack([p for _, p in chosen])
+
+    def _narrow_values(
+        self, heads: Heads, sizes: HeadSizes, width: int, gram: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        values, outputs = [], []
+        for value, group in zip(heads.value, heads.output.split(sizes.group), strict=True):
+            by_values = self.value_subspace == "values"
+            narrow, read = narrower_values(value, group, gram, width, by_values_alone=by_values)
+            values.append(narrow)
+            outputs.append(read)
+        return torch.stack(values), torch.cat(outputs)
+
+
+def _has_value_bias(model: PreTrainedModel) -> bool:
+    architecture = architecture_of(model)
+    last = [s.name for s in architecture.linears if s.reads == "attention_input"][-1]
+    present = [dict(block.named_modules()).get(last) for block in architecture.blocks(model)]
+    return any(module is not None and module.bias is not None for module in present)
+
+
+def _kept_rotary(qk_dim: int, sizes: HeadSizes) -> int:
+    """How many of the kept coordinates rotate: their share of the whole head, in pairs."""
+    still = sizes.head_dim - sizes.rotary_dim
+    pairs = round(qk_dim * sizes.rotary_dim / sizes.head_dim / 2)
+    fewest = -(-max(0, qk_dim - still) // 2)
+    return 2 * min(max(pairs, fewest), sizes.rotary_dim // 2, qk_dim // 2)
+
+
+def _rows(weight: Tensor, kept: Tensor) -> Tensor:
+    """[heads, dim, hidden] with the kept [heads, k] of each head's rows."""
+    return weight.gather(1, kept[:, :, None].expand(-1, -1, weight.shape[-1]))
+
+
+def _with_value_bias(heads: Heads, sizes: HeadSizes) -> Tensor:
+    """The output bias with the values' in it: the weights of a row of scores add up to one."""
+    assert heads.value_bias is not None
+    biases = heads.value_bias.repeat_interleave(sizes.group, dim=0)
+    moved = torch.einsum("hod,hd->o", heads.output, biases)
+    return moved if heads.output_bias is None else heads.output_bias + moved

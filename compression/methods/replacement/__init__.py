@@ -1,0 +1,8 @@
+"""Something small stands in for a run of blocks.
+
+LLM-Streamline (arXiv 2403.19135) trains a layer, an FFN or a SwiGLU to do what the run did.
+
+- `block_start`: Closed-form starts of a block that is to do the work of a run, from the run's X and
+  Y.
+- `llm_streamline`: LLM-Streamline: one run of blocks makes room for one small trained block.
+"""

@@ -1,0 +1,8 @@
+"""From documents to token windows.
+
+- `calibration`: Fixed-length token windows, drawn from documents.
+- `corpus`: Text from where the user says: the standard library, a local file, or a dataset of the
+  hub.
+- `text_tokens`: Documents as one stream of tokens that knows how many bytes of text each token
+  stands for.
+"""

@@ -1,0 +1,157 @@
+"""Fixed-length token windows, drawn from documents."""
+
+import json
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.text.text_tokens import bos_token
+
+TOKENS_FILE = "windows.safetensors"
+RECORD_FILE = "windows.json"
+DOCUMENTS_AT_ONCE = 64
+
+
+class WindowSpec(BaseModel):
+    """How many windows are drawn from a text, and how they are cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_windows: int = Field(default=128, ge=1)
+    """Windows to draw."""
+    window_tokens: int = Field(default=512, ge=2)
+    """Tokens per window, a BOS token included."""
+    seed: int = Field(default=0, ge=0)
+    """Decides which windows are drawn."""
+    bos: Literal["none", "document", "window"] = "document"
+    """Where a BOS token stands: nowhere, before each document, or at the start of each window."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of equal length without padding, and what they were cut from."""
+
+    tokens: Int[Tensor, "windows tokens"]
+    document_starts: list[list[int]]
+    """Per window, the places where a document begins (at its BOS token if there is one)."""
+    num_available: int
+    """Windows that fit into the text."""
+    num_text_tokens: int
+    """Tokens of the whole text, with the BOS tokens of its documents."""
+    num_documents: int
+    """Documents of the whole text."""
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Realised counts, for a manifest."""
+        num_windows, window_tokens = self.tokens.shape
+        return {
+            "num_windows": num_windows,
+            "window_tokens": window_tokens,
+            "num_tokens": num_windows * window_tokens,
+            "num_available_windows": self.num_available,
+            "num_text_tokens": self.num_text_tokens,
+            "num_documents": self.num_documents,
+            "num_document_starts": sum(map(len, self.document_starts)),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `windows.safetensors` and `windows.json` into a folder that exists."""
+        save_file({"tokens": self.tokens.contiguous()}, folder / TOKENS_FILE)
+        record = {**self.facts, "document_starts": self.document_starts}
+        (folder / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Windows":
+        """Read what `save` wrote."""
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        return cls(
+            tokens=load_file(folder / TOKENS_FILE)["tokens"],
+            document_starts=record["document_starts"],
+            num_available=record["num_available_windows"],
+            num_text_tokens=record["num_text_tokens"],
+            num_documents=record["num_documents"],
+        )
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], spec: WindowSpec
+) -> Windows:
+    """Pack the documents into one stream and draw windows that do not overlap, by seed.
+
+    The stream is cut into windows from its start on; what remains at its end is not used. Windows
+    are drawn without replacement and kept in the order drawn, so that a smaller `num_windows`
+    gives the first of them.
+
+    Raises:
+        InputError: fewer windows fit into the text than are asked for, or a BOS token is asked of
+            a tokenizer that has none.
+    """
+    stream, starts = _pack(tokenizer, documents, bos=spec.bos == "document")
+    width = spec.window_tokens - (spec.bos == "window")
+    available = len(stream) // width
+    if available < spec.num_windows:
+        raise InputError(
+            f"the text must hold {spec.num_windows} windows of {spec.window_tokens} tokens, but "
+            f"with {len(stream)} tokens only {available} fit: give more text, or lower "
+            "num_windows or window_tokens"
+        )
+    dice = torch.Generator().manual_seed(spec.seed)
+    drawn = torch.randperm(available, generator=dice)[: spec.num_windows]
+    tokens = stream[: available * width].view(available, width)[drawn]
+    shift = 0
+    if spec.bos == "window":
+        shift = 1
+        tokens = torch.nn.functional.pad(tokens, (1, 0), value=bos_token(tokenizer))
+    places: dict[int, list[int]] = {}
+    for start in starts:
+        places.setdefault(start // width, []).append(start % width + shift)
+    return Windows(
+        tokens=tokens.contiguous(),
+        document_starts=[places.get(window, []) for window in drawn.tolist()],
+        num_available=available,
+        num_text_tokens=len(stream),
+        num_documents=len(starts),
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse a tokenizer whose tokens the model has no embedding for.
+
+    Raises:
+        InputError: the tokenizer's largest token id is not below `vocab_size`.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer must belong to the model, but its token ids go up to {largest} and "
+            f"the model's vocabulary ends at {vocab_size - 1}: give the folder with both"
+        )
+
+
+def _pack(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], *, bos: bool
+) -> tuple[Int[Tensor, " stream"], list[int]]:
+    lead = [bos_token(tokenizer)] if bos else []
+    stream = array("i")
+    starts: list[int] = []
+    # Some documents at a time: Python's integers take nine times what the stream does.
+    for first in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        some = documents[first : first + DOCUMENTS_AT_ONCE]
+        encoded = tokenizer(
+            some, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        for ids in encoded:
+            if ids:
+                starts.append(len(stream))
+                stream.extend(lead + ids)
+    return torch.tensor(memoryview(stream), dtype=torch.int32), starts

@@ -1,0 +1,14 @@
+"""How a compressed model is healed.
+
+- `adapters`: What of a model is trained, and how it is put back: adapters that are merged at the
+  end, or parameters in place.
+- `block_training`: Train one block of a model and nothing else.
+- `distillation`: Next-token loss and distillation from a teacher, in bounded memory whatever the
+  vocabulary.
+- `objective`: What recovery minimises: token windows in, the loss of the student beside its teacher
+  out.
+- `recovery`: Recovery: a compressed model is trained for a while, by itself or after its dense
+  teacher.
+- `training_loop`: A training loop that survives being killed: its checkpoints, its schedule, its
+  data order.
+"""

@@ -1,0 +1,298 @@
+"""A training loop that survives being killed: its checkpoints, its schedule, its data order.
+
+What a step does is a function of the seed and of the step's number alone, so a run that was killed
+and resumed ends with the same weights, bit for bit on a CPU, as one that was not.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.out_of_memory import with_smaller_batches
+from foldstack.compression.storage.durable import sync_files, sync_folder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, int | float]
+History = list[Row]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_RECORD_FILE = "record.json"
+_TENSOR_FILE = "tensors.safetensors"
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed of its own for each combination of `parts`, the same on every machine."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and in which order to train; counted in optimizer steps."""
+
+    steps: int
+    batch_size: int
+    gradient_accumulation: int
+    warmup_fraction: float
+    min_fraction: float
+    max_grad_norm: float
+    seed: int
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation
+
+    def learning_rate_fraction(self, step: int) -> float:
+        """Linear warm-up to 1, then half a cosine that reaches `min_fraction` at the last step."""
+        warmup = min(round(self.warmup_fraction * self.steps), self.steps - 1)
+        if step >= self.steps - 1:
+            return self.min_fraction
+        if step < warmup:
+            return (step + 1) / warmup
+        top = max(warmup - 1, 0)
+        progress = (step - top) / (self.steps - 1 - top)
+        return self.min_fraction + (1 - self.min_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+    def windows_of(self, step: int, num_windows: int) -> Int[Tensor, "accumulation batch"]:
+        """Indices of the step's windows: each pass over the data takes each once, shuffled."""
+        first = step * self.windows_per_step
+        chosen = [
+            _shuffled(num_windows, self.seed, place // num_windows)[place % num_windows]
+            for place in range(first, first + self.windows_per_step)
+        ]
+        return torch.stack(chosen).view(self.gradient_accumulation, self.batch_size)
+
+
+@lru_cache(maxsize=4)
+def _shuffled(num_windows: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
+    return torch.randperm(num_windows, generator=generator)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint as read back."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run in a folder: each a folder of its own that appears whole.
+
+    Args:
+        folder: where they are kept; made when the first one is written.
+        digest: of everything that the run depends on; checkpoints of another digest are not ours.
+        every: steps between two checkpoints.
+    """
+
+    folder: Path
+    digest: str
+    every: int
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint of this very run, if any can be read."""
+        for folder in reversed(self._folders()):
+            try:
+                record = json.loads((folder / _RECORD_FILE).read_text())
+                if record["digest"] != self.digest:
+                    logger.info("%s belongs to other settings or data; not resumed from", folder)
+                    continue
+                return Saved(load_file(folder / _TENSOR_FILE), record)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                logger.warning("%s cannot be read (%s); not resumed from", folder, error)
+        return None
+
+    def write(self, tensors: Mapping[str, Tensor], history: History, **figures: Any) -> None:
+        """Publish a checkpoint by one rename, then drop the older ones.
+
+        It is on the disk before they go: after a power cut one of them is whole.
+        """
+        record = {"digest": self.digest, "history": history, **figures}
+        unfinished = self.folder / f".unfinished-{os.getpid()}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()},
+            unfinished / _TENSOR_FILE,
+        )
+        (unfinished / _RECORD_FILE).write_text(json.dumps(record))
+        sync_files(unfinished)
+        older = self._folders()
+        published = self.folder / f"step-{len(history):08d}"
+        if published in older:  # of other settings, or damaged: `newest` did not take it
+            shutil.rmtree(published)
+        unfinished.rename(published)
+        sync_folder(self.folder)
+        for folder in older:
+            if folder != published:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(f for f in self.folder.iterdir() if re.fullmatch(r"step-\d+", f.name))
+
+
+@dataclass
+class Training:
+    """A run in progress.
+
+    Args:
+        objective: prepared by Accelerate; maps token windows to (loss, figures), `figures` being a
+            vector of what `figure_names` says.
+        trainable: the parameters that the optimizer changes, by a name that is stable across runs.
+        optimizer: AdamW; each of its groups holds its highest learning rate under "peak".
+        has_dropout: True when the objective draws random numbers.
+    """
+
+    objective: nn.Module
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    accelerator: "Accelerator"
+    figure_names: tuple[str, ...]
+    has_dropout: bool = False
+    checkpoints: Checkpoints | None = None
+    _windows_at_once: int = field(default=0, init=False)
+    """How many have fitted in memory; 0 before the first step."""
+
+    def run(
+        self,
+        windows: Int[Tensor, "windows tokens"],
+        saved: Saved | None,
+        on_step: Callable[[Row], None],
+    ) -> tuple[History, float]:
+        """Train from `saved` on, or from the start; gives the history and the seconds it took.
+
+        Raises:
+            InputError: the loss or its gradient is no longer a finite number.
+        """
+        history, seconds = self._resume(saved)
+        for step in range(len(history), self.schedule.steps):
+            started = time.perf_counter()
+            row: Row = {"step": step + 1, **self._step(step, windows)}
+            seconds += time.perf_counter() - started
+            history.append(row)
+            self._keep(history, seconds)
+            on_step(row)
+        return history, seconds
+
+    def _step(self, step: int, windows: Int[Tensor, "windows tokens"]) -> dict[str, float]:
+        accelerator = self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        fraction = self.schedule.learning_rate_fraction(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * fraction
+        micro_batches = self.schedule.windows_of(step, len(windows))[:, rank::world]
+        figures = self._accumulate(step, windows[micro_batches])
+        norm = accelerator.clip_grad_norm_(self.trainable.values(), self.schedule.max_grad_norm)
+        if accelerator.num_processes > 1:
+            figures = accelerator.reduce(figures, reduction="mean")
+        row = dict(zip(self.figure_names, figures.tolist(), strict=True))
+        row |= {"learning_rate_fraction": fraction, "gradient_norm": float(norm)}
+        self._check_finite(step, row)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return row
+
+    def _accumulate(
+        self, step: int, micro_batches: Int[Tensor, "accumulation batch tokens"]
+    ) -> Float[Tensor, " figures"]:
+        """Add the gradients of a step's micro-batches up; gives the means of the figures.
+
+        A micro-batch that does not fit in memory goes in parts, as do those of the steps after it:
+        losses are means over equally long windows, so weighted parts add up to the whole. With
+        several processes the other ones would wait for gradients of a part that they have not.
+        """
+        if self.accelerator.num_processes > 1:
+            return self._accumulate_parts(step, micro_batches, micro_batches.shape[1])
+        at_once = self._windows_at_once or micro_batches.shape[1]
+        return with_smaller_batches(
+            lambda size: self._accumulate_parts(step, micro_batches, size),
+            at_once,
+            micro_batches.shape[2],
+        )
+
+    def _accumulate_parts(
+        self, step: int, micro_batches: Int[Tensor, "accumulation batch tokens"], size: int
+    ) -> Float[Tensor, " figures"]:
+        accelerator = self.accelerator
+        self._windows_at_once = size
+        self.optimizer.zero_grad(set_to_none=True)  # an attempt may have failed half way
+        if self.has_dropout:
+            rank = accelerator.process_index
+            torch.manual_seed(derived_seed(self.schedule.seed, "dropout", step, rank))
+        figures = torch.zeros(len(self.figure_names), device=accelerator.device)
+        num_windows = micro_batches.shape[0] * micro_batches.shape[1]
+        parts = [part for micro_batch in micro_batches for part in micro_batch.split(size)]
+        for number, part in enumerate(parts, start=1):
+            is_last, weight = number == len(parts), len(part) / num_windows
+            tokens = part.to(accelerator.device, torch.long)
+            with nullcontext() if is_last else accelerator.no_sync(self.objective):
+                loss, seen = self.objective(tokens)
+                # backward() divides by its own count, which the launcher's environment can set.
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps * weight)
+            figures += seen.detach() * weight
+        return figures
+
+    def _check_finite(self, step: int, row: dict[str, float]) -> None:
+        wrong = [name for name, value in row.items() if not math.isfinite(value)]
+        if wrong:
+            peaks = ", ".join(f"{group['peak']:g}" for group in self.optimizer.param_groups)
+            raise InputError(
+                f"recovery diverged: {wrong[0]} is {row[wrong[0]]} at step {step + 1} of "
+                f"{self.schedule.steps}; use lower learning rates (now {peaks})"
+            )
+
+    def _keep(self, history: History, seconds: float) -> None:
+        if self.checkpoints is None or not self.accelerator.is_main_process:
+            return
+        done = len(history)
+        if done % self.checkpoints.every == 0 or done == self.schedule.steps:
+            self.checkpoints.write(self._state(), history, seconds=seconds)
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.trainable.items():
+            tensors[f"value/{name}"] = parameter
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
+        return tensors
+
+    def _resume(self, saved: Saved | None) -> tuple[History, float]:
+        if saved is None:
+            return [], 0.0
+        history: History = saved.record["history"]
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(saved.tensors[f"value/{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(len(history))),
+                    **{m: saved.tensors[f"{m}/{name}"].to(parameter.device) for m in _MOMENTS},
+                }
+        logger.info("resumed after step %d of %d", len(history), self.schedule.steps)
+        return history, float(saved.record["seconds"])

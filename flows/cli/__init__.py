@@ -1,0 +1,12 @@
+"""The command line, command by command.
+
+- `app`: The command line: `foldstack run CONFIG [key=value ...]` and its neighbours.
+- `command_cache`: `foldstack cache ls | explain | gc`.
+- `command_measure`: `foldstack evaluate` and `foldstack bench`: one model, measured like those of a
+  sweep.
+- `command_run`: What `foldstack run` does around the flow: a server, progress, Ctrl-C, and folders
+  to find.
+- `listing`: What `foldstack ls` prints: names, and a line about each.
+- `quick_imports`: Import what a command needs without Python's garbage collector.
+- `servers`: `foldstack ui`: the Prefect and the MLflow server on loopback, until Ctrl-C.
+"""

@@ -1,0 +1,164 @@
+"""`foldstack cache ls | explain | gc`."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foldstack.compression.errors import InputError
+from foldstack.flows.comparison.files import load
+from foldstack.flows.config.run_config import RunConfig
+from foldstack.tasks.environment.home import store_url
+from foldstack.tasks.running.explanation import Explanation, explain
+from foldstack.tasks.store.artifacts import ArtifactStore
+from foldstack.tasks.store.garbage import collect_garbage, list_artifacts, list_object_storage
+
+
+def store_of(home: Path | None) -> ArtifactStore:
+    """The store in a home, or in the default one."""
+    return ArtifactStore.default() if home is None else ArtifactStore(home / "store", store_url())
+
+
+def list_command(home: Path | None, as_json: bool) -> str:
+    """What the store holds, the last used first: a table, or JSON."""
+    store = store_of(home)
+    listed = list_object_storage(store) if store.url else list_artifacts(store)
+    place = store.url or str(store.root)
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": row.artifact.stage,
+            "fingerprint": row.artifact.fingerprint,
+            "label": row.manifest.label if row.manifest else "unreadable",
+            "size_bytes": row.size_bytes,
+            "seconds": row.manifest.seconds if row.manifest else None,
+            "last_used": row.last_used.isoformat(timespec="seconds"),
+        }
+        for row in listed
+    ]
+    total = sum(row["size_bytes"] for row in rows)
+    if as_json:
+        return json.dumps({"store": place, "bytes": total, "artifacts": rows}, indent=1)
+    lines = [
+        f"{row['last_used'][:19]}  {row['size_bytes'] / 2**20:9.1f} MiB  "
+        f"{row['seconds'] or 0:8.1f} s  {row['fingerprint'][:12]}  {row['label']}"
+        for row in rows
+    ]
+    lines.append(f"{len(rows)} artifacts, {total / 2**20:.1f} MiB in {place}")
+    if rows:
+        lines.append(f"made in {_seconds_by_stage(rows)}")
+    return "\n".join(lines)
+
+
+def _seconds_by_stage(rows: list[dict[str, Any]]) -> str:
+    """The kinds of stages with the time that their artifacts took, the dearest first."""
+    seconds: Counter[str] = Counter()
+    for row in rows:
+        seconds[row["stage"]] += row["seconds"] or 0
+    return ", ".join(f"{stage} {took:.1f} s" for stage, took in seconds.most_common())
+
+
+def gc_command(
+    home: Path | None,
+    *,
+    keep_days: float,
+    keep: Sequence[str],
+    max_gib: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> str:
+    """Clean the store; says what went, or would go, and how full the disk is then.
+
+    Raises:
+        InputError: `keep` names nothing in the home.
+    """
+    store = store_of(home)
+    removals = collect_garbage(
+        store,
+        keep_days=keep_days,
+        keep=[name for what in keep for name in _fingerprints(store, what)],
+        max_bytes=None if max_gib is None else int(max_gib * 2**30),
+        dry_run=dry_run,
+    )
+    total = sum(removal.size_bytes for removal in removals)
+    left = sum(row.size_bytes for row in list_artifacts(store))
+    free = shutil.disk_usage(_existing(store.root)).free
+    if as_json:
+        entries = [
+            {"kind": r.kind, "path": str(r.path), "size_bytes": r.size_bytes, "label": r.label}
+            for r in removals
+        ]
+        report = {"dry_run": dry_run, "bytes": total, "bytes_left": left, "bytes_free": free}
+        return json.dumps(report | {"removed": entries}, indent=1)
+    lines = [f"{r.kind:<9} {r.size_bytes / 2**20:9.1f} MiB  {r.label}" for r in removals]
+    verb = "would go" if dry_run else "removed"
+    holds = f"artifacts take {left / 2**20:.1f} MiB, {free / 2**30:.1f} GiB of the disk are free"
+    return "\n".join([*lines, f"{len(removals)} things {verb}, {total / 2**20:.1f} MiB; {holds}"])
+
+
+def _fingerprints(store: ArtifactStore, what: str) -> list[str]:
+    """What `--keep` names: a sweep in the home, or the beginning of a fingerprint.
+
+    Raises:
+        InputError: there is neither.
+    """
+    sweeps = store.root.parent / "sweeps"
+    if what in {folder.name for folder in sweeps.glob("*")}:
+        return [name for row in load(sweeps / what).rows for name in row.fingerprints.values()]
+    names = [row.artifact.fingerprint for row in list_artifacts(store)]
+    if what and any(name.startswith(what) for name in names):
+        return [what]
+    raise InputError(
+        f"keep must name a sweep (a folder in {sweeps}) or begin the fingerprint of an artifact "
+        f"(`foldstack cache ls`), and {what!r} does neither"
+    )
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One stage of a run, and why it hits or misses."""
+
+    explanation: Explanation
+    is_input_missing: bool
+    """True when a stage before it has to run: then it runs too, for that reason alone."""
+
+    def __str__(self) -> str:
+        if self.is_input_missing and not self.explanation.is_hit:
+            return f"{self.explanation.label}: miss, because a stage that it depends on has to run"
+        return str(self.explanation)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        entry = self.explanation
+        changes = [{"name": c.name, "before": c.before, "now": c.now} for c in entry.changes]
+        return {
+            "label": entry.label,
+            "stage": entry.artifact.stage,
+            "fingerprint": entry.artifact.fingerprint,
+            "is_hit": entry.is_hit,
+            "is_input_missing": self.is_input_missing,
+            "damage": entry.damage,
+            "changes": changes,
+        }
+
+
+def explain_command(config: RunConfig) -> list[Explained]:
+    """Every stage of a run, and why it hits or misses."""
+    from foldstack.flows.running.branches import lay_out
+
+    layout = lay_out(config)
+    missing: set[str] = set()
+    explained = []
+    for stage in layout.stages:
+        entry = explain(stage, layout.store)
+        names = {reference.rpartition("/")[2] for reference in stage.inputs()}
+        explained.append(Explained(entry, bool(names & missing)))
+        if not entry.is_hit:
+            missing.add(entry.artifact.fingerprint)
+    return explained

@@ -1,0 +1,132 @@
+"""What `foldstack run` does around the flow: a server, progress, Ctrl-C, and folders to find."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from rich.console import Console
+
+from foldstack.compression.errors import InputError
+from foldstack.flows.cli.quick_imports import importing
+from foldstack.flows.comparison.result import Comparison
+from foldstack.flows.config.run_config import RunConfig
+from foldstack.flows.running.prefect_server import TemporaryServer, cancel_flow_run
+from foldstack.flows.running.progress import Display, console_on, display_on
+from foldstack.tasks.environment.home import telling_disk_full
+from foldstack.tasks.running.worker_pool import end_workers, worker_processes
+
+INTERRUPTED = 130
+
+
+def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Comparison:
+    """Run the sweep of `config`, shown in the terminal; `again` is the command that resumes it.
+
+    Raises:
+        InputError: something in `config` cannot work, or a disk is full.
+    """
+    from foldstack.flows.planning.preflight import check
+    from foldstack.flows.running.branches import lay_out
+
+    console = console_on(sys.stderr)
+    with (
+        stopping_on_signal(server, console, again),
+        display_on(console) as display,
+        warnings_on(display),
+        worker_processes(),
+    ):
+        layout = lay_out(config)
+        check(layout)
+        with importing():
+            from foldstack.flows.sweep import SweepFailed, run_sweep
+
+        server.ready()
+        with telling_disk_full(config.output.home.expanduser()):
+            try:
+                comparison = run_sweep(layout, display)
+            except SweepFailed as failure:
+                comparison = failure.comparison
+    link_models(config, comparison)
+    return comparison
+
+
+def link_models(config: RunConfig, comparison: Comparison) -> None:
+    """Give every finished model directory a name that a person can find, under <home>/models."""
+    folder = config.output.home.expanduser().resolve() / "models"
+    for row in comparison.rows:
+        if row.is_dense or not row.folder or row.state != "done":
+            continue
+        name = f"{config.model.short_name}-{row.label}".replace(" ", "-")
+        link, made = folder / name, folder / f".{name}.{os.getpid()}"
+        with suppress(OSError):  # a file system without links: the store's own path still works
+            folder.mkdir(parents=True, exist_ok=True)
+            made.symlink_to(row.folder)
+            made.replace(link)
+
+
+@contextmanager
+def warnings_on(display: Display) -> Iterator[None]:
+    """Show the library's warnings between the lines of progress."""
+    handler = _Shown(display)
+    package = logging.getLogger("foldstack")
+    package.addHandler(handler)
+    propagates, package.propagate = package.propagate, True
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.propagate = propagates
+
+
+class _Shown(logging.Handler):
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def stopping_on_signal(server: TemporaryServer, console: Console, again: str) -> Iterator[None]:
+    """End at once on Ctrl-C or SIGTERM: a stage cannot be interrupted, but it can be resumed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
+        console.show_cursor()
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        text = f"\nfoldstack: stopped{by}; what is finished is kept, to go on: {again}\n"
+        os.write(2, text.encode())
+        end_workers()
+        cancel_flow_run()
+        server.abandon()
+        os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code(comparison: Comparison) -> int:
+    """0 when every model is there, else 1.
+
+    Raises:
+        InputError: everything failed, and for a mistake of the user's.
+    """
+    if not comparison.failed:
+        return 0
+    first = comparison.failed[0]
+    if len(comparison.failed) == len(comparison.rows) and first.is_input_error:
+        raise InputError(first.cause)
+    return 1

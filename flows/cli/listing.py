@@ -1,0 +1,53 @@
+"""What `foldstack ls` prints: names, and a line about each."""
+
+from typing import Any
+
+import yaml
+
+from foldstack.compression.errors import InputError
+from foldstack.flows.config.config_errors import did_you_mean
+from foldstack.flows.config.config_file import recipes
+
+KINDS = ("methods", "architectures", "recipes")
+
+
+def listing(what: str) -> dict[str, str]:
+    """Name and meaning of everything of a kind.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    match what:
+        case "methods":
+            return _methods()
+        case "architectures":
+            from foldstack.compression.structure.architectures import ARCHITECTURES
+
+            return {name: _blocks(entry) for name, entry in sorted(ARCHITECTURES.items())}
+        case "recipes":
+            return {name: _first_comment(path.read_text()) for name, path in recipes().items()}
+    hint = did_you_mean(what, KINDS)
+    raise InputError(f"`ls` lists {', '.join(KINDS)}, got {what}{hint}")
+
+
+def _methods() -> dict[str, str]:
+    from foldstack.compression.methods import METHODS
+
+    return {
+        name: " ".join((method.__doc__ or "").strip().partition("\n\n")[0].split())
+        for name, method in METHODS.items()
+    }
+
+
+def _blocks(architecture: Any) -> str:
+    linears = " ".join(site.name for site in architecture.linears)
+    return f"blocks at {architecture.blocks_path}; linears {linears}"
+
+
+def _first_comment(text: str) -> str:
+    """The first comment that is not for the editor."""
+    for line in text.splitlines():
+        if line.startswith("#") and "yaml-language-server" not in line:
+            return line.lstrip("# ")
+    title = (yaml.safe_load(text) or {}).get("name", "")
+    return str(title)

@@ -1,0 +1,88 @@
+"""Pictures of a comparison."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from foldstack.compression.evaluation.beside_dense import STANDARD_ERRORS
+from foldstack.flows.comparison.result import QUALITY, Comparison, Row, variants_at
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Against = Literal["size", "speed"]
+MARKERS = "osD^vP*X"
+AXES: dict[Against, str] = {
+    "size": "parameters (millions)",
+    "speed": "decode tokens per second over the dense model's",
+}
+NUMBERS: dict[Against, tuple[str, str, float]] = {
+    "size": ("parameters", "structure", 1e6),
+    "speed": ("decode_speedup", "speed", 1.0),
+}
+"""Name and part of a row's number, and what is one unit of the axis."""
+
+
+def plot_quality(comparison: Comparison, path: Path) -> bool:
+    """Draw bits per byte against parameters, before (hollow) and after recovery (filled).
+
+    Returns False, and draws nothing, when no row has both numbers.
+    """
+    figure = quality_figure(comparison, "size")
+    if figure is not None:
+        figure.savefig(path, dpi=120)
+    return figure is not None
+
+
+def quality_figure(comparison: Comparison, against: Against) -> "Figure | None":
+    """Bits per byte against size or speed; None when no row has both numbers.
+
+    Bars are 95 % intervals of the difference from the dense model, by the windows of the text.
+    """
+    points = [row for row in comparison.rows if _place(row, against)]
+    if not points:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)  # needs no display and leaves pyplot's global state alone
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(row.method for row in points if not row.is_dense))
+    for index, method in enumerate(methods):
+        color, marker = f"C{index}", MARKERS[index % len(MARKERS)]
+        _draw_method(axes, variants_at(points, method), against, method, color, marker)
+    dense = comparison.dense
+    if dense is not None and (place := _place(dense, against)):
+        x, y = place
+        axes.axhline(y, color="0.6", linewidth=0.8, zorder=0)
+        axes.plot([x], [y], color="black", marker="*", markersize=14, linestyle="none",
+                  label="dense")  # fmt: skip
+    axes.set(xlabel=AXES[against], ylabel="bits per byte (lower is better)",
+             title=comparison.title)  # fmt: skip
+    told = "filled: final, hollow: before recovery" if against == "size" else None
+    axes.legend(title=told, fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_method(
+    axes: "Axes", rows: list[Row], against: Against, method: str, color: str, marker: str
+) -> None:
+    xs, ys = zip(*filter(None, (_place(row, against) for row in rows)), strict=True)
+    errors = [
+        STANDARD_ERRORS * (row.number(f"{QUALITY}_difference_stderr", "beside_dense") or 0)
+        for row in rows
+    ]
+    axes.errorbar(xs, ys, errors, color=color, marker=marker, capsize=3, label=method)
+    for row, x in zip(rows, xs, strict=True):
+        before = row.number(QUALITY, "before")
+        if before is not None and row.after and against == "size":
+            axes.plot([x], [before], color=color, marker=marker, fillstyle="none")
+
+
+def _place(row: Row, against: Against) -> tuple[float, float] | None:
+    """Where a row is drawn; None when it lacks one of the two numbers."""
+    name, part, unit = NUMBERS[against]
+    x, y = row.number(name, part), row.number(QUALITY)
+    return None if x is None or y is None else (x / unit, y)

@@ -1,0 +1,116 @@
+"""From the artifacts of a branch to its row in the comparison."""
+
+from collections.abc import Mapping
+
+from foldstack.compression.evaluation.beside_dense import beside_dense, bits_per_byte_difference
+from foldstack.flows.comparison.result import Comparison, Facts, Rival, Row
+from foldstack.flows.running.branches import DENSE, Branch, Layout
+from foldstack.flows.running.stage_runs import Outcome
+from foldstack.tasks.evaluate_model import load_evaluation, load_perplexity
+from foldstack.tasks.models import MODEL_FOLDER
+from foldstack.tasks.store.artifacts import Artifact
+
+TRAINING = ("steps", "tokens", "seconds_training", "first_loss", "last_loss")
+
+
+def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> Row:
+    """The row of a branch, with the numbers of those of its stages that succeeded."""
+    made = _made(branch, outcomes)
+    label, failure = _failure(layout, branch, outcomes)
+    facts: dict[str, Facts] = {part: dict(item.manifest().facts) for part, item in made.items()}
+    variant = branch.variant
+    folder = str(layout.model.folder)
+    if variant is not None:
+        maker = made.get("recover") or made.get("compress")
+        folder = str(maker.folder / MODEL_FOLDER) if maker else ""
+    return Row(
+        label=branch.label,
+        method=variant.name if variant else DENSE,
+        sparsity=variant.sparsity if variant else None,
+        seed=variant.seed if variant else None,
+        settings=variant.method.model_dump(mode="json") if variant else {},
+        state="failed" if failure else "done",
+        cause=f"{label}: {failure.cause}" if failure else "",
+        is_input_error=failure is not None and failure.is_input_error,
+        folder=folder,
+        structure=_structure(facts),
+        before=_quality(facts.get("evaluate_before", {})),
+        after=_quality(facts.get("evaluate_after", {})),
+        beside_dense=_beside_dense(_evaluated(made), layout, outcomes) if variant else {},
+        speed=facts.get("speed", {}),
+        recovery={name: facts["recover"][name] for name in TRAINING if name in facts["recover"]}
+        if "recover" in facts
+        else {},
+        seconds={part: item.manifest().seconds for part, item in made.items()},
+        fingerprints={part: item.fingerprint for part, item in made.items()},
+    )
+
+
+def rivals(
+    layout: Layout, comparison: Comparison, outcomes: Mapping[str, Outcome]
+) -> tuple[Rival, ...]:
+    """The finished variants beside the best of their sparsity, on the same windows."""
+    made = {branch.label: _evaluated(_made(branch, outcomes)) for branch in layout.branches}
+    best, found = comparison.best(), []
+    for row in comparison.rows:
+        if row.sparsity not in best or row.state == "failed":
+            continue
+        winner = best[row.sparsity]
+        first, second = made[winner.label], made[row.label]
+        if row == winner or first is None or second is None:
+            continue
+        bits = bits_per_byte_difference(load_perplexity(first), load_perplexity(second))
+        if bits is not None:
+            found.append(
+                Rival(row=row.label, best=winner.label, difference=bits[0], stderr=bits[1])
+            )
+    return tuple(found)
+
+
+def _made(branch: Branch, outcomes: Mapping[str, Outcome]) -> dict[str, Artifact]:
+    """What there is of a branch, by the part that made it."""
+    found = {part: outcomes.get(stage.fingerprint) for part, stage in branch.stages.items()}
+    return {part: each.artifact for part, each in found.items() if each and each.artifact}
+
+
+def _evaluated(made: Mapping[str, Artifact]) -> Artifact | None:
+    """The evaluation of the model that a branch ends with."""
+    return made.get("evaluate_after") or made.get("evaluate_before")
+
+
+def _beside_dense(
+    evaluated: Artifact | None, layout: Layout, outcomes: Mapping[str, Outcome]
+) -> Facts:
+    dense = _evaluated(_made(layout.branches[0], outcomes))
+    if evaluated is None or dense is None:
+        return {}
+    return {**beside_dense(load_evaluation(dense), load_evaluation(evaluated))}
+
+
+def _structure(facts: Mapping[str, Facts]) -> Facts:
+    """Size and grade: of the compressed model, or of the one that was only evaluated."""
+    if "compress" in facts:
+        return facts["compress"]
+    sizes = facts.get("evaluate_before", {})
+    return {name.removeprefix("size/"): value for name, value in sizes.items() if _is_size(name)}
+
+
+def _quality(facts: Facts) -> Facts:
+    return {name: value for name, value in facts.items() if not _is_size(name)}
+
+
+def _is_size(name: str) -> bool:
+    return name.startswith("size/")
+
+
+def _failure(
+    layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]
+) -> tuple[str, Outcome | None]:
+    """The first stage that failed, of those that the branch is made of or depends on."""
+    shared = [*layout.windows, *layout.shards, layout.statistics, layout.ranking]
+    needed = [] if branch.variant is None else shared
+    for stage in [*needed, *branch.stages.values()]:
+        outcome = outcomes.get(stage.fingerprint)
+        if outcome is not None and outcome.kind == "failed":
+            return stage.label, outcome
+    return "", None

@@ -1,0 +1,9 @@
+"""The YAML of a run, read and checked.
+
+- `config_errors`: What is wrong with a configuration: sentences that name the key and the nearest
+  known one.
+- `config_file`: A YAML file and `key.sub=value` overrides, read into plain data.
+- `method_entries`: What a config says about methods: an entry per method, expanded to one variant
+  per sparsity.
+- `run_config`: RunConfig: the YAML of a run, and what becomes of it.
+"""

@@ -1,0 +1,125 @@
+"""What can be known to fail is refused before anything is computed."""
+
+import os
+import uuid
+from contextlib import suppress
+
+from foldstack.compression.errors import InputError
+from foldstack.flows.planning.needs import check_room
+from foldstack.flows.running.branches import Layout
+from foldstack.tasks.environment.home import HOME_VARIABLE, disk_full, is_disk_full
+from foldstack.tasks.stage import Stage
+from foldstack.tasks.store.object_storage import object_storage
+
+
+def check(layout: Layout) -> None:
+    """Refuse what cannot work; what is in the store already has proven that it can.
+
+    Raises:
+        InputError: every objection, a sentence each.
+    """
+    check_writable(layout)
+    missing = {stage.fingerprint for stage in layout.stages if not is_stored(stage, layout)}
+    if not missing:
+        return
+    if layout.config.execution.engine == "dask":
+        from foldstack.flows.running.engines import check_dask_workers
+
+        check_dask_workers(layout)
+    else:
+        from foldstack.tasks.environment.execution import device_named
+
+        device_named(layout.config.model.device)
+    check_model(layout)
+    objections = [
+        *unreachable_variants(layout, missing),
+        *unknown_benchmarks(layout, missing),
+    ]
+    objections = objections or check_room(layout, missing)
+    if objections:
+        raise InputError("; ".join(objections))
+
+
+def is_stored(stage: Stage, layout: Layout) -> bool:
+    """True when the store holds the stage's artifact."""
+    return layout.store.holds(stage.artifact(layout.store))
+
+
+def check_writable(layout: Layout) -> None:
+    """Raises InputError when results cannot be written."""
+    home = layout.config.output.home.expanduser()
+    probe = home / f".probe-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+    except OSError as error:
+        if is_disk_full(error):
+            raise InputError(disk_full(home)) from error
+        raise InputError(
+            f"output.home must be a folder that can be written to, and {home} is not "
+            f"({error.strerror or error}); set output.home or {HOME_VARIABLE} to another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    if layout.store.url:
+        object_storage(layout.store.url).check()
+
+
+def check_model(layout: Layout) -> None:
+    """Raises InputError when the tokenizer or the windows do not fit the model."""
+    from foldstack.compression.checkpoints.checkpoint import load_config, load_tokenizer
+    from foldstack.compression.text.calibration import check_tokenizer
+
+    config, tokenizer = load_config(layout.model.folder), load_tokenizer(layout.model.folder)
+    check_tokenizer(tokenizer, config.get_text_config(decoder=True).vocab_size)
+    context = getattr(config, "max_position_embeddings", None)
+    chosen = layout.config
+    lengths = {
+        "calibration.window_tokens": chosen.calibration.window_tokens,
+        "recovery.windows.window_tokens": (
+            chosen.recovery.windows.window_tokens if chosen.recovery.steps else 0
+        ),
+        "evaluation.perplexity.protocol.window_tokens": (
+            chosen.evaluation.perplexity.protocol.window_tokens
+        ),
+    }
+    for key, tokens in lengths.items():
+        if context is not None and tokens > context:
+            raise InputError(
+                f"{key} may be at most the model's context of {context} tokens, got {tokens}"
+            )
+
+
+def unreachable_variants(layout: Layout, missing: set[str]) -> list[str]:
+    """A sentence for each variant whose sparsity its method cannot reach for this model."""
+    waiting = [b for b in layout.branches if b.compress and b.compress.fingerprint in missing]
+    if not waiting:
+        return []
+    from foldstack.compression.checkpoints.checkpoint import load_config
+    from foldstack.compression.structure.surgery import build_on_meta
+
+    model = build_on_meta(load_config(layout.model.folder))
+    sentences = []
+    for branch in waiting:
+        assert branch.variant is not None
+        try:
+            branch.variant.method.outline(model)
+        except InputError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def unknown_benchmarks(layout: Layout, missing: set[str]) -> list[str]:
+    """A sentence about benchmarks that nobody knows."""
+    evaluation = layout.config.evaluation
+    waiting = [b for b in layout.branches if b.before.fingerprint in missing]
+    if not waiting or not evaluation.benchmarks:
+        return []
+    from foldstack.compression.evaluation.benchmark_index import check_tasks
+
+    try:
+        check_tasks(evaluation.benchmarks, evaluation.include_paths)
+    except InputError as error:
+        return [str(error)]
+    return []

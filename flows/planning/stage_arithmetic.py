@@ -1,0 +1,194 @@
+"""Seconds of a stage of which no earlier run is known, from its shapes and this machine's rates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from foldstack.flows.planning.machine_rates import Rates, characters_per_second, measure_rates
+from foldstack.flows.planning.needs import Need, autocast_of, stored_dtype
+from foldstack.flows.running.branches import Branch, Layout
+from foldstack.tasks.collect_calibration import CollectCalibration
+from foldstack.tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from foldstack.compression.structure.plan import Plan
+
+TRAINING_FACTOR = 3
+"""A forward and a backward pass over a forward pass."""
+GRAM_FACTOR = 1.2
+"""Of the upper triangle of a Gram over its multiplications, and of adding it up."""
+WRITE_RATE = 5e8
+"""Bytes per second that go to disk."""
+LITTLE_SECONDS = 1.5
+"""Of a stage without a model: scores into a picture."""
+OPENING_SECONDS = 0.5
+"""Of a model, a tokenizer and a text."""
+CHARACTERS_PER_TOKEN = 3
+WHOLE_BENCHMARK, TOKENS_PER_ITEM = 1000, 400
+
+
+@dataclass(frozen=True)
+class StageArithmetic:
+    """Times of the stages of one run.
+
+    Args:
+        needs: of every stage, by its fingerprint.
+        flops: per token of every model, by its label.
+    """
+
+    layout: Layout
+    needs: Mapping[str, Need]
+    flops: Mapping[str, float]
+
+    def seconds(self, stage: Stage) -> float:
+        """Expected, with the libraries loaded already."""
+        config, rates, branch = self.layout.config, self._rates, self._owners.get(stage.fingerprint)
+        match stage.stage:
+            case "collect_calibration":
+                assert isinstance(stage, CollectCalibration)
+                return OPENING_SECONDS + self._tokenising(stage)
+            case "gather_statistics":
+                disk = self.needs[stage.fingerprint].disk_bytes
+                tokens = self._calibration / config.statistics.shards
+                products = GRAM_FACTOR * disk / 4 * tokens / rates.float32
+                passing = tokens * self._streamed_token
+                return OPENING_SECONDS + passing + products + disk / WRITE_RATE
+            case "compress_model":
+                return OPENING_SECONDS + self._checking(branch) + self._of_method(branch)
+            case "recover_model":
+                schedule = config.recovery
+                tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
+                tokens *= schedule.windows.window_tokens
+                student = TRAINING_FACTOR * self._trained(tokens, branch)
+                teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
+                return OPENING_SECONDS + self._checking(branch) + student + teacher
+            case "evaluate_model":
+                return OPENING_SECONDS + self._passing(self._evaluated_tokens, branch)
+            case "benchmark_speed":
+                return rates.fresh_seconds + self._timing(branch)
+            case _:
+                return LITTLE_SECONDS
+
+    def _tokenising(self, stage: CollectCalibration) -> float:
+        """All of a text, of which windows are drawn."""
+        from foldstack.compression.checkpoints.checkpoint import load_tokenizer
+        from foldstack.compression.text.corpus import documents
+
+        texts = documents(stage.source)
+        rate = characters_per_second(load_tokenizer(stage.model.open()), texts)
+        return sum(map(len, texts)) / rate
+
+    def _passing(self, tokens: float, branch: Branch | None = None) -> float:
+        """Of tokens through the dense model or that of a branch, with its head, forward: less
+        arithmetic takes that much less time."""
+        blocks = self._token * self._flops(branch) / self._flops()
+        return tokens * (self._rates.head_seconds + blocks)
+
+    def _trained(self, tokens: float, branch: Branch | None) -> float:
+        """Of tokens forward in the precision that recovery trains in."""
+        if autocast_of(self.layout) is not None:
+            return self._passing(tokens, branch)
+        head = self._head_flops / self._rates.float32
+        return tokens * (head + self._streamed_token * self._flops(branch) / self._flops())
+
+    def _decoding(self, tokens: float, branch: Branch | None = None) -> float:
+        """Of tokens that follow one another, each through the model by itself."""
+        blocks = len(self._plan.blocks) * self._rates.lone_seconds
+        return tokens * blocks * self._flops(branch) / (self._flops() - self._head_flops)
+
+    @property
+    def _head_flops(self) -> int:
+        """Per token, from the hidden state to the logits."""
+        text = self._meta.config.get_text_config(decoder=True)
+        return 2 * int(text.hidden_size) * int(text.vocab_size)
+
+    def _flops(self, branch: Branch | None = None) -> float:
+        """Per token of the model of a branch, or of the dense one."""
+        return self.flops[(branch or self.layout.branches[0]).label]
+
+    def _timing(self, branch: Branch | None) -> float:
+        """Of a model's turns beside the dense model's, one of each in a process that measures
+        memory, where nothing is repeated."""
+        spec = self.layout.config.speed
+        turns = (spec.warmup + spec.repeats) * sum(spec.batch_sizes) + max(spec.batch_sizes)
+        read, written = turns * spec.prompt_tokens, turns * spec.new_tokens
+        assert branch is not None
+        models = (branch,) if branch.variant is None else (None, branch)
+        loading = OPENING_SECONDS * len(models) * (spec.load_repeats + 1)
+        return loading + sum(self._passing(read, m) + self._decoding(written, m) for m in models)
+
+    def _checking(self, branch: Branch | None) -> float:
+        """Of what was saved, in a process of its own."""
+        from foldstack.compression.checkpoints.checkpoint import PROBE_TOKENS
+        from foldstack.compression.checkpoints.reload_check import GREEDY_TOKENS
+
+        decoded = PROBE_TOKENS / 2 + GREEDY_TOKENS
+        return self._rates.fresh_seconds + OPENING_SECONDS + self._decoding(decoded, branch)
+
+    def _of_method(self, branch: Branch | None) -> float:
+        """Of a method's own work: closed forms, sums, and passes over the calibration windows."""
+        assert branch is not None
+        assert branch.variant is not None
+        work = branch.variant.method.arithmetic(self._meta, self._calibration)
+        blocks = self._streamed_token if work.streams else self._token
+        token = work.passes * blocks + work.heads * self._rates.head_seconds
+        products = GRAM_FACTOR * work.products / self._rates.float32
+        return work.float64 / self._rates.float64 + products + token * self._calibration
+
+    @cached_property
+    def _calibration(self) -> int:
+        """Tokens."""
+        chosen = self.layout.config.calibration
+        return chosen.num_windows * chosen.window_tokens
+
+    @cached_property
+    def _evaluated_tokens(self) -> int:
+        """Of the perplexity and, by a guess, of the benchmarks."""
+        from foldstack.compression.text.corpus import documents
+
+        evaluation = self.layout.config.evaluation
+        tokens = evaluation.perplexity.protocol.max_tokens
+        if not tokens:
+            texts = documents(evaluation.perplexity.source)
+            tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        items = (WHOLE_BENCHMARK if n is None else n for n in evaluation.limits.values())
+        return tokens + TOKENS_PER_ITEM * sum(items)
+
+    @cached_property
+    def _owners(self) -> dict[str, Branch]:
+        return {s.fingerprint: b for b in self.layout.branches for s in b.stages.values()}
+
+    @property
+    def _token(self) -> float:
+        """Seconds of a token in all blocks of the dense model."""
+        return len(self._plan.blocks) * self._rates.block_seconds
+
+    @property
+    def _streamed_token(self) -> float:
+        """The same, streamed."""
+        return len(self._plan.blocks) * self._rates.stream_block_seconds
+
+    @cached_property
+    def _plan(self) -> "Plan":
+        from foldstack.compression.structure.surgery import plan_of
+
+        return plan_of(self._meta)
+
+    @cached_property
+    def _meta(self) -> "PreTrainedModel":
+        from foldstack.compression.checkpoints.checkpoint import load_config
+        from foldstack.compression.structure.surgery import build_on_meta
+
+        return build_on_meta(load_config(self.layout.model.folder))
+
+    @cached_property
+    def _rates(self) -> Rates:
+        from foldstack.tasks.environment.execution import torch_dtype
+
+        dtype = torch_dtype(self.layout.config.model.dtype) or stored_dtype(self._meta)
+        threads = self.layout.shards[0].execution.threads
+        tokens = self.layout.config.calibration.window_tokens
+        return measure_rates(self._meta.config, dtype, tokens, threads)

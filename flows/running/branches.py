@@ -1,0 +1,290 @@
+"""The stages of a run, laid out before any has run: each one's artifact is known by then."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from foldstack.compression.storage.digest import digest_json
+from foldstack.compression.text.corpus import TextSource, source_digest
+from foldstack.flows.config.method_entries import Variant
+from foldstack.flows.config.run_config import RunConfig
+from foldstack.flows.running.measures import (
+    EvaluationDigests,
+    evaluation_digests,
+    evaluation_of,
+    speed_of,
+)
+from foldstack.tasks.benchmark_speed import BenchmarkSpeed
+from foldstack.tasks.collect_calibration import CollectCalibration
+from foldstack.tasks.compress_model import CompressModel
+from foldstack.tasks.environment.execution import Execution, cores
+from foldstack.tasks.evaluate_model import EvaluateModel
+from foldstack.tasks.gather_statistics import AddStatistics, GatherStatistics, Shard
+from foldstack.tasks.rank_blocks import RankBlocks
+from foldstack.tasks.recover_model import RecoverModel
+from foldstack.tasks.stage import ModelRef, Stage
+from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is done for one variant, or for the dense model."""
+
+    label: str
+    variant: Variant | None
+    compress: CompressModel | None
+    before: EvaluateModel
+    recover: RecoverModel | None = None
+    after: EvaluateModel | None = None
+    speed: BenchmarkSpeed | None = None
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages that are there, in their order, by the part they play."""
+        parts: dict[str, Stage | None] = {
+            "compress": self.compress,
+            "evaluate_before": self.before,
+            "recover": self.recover,
+            "evaluate_after": self.after,
+            "speed": self.speed,
+        }
+        return {part: stage for part, stage in parts.items() if stage is not None}
+
+    @property
+    def final_maker(self) -> CompressModel | RecoverModel | None:
+        """The stage that makes the branch's last model; None for the dense one."""
+        return self.recover or self.compress
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that is done."""
+        return digest_json({part: stage.fingerprint for part, stage in self.stages.items()})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All stages of one run."""
+
+    config: RunConfig
+    store: ArtifactStore
+    model: ModelRef
+    calibration: CollectCalibration
+    recovery_windows: CollectCalibration | None
+    shards: tuple[GatherStatistics, ...]
+    statistics: GatherStatistics | AddStatistics
+    """The only shard, or what adds them."""
+    ranking: RankBlocks
+    branches: tuple[Branch, ...]
+    """The dense model's first."""
+
+    @cached_property
+    def workers(self) -> int:
+        """Stages that run at once."""
+        return num_workers(self.config)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Every stage once, inputs before what is made from them, the speeds last."""
+        return list({stage.fingerprint: stage for stage in self._in_order()}.values())
+
+    @property
+    def windows(self) -> list[CollectCalibration]:
+        """The stages that everything begins with."""
+        both = (self.calibration, self.recovery_windows)
+        wanted = {stage.fingerprint: stage for stage in both if stage is not None}
+        return list(wanted.values())  # one, where recovery trains on what calibration reads
+
+    @property
+    def before_speeds(self) -> list[Stage]:
+        """The stages that may run side by side."""
+        return [stage for stage in self.stages if not isinstance(stage, BenchmarkSpeed)]
+
+    @property
+    def resolved_config(self) -> RunConfig:
+        """The config with the commit that a branch of the hub stood for."""
+        folder = self.model.folder
+        if folder.parent.name != "snapshots":  # how the hub's cache names a commit's folder
+            return self.config
+        pinned = self.config.model.model_copy(update={"revision": folder.name})
+        return self.config.model_copy(update={"model": pinned})
+
+    @property
+    def report_folder(self) -> Path:
+        """Where the comparison is written to."""
+        return self.config.output.home / "sweeps" / f"{self.config.model.short_name}-{self.sweep}"
+
+    @cached_property
+    def sweep(self) -> str:
+        """Digest of everything that is done: short, for tags and folders."""
+        return digest_json([branch.fingerprint for branch in self.branches])[:12]
+
+    def _in_order(self) -> Iterator[Stage]:
+        yield from self.windows
+        yield from self.shards
+        yield self.statistics
+        yield self.ranking
+        for parts in (
+            ("compress",),
+            ("recover", "evaluate_before"),
+            ("evaluate_after",),
+            ("speed",),
+        ):
+            for branch in self.branches:
+                yield from (branch.stages[part] for part in parts if part in branch.stages)
+
+
+def lay_out(config: RunConfig) -> Layout:
+    """The stages of `config`; reads the model's and the texts' bytes, computes nothing.
+
+    Raises:
+        InputError: the model or a text cannot be found or read.
+    """
+    store = ArtifactStore(config.output.home / "store", config.output.store)
+    model = ModelRef.of(config.model.name, config.model.revision)
+    # A worker of Dask's is told by its environment how many threads it may use.
+    is_here = config.execution.engine == "processes"
+    threads = max(1, cores() // num_workers(config)) if is_here else 0
+    shared = Execution(device=config.model.device, threads=threads)
+    digests: dict[TextSource, str] = {}
+
+    def digest(source: TextSource) -> str:
+        if source not in digests:
+            digests[source] = source_digest(source)
+        return digests[source]
+
+    calibration = CollectCalibration(
+        model=model,
+        source=config.calibration.source,
+        source_digest=digest(config.calibration.source),
+        windows=config.calibration_windows,
+    )
+    recovery_windows = None
+    if config.recovery.steps:
+        recovery_windows = CollectCalibration(
+            model=model,
+            source=config.recovery.source,
+            source_digest=digest(config.recovery.source),
+            windows=config.recovery.windows,
+            purpose="recovery",
+        )
+    shards = _shards(config, model, calibration.artifact(store), shared)
+    statistics: GatherStatistics | AddStatistics = shards[0]
+    if len(shards) > 1:
+        statistics = AddStatistics(shards=tuple(shard.artifact(store) for shard in shards))
+    ranking = RankBlocks(statistics=statistics.artifact(store))
+    builder = _BranchBuilder(
+        config, store, model, calibration, recovery_windows, statistics, ranking, shared,
+        evaluation_digests(config),
+    )  # fmt: skip
+    return Layout(
+        config, store, model, calibration, recovery_windows, shards, statistics, ranking,
+        (builder.dense(), *(builder.of(variant) for variant in config.variants)),
+    )  # fmt: skip
+
+
+def _shards(
+    config: RunConfig, model: ModelRef, calibration: Artifact, execution: Execution
+) -> tuple[GatherStatistics, ...]:
+    count = config.statistics.shards
+    return tuple(
+        GatherStatistics(
+            model=model,
+            calibration=calibration,
+            kinds=tuple(sorted(config.statistics.kinds)),
+            shard=Shard(index=index, count=count),
+            dtype=config.model.dtype,
+            batch_size=config.statistics.batch_size,
+            execution=execution,
+        )
+        for index in range(count)
+    )
+
+
+def num_workers(config: RunConfig) -> int:
+    """Stages that run at once.
+
+    Raises:
+        InputError: the Dask scheduler does not answer.
+    """
+    if config.execution.engine == "dask":
+        from foldstack.flows.running.dask_scheduler import num_dask_workers
+
+        return num_dask_workers(config.execution.address)
+    if isinstance(config.workers, int):
+        return max(1, config.workers)
+    if config.model.device == "cpu":
+        return cores()
+    import torch
+
+    return cores() if config.model.device == "auto" and not torch.cuda.is_available() else 1
+
+
+@dataclass(frozen=True)
+class _BranchBuilder:
+    config: RunConfig
+    store: ArtifactStore
+    model: ModelRef
+    calibration: CollectCalibration
+    recovery_windows: CollectCalibration | None
+    statistics: GatherStatistics | AddStatistics
+    ranking: RankBlocks
+    execution: Execution
+    evaluation_digests: EvaluationDigests
+
+    def dense(self) -> Branch:
+        return Branch(
+            DENSE,
+            None,
+            None,
+            self._evaluate(self.model, DENSE),
+            speed=self._speed(self.model, DENSE),
+        )
+
+    def of(self, variant: Variant) -> Branch:
+        compress = CompressModel(
+            model=self.model,
+            calibration=self.calibration.artifact(self.store),
+            statistics=self.statistics.artifact(self.store),
+            ranking=self.ranking.artifact(self.store),
+            method=variant.method,  # type: ignore[arg-type]  # a member of the union
+            dtype=self.config.model.dtype,
+            execution=self.execution,
+            name=variant.label,
+        )
+        compressed = compress.artifact(self.store)
+        before = self._evaluate(compressed, f"{variant.label} before recovery")
+        recover = self._recover(compressed, variant)
+        if recover is None:
+            before = self._evaluate(compressed, variant.label)
+            speed = self._speed(compressed, variant.label)
+            return Branch(variant.label, variant, compress, before, speed=speed)
+        recovered = recover.artifact(self.store)
+        after = self._evaluate(recovered, f"{variant.label} after recovery")
+        speed = self._speed(recovered, variant.label)
+        return Branch(variant.label, variant, compress, before, recover, after, speed)
+
+    def _recover(self, compressed: Artifact, variant: Variant) -> RecoverModel | None:
+        if self.recovery_windows is None:
+            return None
+        settings = self.config.recovery_settings
+        settings = settings.model_copy(update={"seed": settings.seed + variant.seed})
+        return RecoverModel(
+            compressed=compressed,
+            windows=self.recovery_windows.artifact(self.store),
+            settings=settings,
+            teacher=self.model if settings.needs_teacher else None,
+            dtype=self.config.model.dtype,
+            execution=self.execution,
+            name=variant.label,
+        )
+
+    def _evaluate(self, model: ModelRef | Artifact, name: str) -> EvaluateModel:
+        return evaluation_of(self.config, model, name, self.execution, self.evaluation_digests)
+
+    def _speed(self, model: ModelRef | Artifact, name: str) -> BenchmarkSpeed | None:
+        if not self.config.speed.enabled:
+            return None
+        return speed_of(self.config, self.model, model, name)

@@ -1,0 +1,75 @@
+"""The stages that measure a model, as a config says: quality, and speed."""
+
+from dataclasses import dataclass
+
+from foldstack.compression.evaluation.speed import SpeedSpec
+from foldstack.compression.text.corpus import source_digest
+from foldstack.flows.config.run_config import RunConfig
+from foldstack.tasks.benchmark_speed import BenchmarkSpeed
+from foldstack.tasks.environment.execution import Execution, cores
+from foldstack.tasks.environment.hardware import hardware
+from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
+from foldstack.tasks.stage import ModelRef
+from foldstack.tasks.store.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class EvaluationDigests:
+    """Of what evaluations read, beside the model."""
+
+    text: str
+    benchmarks: str
+
+
+def evaluation_digests(config: RunConfig) -> EvaluationDigests:
+    """Digests of the text and the task files that `config` evaluates on.
+
+    Raises:
+        InputError: the text cannot be read.
+    """
+    evaluation = config.evaluation
+    return EvaluationDigests(
+        source_digest(evaluation.perplexity.source),
+        benchmarks_digest(evaluation.benchmarks, evaluation.include_paths),
+    )
+
+
+def evaluation_of(
+    config: RunConfig,
+    model: ModelRef | Artifact,
+    name: str,
+    execution: Execution,
+    digests: EvaluationDigests,
+) -> EvaluateModel:
+    """The stage that evaluates `model` as `config` says."""
+    evaluation = config.evaluation
+    return EvaluateModel(
+        model=model,
+        source=evaluation.perplexity.source,
+        source_digest=digests.text,
+        protocol=evaluation.perplexity.protocol,
+        benchmarks=evaluation.limits,
+        benchmarks_digest=digests.benchmarks,
+        include_paths=evaluation.include_paths,
+        num_fewshot=evaluation.num_fewshot,
+        batch_size=evaluation.batch_size,
+        dtype=config.model.dtype,
+        execution=execution,
+        name=name,
+    )
+
+
+def speed_of(
+    config: RunConfig, dense: ModelRef, model: ModelRef | Artifact, name: str
+) -> BenchmarkSpeed:
+    """The stage that measures the speed of `model` in turns with `dense`."""
+    spec = {field: getattr(config.speed, field) for field in SpeedSpec.model_fields}
+    return BenchmarkSpeed(
+        dense=dense,
+        model=model,
+        spec=SpeedSpec(**spec),
+        execution=Execution(device=config.model.device, threads=config.speed.threads or cores()),
+        machine=hardware(),
+        dtype=config.model.dtype,
+        name=name,
+    )

@@ -1,0 +1,8 @@
+"""How stages come to run: cached, in processes of their own, and with a reason why.
+
+- `explanation`: Why a stage is found in the store, or has to run.
+- `prefect_cache`: Stages as Prefect tasks: a task run is Cached exactly when the store holds the
+  artifact.
+- `worker_pool`: Stages compute in processes of their own: several at once, and none disturbs
+  another.
+"""

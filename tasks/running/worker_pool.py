@@ -1,0 +1,264 @@
+"""Stages compute in processes of their own: several at once, and none disturbs another.
+
+Threads of one process would share torch's random numbers, Accelerate's and lm-eval's state, and
+Python's lock. A worker process keeps its imports from stage to stage; it is started when the first
+stage has to run, so that a run which finds everything in the store starts none. It ends with the
+process that started it, however that ends.
+"""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from foldstack.tasks.environment.redaction import hide_in_logs
+from foldstack.tasks.stage import Progress, Stage
+from foldstack.tasks.store.manifest import Facts
+
+SECONDS_BETWEEN_REPORTS = 0.2
+SECONDS_TO_LEAVE = 5.0
+PACKAGE_LOGGER = logging.getLogger("foldstack")
+
+
+class ComputedStage(Stage):
+    """A stage whose work is done by a worker process where there is a pool, else right here."""
+
+    def produce(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        if _pool is None:
+            return self.compute(folder, work, progress)
+        return _pool.run(self, folder, work, progress)
+
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        """What `produce` promises."""
+        raise NotImplementedError
+
+
+class WorkerPool:
+    """Worker processes, as many as there are stages running at once."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+        self._all: list[_Worker] = []
+        self._lock = threading.Lock()
+
+    def run(self, stage: ComputedStage, folder: Path, work: Path, progress: Progress) -> Facts:
+        """The facts that `stage` computes in a worker process.
+
+        Raises:
+            RuntimeError: the process was killed, for example for want of memory.
+            Exception: whatever the stage raises.
+        """
+        worker = self._idle_or_new()
+        try:
+            facts = worker.run(stage, folder, work, progress)
+        except _WorkerDied as death:
+            with self._lock:
+                self._all.remove(worker)
+            raise RuntimeError(f"{stage.label}: {death}") from None
+        except BaseException:
+            self._rest(worker)
+            raise
+        self._rest(worker)
+        return facts
+
+    def _idle_or_new(self) -> "_Worker":
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_alive():
+                    return worker
+                self._all.remove(worker)  # killed while it had nothing to do: nothing is lost
+            worker = _Worker()
+            self._all.append(worker)
+            return worker
+
+    def close(self) -> None:
+        """Let every process end; one that still computes is killed."""
+        with self._lock:
+            workers, self._all, self._idle = self._all, [], []
+        for worker in workers:
+            worker.dismiss()
+        for worker in workers:
+            worker.end(SECONDS_TO_LEAVE)
+
+    def kill(self) -> None:
+        """End every process, whatever it is doing."""
+        for worker in list(self._all):
+            worker.end(0)
+
+    def _rest(self, worker: "_Worker") -> None:
+        with self._lock:
+            if worker in self._all:
+                self._idle.append(worker)
+
+
+_pool: WorkerPool | None = None
+
+
+@contextmanager
+def worker_processes() -> Iterator[WorkerPool]:
+    """Inside, stages compute in processes of their own."""
+    global _pool
+    before, pool = _pool, WorkerPool()
+    _pool = pool
+    try:
+        yield pool
+    finally:
+        _pool = before
+        pool.close()
+
+
+def end_workers() -> None:
+    """Kill the processes of the pool in use, if there is one."""
+    if _pool is not None:
+        _pool.kill()
+
+
+class _WorkerDied(Exception):
+    pass
+
+
+class _Worker:
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, os.getpid(), PACKAGE_LOGGER.getEffectiveLevel())
+        self._process: BaseProcess = context.Process(
+            target=_serve, args=arguments, name="foldstack-worker", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def run(self, stage: ComputedStage, folder: Path, work: Path, progress: Progress) -> Facts:
+        try:
+            self._connection.send_bytes(pickle.dumps((stage, folder, work)))
+            while True:
+                kind, content = self._connection.recv()
+                match kind:
+                    case "progress":
+                        progress(*content)
+                    case "log":
+                        name, level, message = content
+                        logging.getLogger(name).log(level, "%s", message)
+                    case "facts":
+                        facts: Facts = content
+                        return facts
+                    case "error":
+                        raise content
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join(5)
+            code = self._process.exitcode
+            reason = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+            raise _WorkerDied(f"its process ended with {reason}{hint}") from None
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def dismiss(self) -> None:
+        """Tell the process that nothing comes any more."""
+        self._connection.close()
+
+    def end(self, seconds: float) -> None:
+        """Wait so long for the process to end by itself, then kill it."""
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(SECONDS_TO_LEAVE)
+
+
+def _serve(connection: Connection, parent: int, level: int) -> None:
+    """The life of a worker process: compute what comes, until nobody is there any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
+    hide_in_logs()
+    sender = _Sender(connection)
+    PACKAGE_LOGGER.setLevel(level)
+    PACKAGE_LOGGER.addHandler(_LogSender(sender))
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = connection.recv_bytes()
+            try:
+                stage, folder, work = pickle.loads(message)
+                with _temporary_files_in(work / "temporary"):
+                    facts = stage.compute(folder, work, sender.progress)
+            except Exception as error:
+                sender.send("error", _portable(error))
+            else:
+                sender.send("facts", facts)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """What a killed stage leaves of its temporary files goes with its work, and not never."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent, with the place where it happened in a note."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        copy: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.add_note(f"In the worker process:\n{trace}")
+    return copy
+
+
+class _Sender:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._last_report = 0.0
+
+    def send(self, kind: str, content: Any) -> None:
+        with self._lock:
+            self._connection.send((kind, content))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last_report < SECONDS_BETWEEN_REPORTS:
+            return
+        self._last_report = now
+        self.send("progress", (what, done, total))
+
+
+class _LogSender(logging.Handler):
+    def __init__(self, sender: _Sender) -> None:
+        super().__init__()
+        self._sender = sender
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            self._sender.send("log", (record.name, record.levelno, record.getMessage()))

@@ -1,0 +1,13 @@
+"""What MLflow is told: here and nowhere else is it imported.
+
+- `mlflow_pages`: Addresses of MLflow's pages, and the columns in which its experiment page shows
+  variants.
+- `quality_gate`: Whether a new result may take the place of the last accepted one, in MLflow's
+  model registry.
+- `receipts`: Which records a tracking server already holds, known without importing its client.
+- `registry`: Versions of registered models in MLflow, and the aliases by which people find them.
+- `run_record`: What a tracking server is to know of one variant, the dense model or a sweep, as
+  plain data.
+- `tracker`: What MLflow is told, and when: it is imported here and in the quality gate only.
+- `tracking_database`: MLflow's SQLite file: it appears whole or not at all, whoever opens it first.
+"""

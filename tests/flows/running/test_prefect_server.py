@@ -1,0 +1,73 @@
+"""A configured Prefect server is asked again while its database is away."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+CALL = """
+from foldstack.flows.running.prefect_server import TemporaryServer
+from prefect.client.orchestration import get_client
+
+with TemporaryServer() as server:
+    server.ready()
+    print(get_client(sync_client=True).count_flow_runs())
+"""
+REFUSED = {"exception_message": "Internal Server Error"}
+"""What Prefect's server answers, as 500, when Postgres refuses the connection."""
+
+
+class Api(BaseHTTPRequestHandler):
+    """Of a server with seven flow runs, whose database is away at the first call."""
+
+    was_asked = False
+
+    def do_GET(self) -> None:
+        self._answer(404, {})  # such a server knows no CSRF tokens
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(*((200, 7) if type(self).was_asked else (500, REFUSED)))
+        type(self).was_asked = True
+
+    def _answer(self, code: int, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("FreshApi", (Api,), {})) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        pytest.param({}, "7\n", id="a call lives through a restart of the database"),
+        pytest.param({"PREFECT_CLIENT_RETRY_EXTRA_CODES": "418"}, "", id="what was set stays"),
+    ],
+)
+def test_a_server_whose_database_is_away(address: str, chosen: dict[str, str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CALL],
+        env=os.environ | {"PREFECT_API_URL": address} | chosen,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == said, done.stderr
+    assert (done.returncode == 0) == bool(said)

@@ -1,0 +1,248 @@
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from foldstack.tasks.tracking.run_record import DatasetUse, RunRecord
+from foldstack.tasks.tracking.tracker import Tracker
+
+pytestmark = pytest.mark.foreign_warnings
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tables exist: making them takes MLflow seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def uri(database: Path, tmp_path: Path) -> str:
+    copy = tmp_path / "mlflow.db"
+    copy.write_bytes(database.read_bytes())
+    return f"sqlite:///{copy}"
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> RunRecord:
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    return RunRecord(
+        name="shortgpt 0.25",
+        fingerprint="ab" * 32,
+        params={"method.name": "shortgpt", "sparsity": 0.25},
+        metrics={"quality/bits_per_byte": 1.5},
+        series={"recovery/loss": [(0, 3.0), (10, 2.0)]},
+        tags={"foldstack.method": "shortgpt"},
+        datasets=[DatasetUse("stories", "f" * 64, "stories.txt", "calibration")],
+        files={"compress/plan.json": plan},
+        texts={"environment.txt": "torch"},
+        sweep="s1",
+    )
+
+
+def log(tracker: Tracker, *records: RunRecord) -> None:
+    for record in records:
+        tracker.log(record)
+    tracker.finish()
+
+
+def runs(uri: str, experiment: str = "foldstack/tiny") -> list[Run]:
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def tracker_at(uri: str, folder: Path) -> Tracker:
+    return Tracker(uri, "foldstack/tiny", folder / "receipts", folder / "mlartifacts")
+
+
+def test_a_record_arrives_whole(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    tracker = tracker_at(uri, tmp_path)
+    log(tracker, record)
+
+    (run,) = runs(uri)
+    client = MlflowClient(tracking_uri=uri)
+    assert tracker.warnings == []
+    assert run.info.run_id == tracker.run_ids[record.fingerprint]
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"method.name": "shortgpt", "sparsity": "0.25"}
+    assert run.data.metrics == {"quality/bits_per_byte": 1.5, "recovery/loss": 2.0}
+    assert len(client.get_metric_history(run.info.run_id, "recovery/loss")) == 2
+    assert run.data.tags["foldstack.sweeps"] == "s1"
+    (use,) = run.inputs.dataset_inputs
+    assert (use.dataset.name, use.dataset.digest) == ("stories", "f" * 36)
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {
+        "compress",
+        "environment.txt",
+    }
+
+
+def test_logging_twice_changes_nothing(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    log(tracker_at(uri, tmp_path), record)
+    before = Path(uri.removeprefix("sqlite:///")).read_bytes()
+    again = tracker_at(uri, tmp_path)
+    log(again, record)
+
+    assert again.run_ids
+    assert Path(uri.removeprefix("sqlite:///")).read_bytes() == before
+
+
+def test_a_lost_receipt_does_not_log_a_second_run(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    log(tracker_at(uri, tmp_path), record)
+    for receipt in (tmp_path / "receipts").iterdir():
+        receipt.unlink()
+    log(tracker_at(uri, tmp_path), record)
+
+    (run,) = runs(uri)
+    client = MlflowClient(tracking_uri=uri)
+    assert len(client.get_metric_history(run.info.run_id, "recovery/loss")) == 2
+
+
+def test_a_deleted_run_is_logged_again(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    tracker = tracker_at(uri, tmp_path)
+    log(tracker, record)
+    MlflowClient(tracking_uri=uri).delete_run(tracker.run_ids[record.fingerprint])
+    log(tracker_at(uri, tmp_path), record)
+
+    (run,) = runs(uri)
+    assert run.info.run_id != tracker.run_ids[record.fingerprint]
+
+
+def test_a_run_that_was_cut_off_is_completed(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    partial = replace(record, metrics={}, series={}, status="RUNNING")
+    log(tracker_at(uri, tmp_path), partial)
+    assert runs(uri)[0].info.status == "RUNNING"
+    log(tracker_at(uri, tmp_path), record)
+
+    (run,) = runs(uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["quality/bits_per_byte"] == 1.5
+
+
+def test_a_second_sweep_adds_its_tag_to_the_same_run(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    log(tracker_at(uri, tmp_path), record)
+    log(tracker_at(uri, tmp_path), replace(record, sweep="s2"))
+
+    (run,) = runs(uri)
+    assert run.data.tags["foldstack.sweeps"] == "s1 s2"
+
+
+def test_more_values_than_a_batch_and_overlong_ones_arrive(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    many = {f"setting {index}": "x" * 7000 if index == 3 else index for index in range(230)}
+    log(tracker_at(uri, tmp_path), replace(record, params=many))
+
+    (run,) = runs(uri)
+    assert len(run.data.params) == 230
+    assert len(run.data.params["setting 3"]) <= 6000
+    assert "cut" in run.data.params["setting 3"]
+
+
+def test_a_dead_server_costs_seconds_and_one_warning(tmp_path: Path, record: RunRecord) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    tracker = tracker_at(f"http://127.0.0.1:{port}", tmp_path)
+    started = time.perf_counter()
+    log(tracker, *(replace(record, fingerprint=f"{index:064d}") for index in range(5)))
+
+    assert time.perf_counter() - started < 5
+    (warning,) = tracker.warnings
+    assert "next run logs what is missing" in warning
+
+
+def test_what_a_dead_server_missed_is_logged_by_the_next_run(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    dead = Tracker("http://127.0.0.1:9", "foldstack/tiny", tmp_path / "receipts")
+    log(dead, record)
+    assert dead.warnings
+    log(tracker_at(uri, tmp_path), record)
+
+    assert len(runs(uri)) == 1
+
+
+def test_what_is_slow_is_waited_for_and_what_stands_still_is_not(
+    tmp_path: Path, record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, never = [], threading.Event()
+
+    def write(self: Tracker, item: RunRecord) -> None:
+        if item.name == "stuck":
+            never.wait(60)
+        time.sleep(0.2)
+        written.append(item.name)
+
+    monkeypatch.setattr(Tracker, "_write", write)
+    slow = tracker_at("sqlite:///nowhere.db", tmp_path)
+    for number in range(5):
+        slow.log(replace(record, fingerprint=f"{number:064d}", name=str(number)))
+    slow.finish(patience_seconds=0.5)  # of a second in all
+    assert written == list("01234")
+    assert slow.warnings == []
+
+    hung = tracker_at("sqlite:///nowhere.db", tmp_path)
+    hung.log(replace(record, fingerprint="ef" * 32, name="stuck"))
+    hung.finish(patience_seconds=0.5)
+    never.set()
+    assert "did not answer within" in hung.warnings[0]
+
+
+def test_the_best_run_gets_the_alias(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    other = replace(record, fingerprint="cd" * 32, name="other")
+    first = tracker_at(uri, tmp_path)
+    first.log(record)
+    first.register_best("foldstack-tiny", record, "best-at-25", "lowest bits per byte")
+    first.finish()
+    second = tracker_at(uri, tmp_path)
+    second.log(other)
+    second.register_best("foldstack-tiny", other, "best-at-25", "lowest bits per byte")
+    second.finish()
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    version = client.get_model_version_by_alias("foldstack-tiny", "best-at-25")
+    assert second.warnings == []
+    assert version.run_id == second.run_ids[other.fingerprint]
+
+
+def test_the_compare_page_lists_the_runs(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    tracker = tracker_at(uri, tmp_path)
+    assert tracker.pages([record.fingerprint]) == {}
+    log(tracker, record)
+
+    page = tracker.pages([record.fingerprint, "not logged"])["mlflow compare"]
+    assert page is not None
+    assert f'runs=["{tracker.run_ids[record.fingerprint]}"]' in page
+
+
+OPEN = """
+import sys
+from foldstack.tasks.tracking.tracker import open_experiment
+print(open_experiment(sys.argv[1], "foldstack/tiny", None)[1])
+"""
+
+
+def test_a_database_that_several_make_at_once_after_one_was_killed_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "home" / "mlflow.db"
+    file.parent.mkdir()
+    file.with_name("mlflow.db.unfinished").write_bytes(b"half a database")
+    command = [sys.executable, "-c", OPEN, f"sqlite:///{file}"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(told) == 1, "one experiment"
+    assert [path.name for path in file.parent.iterdir()] == ["mlflow.db"]
