@@ -8,7 +8,7 @@ import yaml
 
 from foldstack.compression.errors import InputError
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 MAX_VALUES = 100_000
 """A config of more values, each alias counted with all that it stands for, is no config."""
 
