@@ -21,6 +21,11 @@ def test_recipe_is_valid(name: str) -> None:
     assert config.evaluation.benchmarks
 
 
+def test_recipes_are_found() -> None:
+    """Where they are not, the tests that are made from them vanish, and `foldstack run demo` fails."""
+    assert {"demo", "local-model"} <= set(recipes())
+
+
 @pytest.mark.parametrize("path", sorted(recipes().values()), ids=lambda path: path.stem)
 def test_recipe_begins_with_its_schema_and_says_what_it_is(path: Path) -> None:
     first, second, *_ = path.read_text().splitlines()
