@@ -108,9 +108,9 @@ class MoDeGpt(Method):
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # The influence is not known yet: the uniform allocation stands in.
-        dimensions = self._dimensions(model)
+        dimensions = self.inner_dimensions(model)
         widths = self._widths(model, dimensions, self._uniform(dimensions))
-        return self._plan(model, widths)
+        return self.narrow_plan(model, widths)
 
     @property
     def goes_in_turn(self) -> bool:
@@ -130,21 +130,21 @@ class MoDeGpt(Method):
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
-        dimensions = self._dimensions(model)
+        dimensions = self.inner_dimensions(model)
         widths = self._widths(model, dimensions, self._block_sparsities(dimensions, evidence))
-        plan = self._plan(model, widths)
+        plan = self.narrow_plan(model, widths)
         blocks, spool = architecture_of(model).blocks(model), evidence.spool()
         for position, block in enumerate(plan.blocks):
             narrow_mlp = (position, "mlp") in widths
             spool.part(
                 f"block-{position}",
-                partial(self._narrow, model, position, block, evidence, mlp=narrow_mlp),
+                partial(self.narrow_block, model, position, block, evidence, mlp=narrow_mlp),
             )
             release(blocks[position])
             evidence.progress("modegpt", position + 1, len(plan.blocks))
         return Cut(plan, tuple(range(len(plan.blocks))), spool.tensors)
 
-    def _narrow(
+    def narrow_block(
         self,
         model: PreTrainedModel,
         position: int,
@@ -173,7 +173,7 @@ class MoDeGpt(Method):
         influence = {position: scores[position] for position in {d.position for d in dimensions}}
         return influence_sparsities(influence, self.smoothing, self.max_block_sparsity)
 
-    def _dimensions(self, model: PreTrainedModel) -> list[InnerDimension]:
+    def inner_dimensions(self, model: PreTrainedModel) -> list[InnerDimension]:
         """The inner dimensions that may become narrower.
 
         Raises:
@@ -190,10 +190,10 @@ class MoDeGpt(Method):
         dimensions = []
         for position, block in enumerate(plan.blocks):
             if block.has_attention:
-                dimensions += self._dimensions_of_block(model, position, sizes)
+                dimensions += self._of_block(model, position, sizes)
         return dimensions
 
-    def _dimensions_of_block(
+    def _of_block(
         self, model: PreTrainedModel, position: int, sizes: HeadSizes
     ) -> list[InnerDimension]:
         architecture = architecture_of(model)
@@ -252,7 +252,8 @@ class MoDeGpt(Method):
             slack=TOLERANCE * whole if only_mlp else 0.0,
         )
 
-    def _plan(self, model: PreTrainedModel, widths: Widths) -> Plan:
+    def narrow_plan(self, model: PreTrainedModel, widths: Widths) -> Plan:
+        """The structure with these widths; dimensions without an entry stay whole."""
         sizes, shapes = head_sizes(model), linear_shapes(model)
         down = next(s.name for s in architecture_of(model).linears if s.reads == "mlp_output")
         mlp_widths = {
