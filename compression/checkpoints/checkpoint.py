@@ -92,7 +92,7 @@ def load_model(
     config = load_config(folder)
     is_ours = config.model_type == "foldstack"
     loader: Any = FoldstackForCausalLM if is_ours else AutoModelForCausalLM
-    with BUILDING, _quiet():
+    with BUILDING, quiet():
         try:
             model, loading = loader.from_pretrained(
                 folder,
@@ -145,7 +145,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars: a flow has its own."""
     was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -172,7 +172,7 @@ def save_model(
     if is_ours:
         model.config.auto_map = AUTO_MAP
         shutil.copyfile(modeling_foldstack.__file__, folder / MODELING_FILE)
-    with _quiet():
+    with quiet():
         state = _ReleasedState(model.state_dict())
         model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_BYTES)
     for name in TOKENIZER_FILES:

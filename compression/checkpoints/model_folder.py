@@ -7,6 +7,7 @@ from pathlib import Path
 from foldstack.compression.errors import InputError
 
 REFERENCE = "reference"
+GGUF = ".gguf"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD = re.compile(r"\w[\w.-]*\.safetensors")
@@ -20,21 +21,63 @@ def resolve(model: str, revision: str | None = None) -> Path:
     Raises:
         InputError: there is no such model, the hub cannot be reached, or the folder is incomplete.
     """
+    folder = locate(model, revision)
+    check_folder(folder)
+    return folder
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model, or its GGUF file, whatever is in it.
+
+    Raises:
+        InputError: there is no such model, or the hub cannot be reached.
+    """
     if model == REFERENCE:
         from foldstack.compression.reference import MODEL_FOLDER
 
-        folder = MODEL_FOLDER
-    elif Path(model).is_dir():
-        folder = Path(model).resolve()
-    elif HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
-        folder = _download(model, revision)
-    else:
+        return MODEL_FOLDER
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.suffix == GGUF and path.is_file()):
+        return path.resolve()
+    if HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
+        return _download(model, revision)
+    raise InputError(
+        f"no model {model!r}: give a directory or a GGUF file that exists, a hub id such as "
+        f"Qwen/Qwen3-0.6B, or {REFERENCE!r}"
+    )
+
+
+def gguf_of(place: Path) -> Path | None:
+    """The GGUF file that a place is or, without safetensors beside it, holds; None for none.
+
+    Raises:
+        InputError: it holds several.
+    """
+    if place.suffix == GGUF and place.is_file():
+        return place
+    files = sorted(place.glob(f"*{GGUF}"))
+    if not files or any(place.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
         raise InputError(
-            f"no model {model!r}: give a directory that exists, a hub id such as Qwen/Qwen3-0.6B, "
-            f"or {REFERENCE!r}"
+            f"{place} holds {len(files)} GGUF files; give the path of one of them, such as "
+            f"{files[0]}"
         )
-    check_folder(folder)
-    return folder
+    return files[0]
+
+
+def quantization_of(folder: Path) -> str | None:
+    """What the weights in a folder are quantised by, as its config names it; None for nothing."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # which is what `check_folder` says
+        return None
+    named = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(named, dict):
+        return None
+    if named.get("load_in_4bit") or named.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(named.get("quant_method", "an unnamed scheme"))
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -60,6 +103,11 @@ def check_folder(folder: Path) -> None:
         InputError: says what is wrong and what would be right.
     """
     config = folder / "config.json"
+    if gguf_of(folder) is not None or quantization_of(folder) is not None:
+        raise InputError(
+            f"{folder} holds quantised weights: make plain ones of them first, in Python by "
+            "quantized_weights.dequantize; the command line does so by itself"
+        )
     if not config.is_file():
         raise InputError(f"{folder} is not a model directory: it holds no config.json")
     try:

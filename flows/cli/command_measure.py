@@ -8,6 +8,7 @@ from foldstack.flows.config.config_file import find_config, read_config
 from foldstack.flows.config.run_config import RunConfig, parse_config
 from foldstack.flows.running.measures import evaluation_digests, evaluation_of, speed_of
 from foldstack.flows.running.progress import console_on, display_on
+from foldstack.tasks.dequantize_model import find_model
 from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.evaluate_model import load_evaluation
 from foldstack.tasks.stage import ModelRef, Stage, run_stage
@@ -51,9 +52,9 @@ def evaluate_command(config: RunConfig, against: str = "") -> Facts:
 
     if config.evaluation.benchmarks:
         check_tasks(config.evaluation.benchmarks, config.evaluation.include_paths)
-    models = [ModelRef.of(config.model.name, config.model.revision)]
+    models = [_find(config, config.model.name, config.model.revision)]
     if against:  # found before the first one is measured
-        models.append(ModelRef.of(against))
+        models.append(_find(config, against))
     execution = Execution(device=config.model.device, threads=cores())
     digests = evaluation_digests(config)
     evaluated, *dense = (
@@ -73,13 +74,21 @@ def bench_command(config: RunConfig, against: str) -> Facts:
     Raises:
         InputError: a model cannot be had.
     """
-    model = ModelRef.of(config.model.name, config.model.revision)
-    dense = ModelRef.of(against) if against else model
+    model = _find(config, config.model.name, config.model.revision)
+    dense = _find(config, against) if against else model
     return _run(config, speed_of(config, dense, model, config.model.name)).manifest().facts
 
 
+def _find(config: RunConfig, model: str, revision: str | None = None) -> ModelRef:
+    return find_model(_store(config), model, revision, config.model.dtype)
+
+
+def _store(config: RunConfig) -> ArtifactStore:
+    return ArtifactStore(config.output.home / "store", config.output.store)
+
+
 def _run(config: RunConfig, stage: Stage) -> Artifact:
-    store = ArtifactStore(config.output.home / "store", config.output.store)
+    store = _store(config)
     with display_on(console_on(sys.stderr)) as display:
         display.begin(stage.label, 1)
         artifact = run_stage(

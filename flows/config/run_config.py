@@ -41,7 +41,7 @@ class ModelChoice(_Section):
     """The model to compress."""
 
     name: str = "reference"
-    """"reference" (comes with foldstack), a hub id, or a local directory."""
+    """"reference" (comes with foldstack), a hub id, a local directory, or a GGUF file."""
     revision: str | None = None
     """Branch, tag or commit on the hub; the run records the commit that it stands for."""
     dtype: Dtype = "auto"
@@ -52,7 +52,7 @@ class ModelChoice(_Section):
     @property
     def short_name(self) -> str:
         """The last part of the name, for titles and folders: never one that leads elsewhere."""
-        return Path(os.path.abspath(self.name)).name or "model"
+        return Path(os.path.abspath(self.name)).name.removesuffix(".gguf") or "model"
 
 
 class Calibration(WindowSpec):

@@ -18,6 +18,7 @@ from foldstack.flows.running.measures import (
 from foldstack.tasks.benchmark_speed import BenchmarkSpeed
 from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.compress_model import CompressModel
+from foldstack.tasks.dequantize_model import find_model
 from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.evaluate_model import EvaluateModel
 from foldstack.tasks.gather_statistics import AddStatistics, GatherStatistics, Shard
@@ -137,13 +138,15 @@ class Layout:
 
 
 def lay_out(config: RunConfig) -> Layout:
-    """The stages of `config`; reads the model's and the texts' bytes, computes nothing.
+    """The stages of `config`; reads the model's and the texts' bytes, computes nothing but plain
+    weights of quantised ones.
 
     Raises:
         InputError: the model or a text cannot be found or read.
     """
     store = ArtifactStore(config.output.home / "store", config.output.store)
-    model = ModelRef.of(config.model.name, config.model.revision)
+    chosen = config.model
+    model = find_model(store, chosen.name, chosen.revision, chosen.dtype)
     # A worker of Dask's is told by its environment how many threads it may use.
     is_here = config.execution.engine == "processes"
     threads = max(1, cores() // num_workers(config)) if is_here else 0

@@ -22,7 +22,7 @@ def test_recipe_is_valid(name: str) -> None:
 
 
 def test_recipes_are_found() -> None:
-    """Where they are not, the tests that are made from them vanish, and `foldstack run demo` fails."""
+    """Where they are not, the tests made from them vanish, and `foldstack run demo` fails."""
     assert {"demo", "local-model"} <= set(recipes())
 
 

@@ -1,0 +1,70 @@
+"""A model whose weights are quantised: dequantised once, and what it came from said each time."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from foldstack.compression.checkpoints.checkpoint import load_model
+from foldstack.compression.errors import InputError
+from foldstack.flows.config.run_config import parse_config
+from foldstack.flows.planning.forecast import dry_run
+from foldstack.tasks.dequantize_model import find_model
+from foldstack.tasks.store.artifacts import ArtifactStore
+
+
+@pytest.fixture
+def float8(model_folder: Callable[..., Path]) -> Path:
+    """A model that stores one matrix as 8-bit floats with one scale."""
+    folder = model_folder("llama")
+    file, name = folder / "model.safetensors", "model.layers.0.self_attn.o_proj.weight"
+    tensors = load_file(file)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.full((1, 1), 2.0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return quantized(folder, quant_method="fp8", weight_block_size=[32, 32])
+
+
+def quantized(folder: Path, **scheme: object) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": scheme}))
+    return folder
+
+
+def test_a_quantised_model_is_made_plain_once_and_that_is_said_each_time(
+    float8: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    found = find_model(store, str(float8))
+    assert found.folder.is_relative_to(store.root)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    stored = load_file(float8 / "model.safetensors")[name].float()
+    assert torch.equal(load_model(found.folder).state_dict()[name], 2 * stored)
+
+    caplog.clear()
+    copy = shutil.copytree(float8, tmp_path / "copy")
+    again = find_model(store, str(copy))
+    assert (again.fingerprint, again.folder) == (found.fingerprint, found.folder)
+    assert "is dequantised, from fp8 to float32" in caplog.text
+    half = find_model(store, str(float8), dtype="bfloat16")
+    assert half.folder != found.folder
+    assert half.fingerprint != found.fingerprint
+
+
+def test_plain_models_go_into_no_store(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = model_folder("llama")
+    assert find_model(ArtifactStore(tmp_path / "store"), str(folder)).folder == folder
+    assert not (tmp_path / "store").exists()
+
+
+def test_plan_refuses_what_run_would(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = quantized(model_folder("llama"), quant_method="bitsandbytes", load_in_4bit=True)
+    home = tmp_path / "home"
+    config = {"model": str(folder), "methods": ["shortgpt"], "output": {"home": str(home)}}
+    with pytest.raises(InputError, match=r"quantised by bitsandbytes, .* cannot be dequantised"):
+        dry_run(parse_config(config))
+    assert not list(home.glob("store/dequantize_model/*/model"))
