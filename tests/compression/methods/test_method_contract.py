@@ -1,8 +1,11 @@
 """What every method promises, for every method and every supported family."""
 
 import copy
+import importlib
+import inspect
+import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -411,8 +414,20 @@ def test_what_it_computes_is_told_from_shapes_alone(method_name: str, tiny_model
     assert any(told) == (method_name not in decides_by_similarity_alone)
 
 
-def test_every_file_of_the_folder_is_registered() -> None:
-    folder = Path(methods.__path__[0])
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert files == {cls.__module__.rsplit(".", 1)[1] for cls in METHODS.values()}
+def subclasses_of(cls: type[Any]) -> Iterator[type[Any]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from subclasses_of(subclass)
+
+
+def test_every_method_of_the_wing_is_registered() -> None:
+    prefix = f"{methods.__name__}."
+    for module in pkgutil.walk_packages(methods.__path__, prefix):
+        importlib.import_module(module.name)
+    written = {
+        cls
+        for cls in subclasses_of(Method)
+        if cls.__module__.startswith(prefix) and not inspect.isabstract(cls)
+    }
+    assert written == set(METHODS.values())
     assert set(QUICK) == set(METHODS)

@@ -14,7 +14,7 @@ from foldstack.compression.storage.mapped_memory import release, releasing, trim
 
 ROWS, COLUMNS = 4096, 1024
 needs_proc = pytest.mark.skipif(
-    not mapped_memory.MAPPINGS.exists(), reason="needs /proc/self/smaps of Linux"
+    not mapped_memory.PAGES.exists(), reason="needs /proc/self/smaps of Linux"
 )
 
 
@@ -30,7 +30,7 @@ def linear(tmp_path: Path) -> nn.Module:
 def resident_bytes(tensor: torch.Tensor) -> int:
     """Memory that the mapping of this tensor takes."""
     found = False
-    for line in mapped_memory.MAPPINGS.read_text().splitlines():
+    for line in mapped_memory.PAGES.read_text().splitlines():
         if "-" in line.split(" ", 1)[0]:
             first, last = (int(a, 16) for a in line.split(" ", 1)[0].split("-"))
             found = first <= tensor.data_ptr() < last
