@@ -32,11 +32,13 @@ class CollectCalibration(ComputedStage):
         return f"collect {self.purpose} windows"
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
-        from foldstack.compression.checkpoints.checkpoint import load_tokenizer
-        from foldstack.compression.text.calibration import token_windows
+        from foldstack.compression.checkpoints.checkpoint import load_config, load_tokenizer
+        from foldstack.compression.text.calibration import check_tokens, token_windows
         from foldstack.compression.text.corpus import documents
 
-        tokenizer = load_tokenizer(self.model.open())
+        model = self.model.open()
+        tokenizer = load_tokenizer(model)
         windows = token_windows(tokenizer, documents(self.source), self.windows)
+        check_tokens(windows.tokens, load_config(model).get_text_config(decoder=True).vocab_size)
         windows.save(folder)
         return {"corpus": self.source.corpus, **windows.facts}

@@ -33,7 +33,7 @@ class RankBlocks(ComputedStage):
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         ranking = rank_blocks(Statistics.load(self.statistics.open()))
-        (folder / RANKING_FILE).write_text(ranking.model_dump_json(indent=1))
+        (folder / RANKING_FILE).write_text(ranking.model_dump_json(indent=1), encoding="utf-8")
         rows = ranking.table()
         with (folder / TABLE_FILE).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(rows[0]))

@@ -1,11 +1,17 @@
 """Model folders: found, opened, written, and proved to load.
 
+- `agreement`: Whether a config and the weights beside it describe one model; where the config errs,
+  which way.
 - `checkpoint`: Model folders: find one, load it, save one, and prove that what was saved loads
   anywhere.
+- `folder_files`: Small files of a model folder: JSON, read at one door that says what is wrong with
+  it.
 - `model_card`: The model card (README.md) that travels with every compressed folder.
 - `model_folder`: Find the folder of a model, and say in one sentence what is wrong with it; no
   torch needed.
 - `quantized_weights`: Quantised weights made plain again: GGUF files, and what transformers can
   dequantise.
 - `reload_check`: Load model folders in this process and compare each with what its maker saw.
+- `stored_weights`: What a model folder's safetensors files hold, read from their headers; no torch
+  needed.
 """

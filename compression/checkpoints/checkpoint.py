@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -26,8 +25,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from foldstack.compression.checkpoints import reload_check
+from foldstack.compression.checkpoints.agreement import (
+    agreement,
+    check_unread,
+    misshapen,
+    read_config,
+)
 from foldstack.compression.checkpoints.model_folder import check_folder
-from foldstack.compression.errors import InputError
+from foldstack.compression.errors import InputError, refusing
 from foldstack.compression.storage.digest import digest_folder
 from foldstack.compression.storage.mapped_memory import release, releasing
 from foldstack.compression.structure import modeling_foldstack
@@ -65,19 +70,15 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The config of a supported decoder.
+    """The config of a supported decoder, with what it says wrongly of the weights put right.
 
     Raises:
-        InputError: the folder is not a whole model, or not of a family that foldstack supports.
+        InputError: the folder is not a whole model, its files are of two models, or the family is
+            none that foldstack supports.
     """
     check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
-        ) from error
-    architecture_of(config)
+    config = read_config(folder)
+    agreement(folder).apply(config)
     return config
 
 
@@ -92,28 +93,21 @@ def load_model(
     config = load_config(folder)
     is_ours = config.model_type == "foldstack"
     loader: Any = FoldstackForCausalLM if is_ours else AutoModelForCausalLM
-    with BUILDING, quiet():
-        try:
-            model, loading = loader.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # named below, in a sentence
-                **({} if is_ours else {"trust_remote_code": False}),
-            )
-        except (RuntimeError, OSError, ValueError) as error:
-            raise InputError(f"the weights in {folder} do not load: {first_line(error)}") from error
-    for name, found, expected in loading["mismatched_keys"]:
-        raise InputError(
-            f"{folder} has the weight {name} of shape {tuple(found)}, where its config asks for "
-            f"{tuple(expected)}"
+    with BUILDING, quiet(), refusing(f"the weights in {folder} do not load"):
+        model, loading = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, in a sentence
+            **({} if is_ours else {"trust_remote_code": False}),
         )
-    for problem in ("missing_keys", "unexpected_keys"):
-        if names := sorted(map(str, loading[problem])):
-            what = problem.removesuffix("_keys")
-            raise InputError(f"{folder} has {len(names)} {what} weights, the first is {names[0]}")
+    for name, found, expected in loading["mismatched_keys"]:
+        raise InputError(misshapen(folder, name, found, expected))
+    if names := sorted(map(str, loading["missing_keys"])):
+        raise InputError(f"{folder} has {len(names)} missing weights, the first is {names[0]}")
+    check_unread(folder, sorted(map(str, loading["unexpected_keys"])), model)
     return model.eval().to(device)
 
 
@@ -123,12 +117,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, or it needs code of its own.
     """
-    try:
+    config = _without_code(folder)
+    with refusing(f"{folder} holds no usable tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, config=_without_code(folder)
+            folder, trust_remote_code=False, config=config
         )
-    except (ValueError, OSError, TypeError) as error:
-        raise InputError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
     return tokenizer
 
 
@@ -136,12 +129,6 @@ def _without_code(folder: Path) -> PreTrainedConfig:
     # A portable folder names remote code in its config; loading its tokenizer must not ask for it.
     config = load_config(folder)
     return config.base_config if config.model_type == "foldstack" else config
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for use inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
@@ -178,7 +165,8 @@ def save_model(
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
-    (folder / PLAN_FILE).write_text((plan or plan_of(model)).model_dump_json(indent=2) + "\n")
+    text = (plan or plan_of(model)).model_dump_json(indent=2) + "\n"
+    (folder / PLAN_FILE).write_text(text, encoding="utf-8")
     return "portable" if is_ours else "native"
 
 
@@ -205,7 +193,7 @@ class _ReleasedState(dict[str, torch.Tensor]):
 def load_plan(folder: Path) -> Plan:
     """The structure of the model in a folder: its plan file, or the identity of a stock model."""
     if (folder / PLAN_FILE).is_file():
-        return Plan.model_validate_json((folder / PLAN_FILE).read_text())
+        return Plan.model_validate_json((folder / PLAN_FILE).read_text(encoding="utf-8"))
     return plan_of(load_config(folder))
 
 
@@ -280,7 +268,8 @@ def _run_fresh(
         save_file(_probe(model), probe)
         pairs += [folder.resolve(), probe]
     finished = subprocess.run(
-        [sys.executable, "-I", reload_check.__file__, *pairs, *flags],
+        # -P and not -I: packages may lie where PYTHONPATH or the user's site says.
+        [sys.executable, "-P", reload_check.__file__, *pairs, *flags],
         cwd=work,
         # The code that was copied beside the weights is imported from a cache of its own.
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")},

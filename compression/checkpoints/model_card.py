@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from foldstack.compression.checkpoints.model_folder import is_hub_id
 from foldstack.compression.structure.size import Size
 
 _HOW_TO_LOAD = {
@@ -64,19 +65,21 @@ def write_model_card(folder: Path, facts: CardFacts) -> None:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        base_model=facts.base_model if "/" in facts.base_model else None,
+        base_model=facts.base_model if is_hub_id(facts.base_model) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["foldstack", "structured-compression", facts.grade],
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(folder.name, facts)}"
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _body(name: str, facts: CardFacts) -> str:
     done = "\n".join(f"{number}. {step}" for number, step in enumerate(facts.steps, start=1))
     origin = "\n".join(f"- {what}: `{digest}`" for what, digest in facts.fingerprints.items())
-    return f"""# {facts.base_model}, compressed by foldstack
+    # A path tells of this machine and of its user, and the hub takes none.
+    base = facts.base_model if is_hub_id(facts.base_model) else Path(facts.base_model).name
+    return f"""# {base}, compressed by foldstack
 
 {done}
 

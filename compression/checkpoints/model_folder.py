@@ -4,15 +4,14 @@ import json
 import re
 from pathlib import Path
 
+from foldstack.compression.checkpoints import stored_weights
+from foldstack.compression.checkpoints.folder_files import check_json_files
 from foldstack.compression.errors import InputError
 
 REFERENCE = "reference"
 GGUF = ".gguf"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SHARD = re.compile(r"\w[\w.-]*\.safetensors")
-"""A shard's name: without a folder, so that an index cannot point out of the model's own."""
-SAFETENSORS_LENGTH_BYTES = 8
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -39,7 +38,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir() or (path.suffix == GGUF and path.is_file()):
         return path.resolve()
-    if HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
+    if is_hub_id(model):
         return _download(model, revision)
     raise InputError(
         f"no model {model!r}: give a directory or a GGUF file that exists, a hub id such as "
@@ -80,6 +79,12 @@ def quantization_of(folder: Path) -> str | None:
     return str(named.get("quant_method", "an unnamed scheme"))
 
 
+def is_hub_id(model: str) -> bool:
+    """True for owner/name where there is no such folder: what is meant is on the hub."""
+    is_one = HUB_ID.fullmatch(model) is not None and not model.startswith((".", "/"))
+    return is_one and not Path(model).exists()
+
+
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -109,58 +114,14 @@ def check_folder(folder: Path) -> None:
             "quantized_weights.dequantize; the command line does so by itself"
         )
     if not config.is_file():
+        if (folder / "adapter_config.json").is_file():
+            stored_weights.weight_files(folder)
         raise InputError(f"{folder} is not a model directory: it holds no config.json")
-    try:
-        json.loads(config.read_text())
-    except RecursionError:
-        raise InputError(f"{config} is nested too deeply to be the config of a model") from None
-    except ValueError as error:
-        raise InputError(f"{config} is not valid JSON: {error}") from error
-    for shard in _weight_files(folder):
-        _check_safetensors(shard)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            outside = [name for name in names if not SHARD.fullmatch(name)]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{index} does not list the weights of a sharded model") from error
-        if outside:
-            raise InputError(
-                f"{index} must name safetensors files beside it, and names {outside[0]!r}"
-            )
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise InputError(f"{folder} lacks {missing[0]}, which {index.name} names")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+    check_json_files(folder)
+    stored_weights.stored_tensors(folder)
+    if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} holds its weights as a pickle (.bin), which foldstack never loads: "
-            "convert it with transformers' save_pretrained, which writes safetensors"
+            f"{folder} holds an adapter beside the weights of a whole model, and a loader would "
+            "lay it on top: merge it (peft's merge_and_unload), or move adapter_config.json and "
+            "adapter_model.* to another folder"
         )
-    raise InputError(f"{folder} holds no model.safetensors")
-
-
-def _check_safetensors(file: Path) -> None:
-    """The header is whole and the file as long as it says: catches truncated downloads."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(SAFETENSORS_LENGTH_BYTES), "little")
-        start = SAFETENSORS_LENGTH_BYTES + header_bytes
-        try:
-            if start > size:
-                raise ValueError("the header is cut short")
-            header = json.loads(stream.read(header_bytes))
-            ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
-            promised = start + max((int(end) for end in ends), default=0)
-        except RecursionError:
-            raise InputError(f"{file} is not a whole safetensors file: nested headers") from None
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise InputError(f"{file} is not a whole safetensors file: {error}") from error
-    if size != promised:
-        raise InputError(f"{file} is damaged: it has {size} bytes, its header says {promised}")

@@ -17,11 +17,10 @@ from transformers.utils.quantization_config import GgufConfig
 from foldstack.compression.checkpoints.checkpoint import (
     SHARD_BYTES,
     TOKENIZER_FILES,
-    first_line,
     quiet,
 )
 from foldstack.compression.checkpoints.model_folder import gguf_of, quantization_of
-from foldstack.compression.errors import InputError
+from foldstack.compression.errors import InputError, told
 from foldstack.compression.storage.digest import digest_file, digest_folder, digest_json
 from foldstack.compression.structure.architectures import architecture_of
 
@@ -108,7 +107,7 @@ def _load_gguf(file: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         except InputError:
             raise
         except (ValueError, LookupError, OSError, RuntimeError, TypeError) as error:
-            raise InputError(f"{file} does not load: {first_line(error)}; {UNFIT}") from error
+            raise InputError(f"{file} does not load: {told(error)}; {UNFIT}") from error
     for name, found, expected in loading["mismatched_keys"]:
         raise InputError(
             f"{file} has the weight {name} of shape {tuple(found)}, where its head asks for "
@@ -135,7 +134,7 @@ def _gguf_header(file: Path) -> tuple[Counter[str], str]:
         architecture = str(fields["general.architecture"].contents())
         parts = fields["split.count"].contents() if "split.count" in fields else 1
     except (ValueError, LookupError, OSError, OverflowError, MemoryError, TypeError) as error:
-        raise InputError(f"{file} is not a whole GGUF file: {first_line(error)}") from error
+        raise InputError(f"{file} is not a whole GGUF file: {told(error)}") from error
     if parts > 1:
         raise InputError(
             f"{file} is one of {parts} parts: join them with `llama-gguf-split --merge`"
@@ -150,7 +149,7 @@ def _load_quantized(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, TypeError) as error:
         raise InputError(
-            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
+            f"{folder / 'config.json'} is not a config that transformers knows: {told(error)}"
         ) from error
     architecture_of(config)
     wanted = dtype or getattr(config, "dtype", None) or COMPUTE_TYPE
@@ -172,7 +171,7 @@ def _load_quantized(
         except (ImportError, ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
             raise InputError(
                 f"{folder} holds weights quantised by {scheme}, which cannot be dequantised here: "
-                f"{first_line(error)}; mend that, or {UNFIT}"
+                f"{told(error)}; mend that, or {UNFIT}"
             ) from error
     for problem in ("missing_keys", "unexpected_keys"):
         if names := sorted(map(str, loading[problem])):
@@ -214,7 +213,7 @@ def _write_tokenizer(place: Path, folder: Path) -> None:
             )
         except (ValueError, LookupError, OSError, TypeError, ImportError) as error:
             raise InputError(
-                f"{place} holds no tokenizer that transformers can read: {first_line(error)}; put "
+                f"{place} holds no tokenizer that transformers can read: {told(error)}; put "
                 "the model's tokenizer.json beside it"
             ) from error
     tokenizer.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """Load model folders in this process and compare each with what its maker saw.
 
-Run as a script in a fresh process, without foldstack: `python -I reload_check.py FOLDER PROBE
+Run as a script in a fresh process, without foldstack: `python -P reload_check.py FOLDER PROBE
 [FOLDER PROBE ...]`. It imports nothing of ours on purpose, so that it sees what any user of
 transformers sees. `PROBE` is a safetensors file with `input_ids` [1, tokens] and the maker's
 `logits` [1, tokens, vocab]. Prints one JSON object per folder, in their order, one a line.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 GREEDY_TOKENS = 8
 
@@ -24,16 +24,13 @@ def check(folder: Path, probe: dict[str, torch.Tensor], trust_remote_code: bool)
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=trust_remote_code, dtype="auto", use_safetensors=True
     ).eval()
+    # What the folder's own says (stop strings, several sequences) has no say in what it computes.
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=GREEDY_TOKENS)
     input_ids = probe["input_ids"].long()
     with torch.inference_mode():
         logits = model(input_ids, use_cache=False).logits.float()
         cached = cached_logits(model, input_ids)
-        generated = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=GREEDY_TOKENS,
-            do_sample=False,
-        )
+        generated = model.generate(input_ids, attention_mask=torch.ones_like(input_ids))
     return {
         "logits_scale": probe["logits"].abs().max().item(),
         "logits_difference": (logits - probe["logits"]).abs().max().item(),

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.token_losses import plain_head, token_losses
 from foldstack.compression.out_of_memory import with_smaller_batches
+from foldstack.compression.text.calibration import check_tokens
 from foldstack.compression.text.text_tokens import Bos, TokenStream, bos_token, encode_stream
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def measure_perplexity(
     """
     _check_context(model, protocol)
     stream = _stream(tokenizer, documents, protocol)
-    _check_vocabulary(model, stream)
+    check_tokens(stream.tokens, _rows_of(model))
     windows = _windows(stream, tokenizer, protocol)
     sums: list[float] = []
     with _evaluating(model), torch.inference_mode():
@@ -246,15 +247,10 @@ def _check_context(model: PreTrainedModel, protocol: PerplexityProtocol) -> None
         )
 
 
-def _check_vocabulary(model: PreTrainedModel, stream: TokenStream) -> None:
+def _rows_of(model: PreTrainedModel) -> int:
+    """Tokens that the model has an embedding for."""
     embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    largest = int(stream.tokens.max()) if len(stream) else 0
-    if largest >= rows:
-        raise InputError(
-            f"the tokenizer does not match the model: it gives token {largest}, "
-            f"the model's vocabulary has {rows} entries"
-        )
+    return int(embedding.weight.shape[0])
 
 
 def _not_finite(model: PreTrainedModel, window: int, num_windows: int) -> str:

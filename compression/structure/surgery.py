@@ -181,6 +181,7 @@ def cut(model: PreTrainedModel, change: Cut, *, share_memory: bool = False) -> P
     target.load_state_dict(state, assign=True)
     _compute_buffers(target)
     smaller.tie_weights()
+    _check_kept(target, state)
     target.to(device)  # the buffers
     if model.generation_config is not None:
         smaller.generation_config = copy.deepcopy(model.generation_config)
@@ -298,6 +299,14 @@ def _compute_buffers(target: Any) -> None:
             for parameter in module.parameters(recurse=False):
                 parameter._is_hf_initialized = True  # it has its values
             target._init_weights(module)
+
+
+def _check_kept(target: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError when tying the new model's weights has lost a tensor that it was given."""
+    for name, tensor in target.state_dict().items():
+        given = state[name]
+        if tensor.data_ptr() != given.data_ptr() and not torch.equal(tensor, given):
+            raise ValueError(f"{name} is lost: the config ties it to another tensor")
 
 
 def _check_finite(tensors: Mapping[str, Tensor], in_files: bool) -> None:

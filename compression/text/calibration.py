@@ -19,6 +19,8 @@ from foldstack.compression.text.text_tokens import bos_token
 TOKENS_FILE = "windows.safetensors"
 RECORD_FILE = "windows.json"
 DOCUMENTS_AT_ONCE = 64
+FEW_TOKENS = 64
+"""Fewer than these and than a tenth of the model's are no vocabulary of its text."""
 
 
 class WindowSpec(BaseModel):
@@ -125,16 +127,43 @@ def token_windows(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Refuse a tokenizer whose tokens the model has no embedding for.
+    """Refuse a tokenizer that is not the model's: it is empty, or its tokens have no embedding.
+
+    Tokens that were added to it (`<image_soft_token>`, `[PAD]`) may lie behind the model's rows: no
+    text holds them, and where one does, `check_tokens` finds it.
 
     Raises:
-        InputError: the tokenizer's largest token id is not below `vocab_size`.
+        InputError: it is.
     """
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    vocabulary = tokenizer.get_vocab()
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    ordinary = [number for number in vocabulary.values() if number not in added]
+    largest = max(ordinary, default=-1)
     if largest >= vocab_size:
         raise InputError(
             f"the tokenizer must belong to the model, but its token ids go up to {largest} and "
             f"the model's vocabulary ends at {vocab_size - 1}: give the folder with both"
+        )
+    if len(ordinary) < min(FEW_TOKENS, vocab_size // 10):
+        raise InputError(
+            f"the tokenizer must belong to the model, but it knows {len(ordinary)} tokens beside "
+            f"its special ones, and the model has {vocab_size}: a file of its vocabulary is "
+            "missing (tokenizer.json, vocab.json, vocab.txt, tokenizer.model), or "
+            "tokenizer_config.json names another tokenizer_class"
+        )
+
+
+def check_tokens(tokens: Int[Tensor, "..."], vocab_size: int) -> None:
+    """Refuse tokens of a text that the model has no embedding for.
+
+    Raises:
+        InputError: it has none for one of them.
+    """
+    largest = int(tokens.max()) if tokens.numel() else 0
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer does not match the model: it gives token {largest}, "
+            f"the model's vocabulary has {vocab_size} entries"
         )
 
 

@@ -25,7 +25,10 @@ def listing(what: str) -> dict[str, str]:
 
             return {name: _blocks(entry) for name, entry in sorted(ARCHITECTURES.items())}
         case "recipes":
-            return {name: _first_comment(path.read_text()) for name, path in recipes().items()}
+            return {
+                name: _first_comment(path.read_text(encoding="utf-8"))
+                for name, path in recipes().items()
+            }
     hint = did_you_mean(what, KINDS)
     raise InputError(f"`ls` lists {', '.join(KINDS)}, got {what}{hint}")
 

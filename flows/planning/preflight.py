@@ -1,5 +1,6 @@
 """What can be known to fail is refused before anything is computed."""
 
+import logging
 import os
 import uuid
 from contextlib import suppress
@@ -10,6 +11,8 @@ from foldstack.flows.running.branches import Layout
 from foldstack.tasks.environment.home import HOME_VARIABLE, disk_full, is_disk_full
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.store.object_storage import object_storage
+
+logger = logging.getLogger(__name__)
 
 
 def check(layout: Layout) -> None:
@@ -68,11 +71,14 @@ def check_writable(layout: Layout) -> None:
 
 def check_model(layout: Layout) -> None:
     """Raises InputError when the tokenizer or the windows do not fit the model."""
+    from foldstack.compression.checkpoints.agreement import agreement
     from foldstack.compression.checkpoints.checkpoint import load_config, load_tokenizer
     from foldstack.compression.text.calibration import check_tokenizer
 
     config, tokenizer = load_config(layout.model.folder), load_tokenizer(layout.model.folder)
     check_tokenizer(tokenizer, config.get_text_config(decoder=True).vocab_size)
+    for note in agreement(layout.model.folder).notes:
+        logger.warning("%s", note)
     context = getattr(config, "max_position_embeddings", None)
     chosen = layout.config
     lengths = {

@@ -109,7 +109,7 @@ def test_the_reload_script_needs_nothing_of_foldstack():
         f"import runpy, sys; runpy.run_path({reload_check.__file__!r}); "
         "sys.exit(any(m.startswith('foldstack') for m in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-I", "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 def test_fingerprint_follows_the_bytes(model_folder):
@@ -171,7 +171,7 @@ class TestRefusals:
         "file, content, sentence",
         [
             ("config.json", "[" * 100_000, "nested too deeply"),
-            ("model.safetensors.index.json", "[" * 100_000, "does not list the weights"),
+            ("model.safetensors.index.json", "[" * 100_000, "nested too deeply"),
             ("model.safetensors.index.json", '{"weight_map": {"a": 1, "b": "x"}}', "does not list"),
             ("model.safetensors.index.json", '{"weight_map": []}', "does not list"),
         ],
@@ -234,3 +234,9 @@ class TestRefusals:
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(InputError, match=sentence):
             load_config(folder)
+
+
+def test_a_path_may_begin_with_the_home_of_its_user(model_folder, monkeypatch):
+    folder = model_folder("llama")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve(f"~/{folder.name}") == folder

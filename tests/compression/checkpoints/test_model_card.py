@@ -36,3 +36,14 @@ def test_card_has_valid_metadata_and_the_sizes(tiny_model, tmp_path, grade):
     assert ("trust_remote_code=True" in card.content) == (grade == "portable")
     assert "1. ShortGPT removed blocks 1 and 2.\n2. Trained back." in card.content
     assert "- compress: `ab12`\n- recover: `cd34`" in card.content
+
+
+def test_a_card_names_no_path_of_this_machine(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    size = size_of_plan(model.config, plan_of(model))
+    folder = tmp_path / "secret-project" / "our-model"
+    write_model_card(tmp_path, CardFacts(str(folder), "llama", "native", (), size, size, {}))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None
+    assert "secret-project" not in card.content
+    assert "# our-model, compressed by foldstack" in card.content

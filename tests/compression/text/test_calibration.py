@@ -15,6 +15,7 @@ from foldstack.compression.text.calibration import (
     Windows,
     WindowSpec,
     check_tokenizer,
+    check_tokens,
     token_windows,
 )
 
@@ -125,3 +126,19 @@ def test_text_is_never_cut_to_the_tokenizer_s_own_limit() -> None:
     tokenizer.model_max_length = 4
     spec = WindowSpec(num_windows=2, window_tokens=8, bos="none")
     assert token_windows(tokenizer, ["1" * 16], spec).num_text_tokens == 16
+
+
+def test_a_special_token_behind_the_models_rows_is_no_fault() -> None:
+    tokenizer = digit_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    check_tokenizer(tokenizer, vocab_size=11)
+    check_tokens(torch.arange(11), vocab_size=11)
+    with pytest.raises(InputError, match=r"gives token 11, .* has 11 entries"):
+        check_tokens(torch.tensor(tokenizer("1<image>2")["input_ids"]), vocab_size=11)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused() -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))
+    empty = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    with pytest.raises(InputError, match="knows 0 tokens beside its special ones"):
+        check_tokenizer(empty, vocab_size=320)
