@@ -1,5 +1,7 @@
 """Closed forms that several families use: tensors in, tensors out.
 
+- `channel_removal`: Channels between two matrices that go one after the other, each the one whose
+  absence costs the output least: closed forms, tensors in and out.
 - `inner_pairs`: Pairs of matrices with a narrower dimension between them: closed forms, tensors in
   and out.
 - `low_rank`: Low-rank factors of a linear, best on its own inputs: closed forms, tensors in,

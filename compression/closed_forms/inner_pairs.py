@@ -30,7 +30,7 @@ def leverage_scores(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "
     """
     gram = symmetric(gram)
     shift = ridge * gram.diagonal().mean().clamp_min(NO_ENERGY)
-    factor = _cholesky(gram, shift)
+    factor = cholesky(gram, shift)
     return (1 - shift * torch.cholesky_inverse(factor).diagonal()).clamp(0, 1)
 
 
@@ -50,7 +50,7 @@ def refitted(
     scale = torch.where(energy > 0, energy.clamp_min(0).rsqrt(), torch.zeros_like(energy))
     correlation = scale[:, None] * gram[kept][:, kept] * scale
     correlation.diagonal()[scale == 0] = 1
-    factor = _cholesky(correlation, REFIT_RIDGE)
+    factor = cholesky(correlation, REFIT_RIDGE)
     crossed = scale[:, None] * (gram[kept][:, dropped] @ down[:, dropped].T)
     return down[:, kept] + (scale[:, None] * torch.cholesky_solve(crossed, factor)).T
 
@@ -62,7 +62,7 @@ def narrowing_operations(rows: int, width: int, kept: int) -> float:
     return scores + 1.9 * (kept**3 / 3 + 2.0 * kept**2 * rows + 2.0 * kept * (width - kept) * rows)
 
 
-def _cholesky(matrix: Float[Tensor, "n n"], ridge: Tensor | float) -> Float[Tensor, "n n"]:
+def cholesky(matrix: Float[Tensor, "n n"], ridge: Tensor | float) -> Float[Tensor, "n n"]:
     """The Cholesky factor of matrix + ridge I, with the least growth of the ridge that has one."""
     while True:
         shifted = matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

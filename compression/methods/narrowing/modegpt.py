@@ -10,6 +10,12 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldstack.compression.closed_forms.channel_removal import (
+    centred,
+    refitted_bias,
+    removal_operations,
+    removals,
+)
 from foldstack.compression.closed_forms.inner_pairs import (
     kept_coordinates,
     leverage_scores,
@@ -95,6 +101,10 @@ class MoDeGpt(Method):
     """The most that any block loses of any inner dimension."""
     query_key_weight: float = Field(default=0.5, gt=0, le=1)
     """Sparsity of queries and keys over that of their block, 1 in the paper."""
+    mlp_selection: Literal["leverage", "greedy"] = "leverage"
+    """Which channels of an MLP stay. leverage: those of largest ridge leverage score, as in the
+    paper; greedy: what is left when the channel that costs the output least goes, again and again
+    (`channel_removal`)."""
     ridge: float = Field(default=0.01, gt=0)
     """lambda of the leverage scores, over the mean energy of the channels."""
     pair_score: Literal["energy", "sum"] = "energy"
@@ -123,7 +133,9 @@ class MoDeGpt(Method):
             for site in architecture.linears:
                 rows, columns = shapes[position, site.name]
                 if site.reads == "mlp_output" and block.mlp_width is not None:
-                    total += narrowing_operations(rows, columns, block.mlp_width)
+                    is_greedy = self.mlp_selection == "greedy"
+                    operations = removal_operations if is_greedy else narrowing_operations
+                    total += operations(rows, columns, block.mlp_width)
                 elif site.reads == "attention_input" and block.narrow_heads is not None:
                     total += 2.0 * rows * columns**2
         return Arithmetic(float64=total)
@@ -278,7 +290,7 @@ class MoDeGpt(Method):
     def _narrow_mlp(
         self, model: PreTrainedModel, position: int, width: int, evidence: Evidence
     ) -> dict[str, Tensor]:
-        """The MLP on its channels of largest leverage, the down projection fitted again."""
+        """The MLP on the channels that stay, the down projection fitted again."""
         architecture = architecture_of(model)
         block = architecture.blocks(model)[position]
         tensors = {}
@@ -286,9 +298,21 @@ class MoDeGpt(Method):
         down: Any = block.get_submodule(down_name)
         weight = architecture.weight(down).detach().to(model.device)
         gram = evidence.statistics.gram(position, "mlp_output").to(model.device)
-        kept = top(leverage_scores(gram, self.ridge), width)
-        place = f"blocks.{position}.{down_name}.weight"
-        tensors[place] = architecture.stored_weight(down, refitted(weight, gram, kept))
+        place = f"blocks.{position}.{down_name}"
+        if self.mlp_selection == "leverage":
+            kept = top(leverage_scores(gram, self.ridge), width)
+            narrow = refitted(weight, gram, kept)
+        else:
+            input_sum = evidence.statistics.input_sum(position, "mlp_output").to(model.device)
+            num_tokens = evidence.statistics.num_tokens
+            if down.bias is not None:
+                gram = centred(gram, input_sum, num_tokens)
+            kept = removals(weight, gram, len(gram) - width).kept(width, len(gram))
+            narrow = refitted(weight, gram, kept)
+            if down.bias is not None:
+                bias, mean = down.bias.detach().to(model.device), input_sum / num_tokens
+                tensors[f"{place}.bias"] = refitted_bias(bias, weight, narrow, mean, kept)
+        tensors[f"{place}.weight"] = architecture.stored_weight(down, narrow)
         for site in architecture.linears:
             if site.reads != "mlp_input":
                 continue

@@ -341,6 +341,47 @@ class TestCounts:
             heads = block.narrow_heads
             assert heads is None or (heads.qk_dim % 4, heads.v_dim % 4) == (0, 0)
 
+    def test_the_selection_changes_which_channels_stay_and_not_how_many(
+        self, architecture: str, tiny_model: Any, windows: Tensor
+    ) -> None:
+        model = tiny_model(architecture)
+        evidence = evidence_of(model, windows)
+        settings = {"sparsity": 0.3, "mlp_multiple": 4, "allocation": "uniform"}
+        by_leverage, greedy = (
+            MoDeGpt(mlp_selection=selection, **settings).compress(model, evidence)
+            for selection in ("leverage", "greedy")
+        )
+        assert by_leverage.plan == greedy.plan
+        down = next(s.name for s in architecture_of(model).linears if s.reads == "mlp_output")
+        name = f"blocks.1.{down}.weight"
+        assert by_leverage.tensors[name].shape == greedy.tensors[name].shape
+        assert not torch.equal(by_leverage.tensors[name], greedy.tensors[name])
+
+    @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
+    def test_greedily_narrowed_mlps_are_the_best_on_their_channels(
+        self, family: str, tiny_model: Any, windows: Tensor
+    ) -> None:
+        """Down projection and bias, by least squares over the tokens: biases, transposed weights
+        and fused halves stand where they belong."""
+        model = tiny_model(family).double()
+        architecture = architecture_of(model)
+        (down,) = (s.name for s in architecture.linears if s.reads == "mlp_output")
+        settings = {"query_key": False, "value_output": False, "allocation": "uniform"}
+        smaller = compressed(model, windows, sparsity=0.2, mlp_selection="greedy", **settings)
+        dense, narrow = (
+            architecture_of(m).blocks(m)[0].get_submodule(down) for m in (model, smaller)
+        )
+        (seen, target), (kept, output) = (
+            _read_and_written(m, linear, windows)
+            for m, linear in ((model, dense), (smaller, narrow))
+        )
+        assert kept.shape[1] < seen.shape[1]
+        assert all(((seen - channel[:, None]).abs().amax(0) < 1e-9).any() for channel in kept.T)
+        if dense.bias is not None:
+            kept = torch.cat([kept, torch.ones(len(kept), 1, dtype=kept.dtype)], dim=1)
+        solution = torch.linalg.lstsq(kept, target).solution
+        torch.testing.assert_close(output, kept @ solution, rtol=1e-4, atol=1e-6)
+
     @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
     def test_normed_queries_and_keys_stay_whole(
         self, family: str, tiny_model: Any, windows: Tensor
@@ -354,6 +395,19 @@ class TestCounts:
         alone = MoDeGpt(sparsity=0.1, mlp=False, value_output=False)
         with pytest.raises(InputError, match="cannot make this model smaller"):
             alone.outline(build_on_meta(model.config))
+
+
+def _read_and_written(model: Any, linear: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters and leaves a linear, a row a token."""
+    rows: list[tuple[Tensor, Tensor]] = []
+    handle = linear.register_forward_hook(
+        lambda _m, args, out: rows.append(
+            (args[0].reshape(-1, args[0].shape[-1]), out.reshape(-1, out.shape[-1]))
+        )
+    )
+    logits(model, windows)
+    handle.remove()
+    return rows[0]
 
 
 def test_biases_of_queries_keys_and_values_count(tiny_model: Any, windows: Tensor) -> None:
