@@ -28,7 +28,9 @@ from foldstack.compression.statistics.ranking import rank_blocks
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import Size, size_of
 from foldstack.compression.structure.surgery import cut
-from foldstack.compression.text.corpus import PYTHON_STDLIB, TextSource, documents
+from foldstack.compression.text.calibration import WindowSpec
+from foldstack.compression.text.corpus import PYTHON_STDLIB, SELF, TextSource, documents
+from foldstack.compression.text.self_written import write_windows
 from foldstack.compression.training.recovery import Recovery, recover
 
 RECOVERY_BATCH = 8
@@ -76,6 +78,19 @@ def sampled_windows(
     return torch.tensor(drawn)
 
 
+def self_written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: argparse.Namespace,
+    count: int,
+) -> Tensor:
+    """Windows that the model writes, at the temperature behind the colon of "self:0.8"."""
+    temperature = float(options.calibration.partition(":")[2] or 1)
+    bos = "none" if tokenizer.bos_token_id is None else "document"
+    spec = WindowSpec(num_windows=count, window_tokens=options.window_tokens, bos=bos)
+    return write_windows(model, tokenizer, spec, temperature=temperature).tokens.long()
+
+
 def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
     """Mean loss of the tokens that have one before them in their window, in nats."""
     with torch.no_grad():
@@ -87,7 +102,7 @@ def add_data_options(parser: argparse.ArgumentParser, **defaults: str | int) -> 
     """Which model, texts and windows; model and texts must be given where they have no default."""
     for name, what in (
         ("model", "directory, hub id, or reference"),
-        ("calibration", "text file, or python-stdlib:train"),
+        ("calibration", "text file, python-stdlib:train, or self[:temperature]: the model writes"),
         ("test", "text file, or python-stdlib:test"),
     ):
         is_asked = name not in defaults
@@ -161,16 +176,21 @@ class Bench:
         folder = resolve(options.model)
         self.model, tokenizer = load_model(folder), load_tokenizer(folder)
         tokens, count = options.window_tokens, options.num_calibration
-        texts = texts_of(options.calibration, options.items)
-        drawn = count, options.sampler_seed
-        self.calibration = (
-            sampled_windows(tokenizer, Path(options.calibration), tokens, *drawn)
-            if options.sampler == "svd_llm"
-            else token_windows(tokenizer, texts, tokens, 0, count)
-        )
         self.steps: int = options.recovery_steps
         num_training = self.steps * RECOVERY_BATCH
-        self.training = token_windows(tokenizer, texts, tokens, count, num_training)
+        self.progress: Callable[[str, int, int], None] = no_progress
+        if options.calibration.partition(":")[0] == SELF:
+            written = self_written(self.model, tokenizer, options, count + num_training)
+            self.calibration, self.training = written[:count], written[count:]
+        else:
+            texts = texts_of(options.calibration, options.items)
+            drawn = count, options.sampler_seed
+            self.calibration = (
+                sampled_windows(tokenizer, Path(options.calibration), tokens, *drawn)
+                if options.sampler == "svd_llm"
+                else token_windows(tokenizer, texts, tokens, 0, count)
+            )
+            self.training = token_windows(tokenizer, texts, tokens, count, num_training)
         if len(self.training) < num_training:
             raise SystemExit(
                 f"--recovery_steps {self.steps} need {num_training} windows after the first "
@@ -179,7 +199,6 @@ class Bench:
         test = texts_of(options.test, options.items)
         self.test = token_windows(tokenizer, test, tokens, 0, options.num_test)
         self.dense: Size = size_of(self.model)
-        self.progress: Callable[[str, int, int], None] = no_progress
 
     @cached_property
     def evidence(self) -> Evidence:

@@ -9,7 +9,8 @@ from the start of the other. --sampler svd_llm draws the calibration windows as 
 released code does (its seed is 3). With --measured_on linears the sparsity is a fraction of the
 linears inside the blocks, as in most papers, and is translated. With --recovery_steps every result,
 and the dense model, then trains on the same further windows of the calibration text. "reference" is
-a model, python-stdlib:train and python-stdlib:test are texts. Without --variant every method runs
+a model, python-stdlib:train and python-stdlib:test are texts; --calibration self lets the model
+write its own windows (self:0.8 at another temperature than 1). Without --variant every method runs
 as it comes; --variant paper_forms adds those that switch our departures off.
 
 With --results every figure goes into that file as soon as it is known, a line of JSON each with all

@@ -37,6 +37,8 @@ class EvaluateModel(ComputedStage):
     model: ModelRef | Artifact
     source: TextSource
     source_digest: str
+    written: Artifact | None = None
+    """The text as windows that the dense model wrote; None: `source` is read."""
     protocol: PerplexityProtocol
     benchmarks: dict[str, int | None] = Field(default={})
     """lm-eval's names, and how many items of each; None takes all."""
@@ -57,6 +59,7 @@ class EvaluateModel(ComputedStage):
             "foldstack.compression.evaluation.perplexity",
             "foldstack.compression.structure.size",
             "foldstack.compression.text.corpus",
+            "foldstack.compression.text.self_written",
         )
 
     @property
@@ -67,12 +70,18 @@ class EvaluateModel(ComputedStage):
         from foldstack.compression.checkpoints.checkpoint import load_tokenizer
         from foldstack.compression.evaluation.perplexity import measure_perplexity
         from foldstack.compression.structure.size import size_of
+        from foldstack.compression.text.calibration import Windows
         from foldstack.compression.text.corpus import documents
+        from foldstack.compression.text.self_written import written_texts
 
         progress("load the model", 0, 1)
         model = open_model(self.model, self.dtype, self.execution)
         tokenizer = load_tokenizer(model_folder(self.model))
-        texts = documents(self.source)
+        texts = (
+            documents(self.source)
+            if self.written is None
+            else written_texts(Windows.load(self.written.open()), tokenizer)
+        )
         result = measure_perplexity(model, tokenizer, texts, self.protocol, progress)
         (folder / PERPLEXITY_FILE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
         facts: Facts = {

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.reference.stdlib_corpus import SPLITS, stdlib_split
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PYTHON_STDLIB = "python-stdlib"
+SELF = "self"
 
 
 class TextSource(BaseModel):
@@ -22,17 +23,21 @@ class TextSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     corpus: str = PYTHON_STDLIB
-    """"python-stdlib" (comes with Python), a .txt or .jsonl file, or the name of a dataset."""
+    """"python-stdlib" (comes with Python), a .txt or .jsonl file, the name of a dataset, or "self":
+    what the dense model of the run writes itself."""
     subset: str | None = None
     """Configuration of a dataset, such as "wikitext-2-raw-v1"; only for datasets."""
     split: str = "train"
-    """Split of the standard library or of a dataset; a local file is whole under any name."""
+    """Split of the standard library or of a dataset; a local file is whole under any name, and of
+    "self" each split is drawn by itself."""
     text_field: str = "text"
     """The field with the text, of a .jsonl file or a dataset."""
     separator: str | None = None
     """What stands between two documents of a .txt file; without it the file is one document."""
     revision: str | None = None
     """Branch, tag or commit of a dataset on the hub; give a commit to pin its content."""
+    temperature: float = Field(default=1.0, gt=0)
+    """What the logits are divided by before a token is drawn; only for "self"."""
 
 
 def documents(source: TextSource) -> list[str]:
@@ -42,6 +47,11 @@ def documents(source: TextSource) -> list[str]:
         InputError: there is no such source, split or field, the hub cannot be reached, or no text
             is left.
     """
+    if source.corpus == SELF:
+        raise InputError(
+            f"corpus {SELF!r} is what the dense model of a run writes, and here is none: give "
+            f"{PYTHON_STDLIB!r}, a .txt or .jsonl file, or the name of a dataset"
+        )
     if source.corpus == PYTHON_STDLIB:
         texts = list(_stdlib_modules(source.split).values())
     elif source.corpus.endswith((".txt", ".jsonl")):

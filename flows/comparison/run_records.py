@@ -15,9 +15,8 @@ from foldstack.flows.comparison.rows import row_of
 from foldstack.flows.comparison.tables import markdown
 from foldstack.flows.config.method_entries import sparsity_text
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.flows.running.branches import Branch, Layout
+from foldstack.flows.running.branches import Branch, CollectWindows, Layout
 from foldstack.flows.running.stage_runs import StageRuns
-from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.environment.redaction import redacted
 from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.rank_blocks import PLOT_FILE, TABLE_FILE
@@ -236,7 +235,7 @@ def _datasets(layout: Layout) -> list[DatasetUse]:
     return [*uses, DatasetUse(name, digest, source.corpus, "evaluation")]
 
 
-def _dataset(stage: CollectCalibration, purpose: str) -> DatasetUse:
+def _dataset(stage: CollectWindows, purpose: str) -> DatasetUse:
     spec = stage.windows.model_dump(mode="json")
     profile = {name: value for name, value in spec.items() if value is not None}
     corpus = stage.source.corpus

@@ -10,6 +10,7 @@ from foldstack.compression.methods.method import Method
 from foldstack.flows.running.branches import Branch, Layout
 from foldstack.tasks.environment.home import disk_too_small
 from foldstack.tasks.stage import Stage
+from foldstack.tasks.write_windows import WriteWindows
 
 MEMORY_FILE = Path("/proc/meminfo")
 GIB = 1 << 30
@@ -17,9 +18,11 @@ PROCESS_BYTES = 450 << 20
 """The interpreter and the libraries of one worker."""
 FLOAT64_COPIES = 5
 """Matrices of the widest Gram's size that a closed form holds at once."""
+FLOAT64_BYTES = 8
 COMPARED_COPIES = 3
 """Of the hidden states that are compared at once."""
 KNOBS = {
+    "write_windows": "lower calibration.window_tokens, or give a text",
     "gather_statistics": "lower statistics.batch_size or calibration.window_tokens",
     "compress_model": "set model.dtype to bfloat16, model.device to cpu, or take another method",
     "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
@@ -142,6 +145,8 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
 
     chosen = layout.config
     tokens = chosen.calibration.num_windows * chosen.calibration.window_tokens
+    if isinstance(stage, WriteWindows):
+        return _of_writing(stage, shapes)
     if stage.stage not in ("gather_statistics", "add_statistics"):
         return Need(PROCESS_BYTES, 4 * tokens)
     has_grams = "gram" in chosen.statistics.kinds
@@ -159,6 +164,19 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
         + COMPARED_COPIES * min(of_window, BYTES_AT_ONCE)
     )
     return Need(PROCESS_BYTES + memory, disk)
+
+
+def _of_writing(stage: WriteWindows, shapes: _Shapes) -> Need:
+    """Of windows that the dense model writes: itself, a cache no wider than its hidden states, and
+    the shares of all tokens in float64."""
+    from foldstack.compression.text.self_written import WRITING_BATCH
+
+    spec = stage.windows
+    batch = min(WRITING_BATCH, spec.num_windows)
+    cache = 2 * spec.window_tokens * shapes.num_blocks * shapes.hidden * shapes.element_bytes
+    chances = shapes.vocabulary * 3 * FLOAT64_BYTES
+    memory = shapes.dense_bytes + batch * (cache + chances) + shapes.activations(batch)
+    return Need(PROCESS_BYTES + memory, 4 * spec.num_windows * spec.window_tokens)
 
 
 def _of_measuring(

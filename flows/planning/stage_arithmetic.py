@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from foldstack.compression.text.calibration import WindowSpec
 from foldstack.flows.planning.machine_rates import Rates, characters_per_second, measure_rates
 from foldstack.flows.planning.needs import Need, autocast_of, stored_dtype
 from foldstack.flows.running.branches import Branch, Layout
 from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.stage import Stage
+from foldstack.tasks.write_windows import WriteWindows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +52,9 @@ class StageArithmetic:
             case "collect_calibration":
                 assert isinstance(stage, CollectCalibration)
                 return OPENING_SECONDS + self._tokenising(stage)
+            case "write_windows":
+                assert isinstance(stage, WriteWindows)
+                return OPENING_SECONDS + self._writing(stage.windows)
             case "gather_statistics":
                 disk = self.needs[stage.fingerprint].disk_bytes
                 tokens = self._calibration / config.statistics.shards
@@ -80,6 +85,14 @@ class StageArithmetic:
         texts = documents(stage.source)
         rate = characters_per_second(load_tokenizer(stage.model.open()), texts)
         return sum(map(len, texts)) / rate
+
+    def _writing(self, spec: WindowSpec) -> float:
+        """Of windows that the dense model writes, a token of each of a batch at a time."""
+        from foldstack.compression.text.self_written import WRITING_BATCH
+
+        batches = -(-spec.num_windows // WRITING_BATCH)
+        tokens = spec.num_windows * spec.window_tokens
+        return self._passing(tokens) + self._decoding(batches * spec.window_tokens)
 
     def _passing(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens through the dense model or that of a branch, with its head, forward: less
@@ -151,7 +164,9 @@ class StageArithmetic:
 
         evaluation = self.layout.config.evaluation
         tokens = evaluation.perplexity.protocol.max_tokens
-        if not tokens:
+        if (written := self.layout.evaluation_windows) is not None:
+            tokens = written.windows.num_windows * written.windows.window_tokens
+        elif not tokens:
             texts = documents(evaluation.perplexity.source)
             tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
         items = (WHOLE_BENCHMARK if n is None else n for n in evaluation.limits.values())

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal
 
 from foldstack.compression.storage.digest import digest_json
-from foldstack.compression.text.corpus import TextSource, source_digest
+from foldstack.compression.text.calibration import WindowSpec
+from foldstack.compression.text.corpus import SELF, TextSource, source_digest
 from foldstack.flows.config.method_entries import Variant
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.running.measures import (
@@ -26,8 +28,14 @@ from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.recover_model import RecoverModel
 from foldstack.tasks.stage import ModelRef, Stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.write_windows import WriteWindows
 
 DENSE = "dense"
+Purpose = Literal["calibration", "recovery"]
+CollectWindows = CollectCalibration | WriteWindows
+"""From text, or from the dense model itself."""
+WRITTEN_FOR_EVALUATION = 64
+"""Windows that the dense model writes to be measured on, where no number of tokens is given."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,10 @@ class Layout:
     config: RunConfig
     store: ArtifactStore
     model: ModelRef
-    calibration: CollectCalibration
-    recovery_windows: CollectCalibration | None
+    calibration: CollectWindows
+    recovery_windows: CollectWindows | None
+    evaluation_windows: WriteWindows | None
+    """The text to measure on, where the dense model writes it."""
     shards: tuple[GatherStatistics, ...]
     statistics: GatherStatistics | AddStatistics
     """The only shard, or what adds them."""
@@ -92,10 +102,10 @@ class Layout:
         return list({stage.fingerprint: stage for stage in self._in_order()}.values())
 
     @property
-    def windows(self) -> list[CollectCalibration]:
+    def windows(self) -> list[CollectWindows]:
         """The stages that everything begins with."""
-        both = (self.calibration, self.recovery_windows)
-        wanted = {stage.fingerprint: stage for stage in both if stage is not None}
+        all_three = (self.calibration, self.recovery_windows, self.evaluation_windows)
+        wanted = {stage.fingerprint: stage for stage in all_three if stage is not None}
         return list(wanted.values())  # one, where recovery trains on what calibration reads
 
     @property
@@ -151,28 +161,25 @@ def lay_out(config: RunConfig) -> Layout:
     is_here = config.execution.engine == "processes"
     threads = max(1, cores() // num_workers(config)) if is_here else 0
     shared = Execution(device=config.model.device, threads=threads)
-    digests: dict[TextSource, str] = {}
+    digest = cache(source_digest)
 
-    def digest(source: TextSource) -> str:
-        if source not in digests:
-            digests[source] = source_digest(source)
-        return digests[source]
+    def collect(source: TextSource, windows: WindowSpec, purpose: Purpose) -> CollectWindows:
+        if source.corpus == SELF:
+            return WriteWindows(
+                model=model, split=source.split, temperature=source.temperature, windows=windows,
+                dtype=chosen.dtype, execution=shared, purpose=purpose,
+            )  # fmt: skip
+        return CollectCalibration(
+            model=model, source=source, source_digest=digest(source), windows=windows,
+            purpose=purpose,
+        )  # fmt: skip
 
-    calibration = CollectCalibration(
-        model=model,
-        source=config.calibration.source,
-        source_digest=digest(config.calibration.source),
-        windows=config.calibration_windows,
-    )
+    calibration = collect(config.calibration.source, config.calibration_windows, "calibration")
     recovery_windows = None
     if config.recovery.steps:
-        recovery_windows = CollectCalibration(
-            model=model,
-            source=config.recovery.source,
-            source_digest=digest(config.recovery.source),
-            windows=config.recovery.windows,
-            purpose="recovery",
-        )
+        recovery_windows = collect(config.recovery.source, config.recovery.windows, "recovery")
+    evaluation_windows = _evaluation_windows(config, model, shared)
+    written = None if evaluation_windows is None else evaluation_windows.artifact(store)
     shards = _shards(config, model, calibration.artifact(store), shared)
     statistics: GatherStatistics | AddStatistics = shards[0]
     if len(shards) > 1:
@@ -180,12 +187,33 @@ def lay_out(config: RunConfig) -> Layout:
     ranking = RankBlocks(statistics=statistics.artifact(store))
     builder = _BranchBuilder(
         config, store, model, calibration, recovery_windows, statistics, ranking, shared,
-        evaluation_digests(config),
+        evaluation_digests(config, written),
     )  # fmt: skip
     return Layout(
-        config, store, model, calibration, recovery_windows, shards, statistics, ranking,
+        config, store, model, calibration, recovery_windows, evaluation_windows, shards,
+        statistics, ranking,
         (builder.dense(), *(builder.of(variant) for variant in config.variants)),
     )  # fmt: skip
+
+
+def _evaluation_windows(
+    config: RunConfig, model: ModelRef, execution: Execution
+) -> WriteWindows | None:
+    """The stage that writes the text to measure on; None where that is given."""
+    perplexity = config.evaluation.perplexity
+    if perplexity.source.corpus != SELF:
+        return None
+    tokens = perplexity.protocol.window_tokens
+    count = -(-perplexity.protocol.max_tokens // tokens) or WRITTEN_FOR_EVALUATION
+    return WriteWindows(
+        model=model,
+        split=perplexity.source.split,
+        temperature=perplexity.source.temperature,
+        windows=WindowSpec(num_windows=count, window_tokens=tokens, bos=config.calibration.bos),
+        dtype=config.model.dtype,
+        execution=execution,
+        purpose="evaluation",
+    )
 
 
 def _shards(
@@ -230,8 +258,8 @@ class _BranchBuilder:
     config: RunConfig
     store: ArtifactStore
     model: ModelRef
-    calibration: CollectCalibration
-    recovery_windows: CollectCalibration | None
+    calibration: CollectWindows
+    recovery_windows: CollectWindows | None
     statistics: GatherStatistics | AddStatistics
     ranking: RankBlocks
     execution: Execution

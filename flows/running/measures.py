@@ -19,18 +19,23 @@ class EvaluationDigests:
 
     text: str
     benchmarks: str
+    written: Artifact | None = None
+    """The text, where the dense model writes it."""
 
 
-def evaluation_digests(config: RunConfig) -> EvaluationDigests:
-    """Digests of the text and the task files that `config` evaluates on.
+def evaluation_digests(config: RunConfig, written: Artifact | None = None) -> EvaluationDigests:
+    """Digests of the text and the task files that `config` evaluates on; `written` is the text
+    where the dense model writes it.
 
     Raises:
         InputError: the text cannot be read.
     """
     evaluation = config.evaluation
+    source = evaluation.perplexity.source
     return EvaluationDigests(
-        source_digest(evaluation.perplexity.source),
+        source_digest(source) if written is None else written.fingerprint,
         benchmarks_digest(evaluation.benchmarks, evaluation.include_paths),
+        written,
     )
 
 
@@ -47,6 +52,7 @@ def evaluation_of(
         model=model,
         source=evaluation.perplexity.source,
         source_digest=digests.text,
+        written=digests.written,
         protocol=evaluation.perplexity.protocol,
         benchmarks=evaluation.limits,
         benchmarks_digest=digests.benchmarks,
