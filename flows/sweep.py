@@ -137,7 +137,7 @@ def _publish(
     comparison = comparison.model_copy(
         update={
             "links": {"report": str(folder), "page": str(files[REPORT]), **links},
-            "warnings": tuple(warnings),
+            "warnings": (*warnings, *comparison.unread),
             "seconds": time.monotonic() - started,
         }
     )

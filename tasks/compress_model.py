@@ -88,7 +88,7 @@ class CompressModel(ComputedStage):
         save_facts(folder / CARD_FILE, card)
         write_model_card(out, card)
         progress("check in a fresh process", 0, 1)
-        report = check_reload(smaller, out)
+        report = check_reload(smaller, out, tokenizer_from=model_folder(self.model))
         (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))
         realised = sparsity_between(dense, size)
         return {

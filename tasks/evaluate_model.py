@@ -88,6 +88,7 @@ class EvaluateModel(ComputedStage):
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
             "nll": result.nll,
+            "unknown_tokens": result.num_unknown / result.num_tokens,
         }
         if self.benchmarks:
             facts |= self._benchmarks(folder, progress, model, tokenizer)

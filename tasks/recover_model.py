@@ -73,7 +73,7 @@ class RecoverModel(ComputedStage):
         save_facts(folder / CARD_FILE, card)
         write_model_card(out, card)
         progress("check in a fresh process", 0, 1)
-        report = check_reload(recovered, out)
+        report = check_reload(recovered, out, tokenizer_from=source)
         (folder / RELOAD_FILE).write_text(json.dumps(report.as_dict(), indent=1))
         lines = [json.dumps(row) + "\n" for row in result.history]
         (folder / HISTORY_FILE).write_text("".join(lines))

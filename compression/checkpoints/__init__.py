@@ -14,4 +14,6 @@
 - `reload_check`: Load model folders in this process and compare each with what its maker saw.
 - `stored_weights`: What a model folder's safetensors files hold, read from their headers; no torch
   needed.
+- `tokenizer_files`: The files that a tokenizer is made of, and what it makes of a text that tells
+  it from others.
 """

@@ -32,6 +32,14 @@ from foldstack.compression.checkpoints.agreement import (
     read_config,
 )
 from foldstack.compression.checkpoints.model_folder import check_folder
+from foldstack.compression.checkpoints.tokenizer_files import (
+    TOKENIZER_FILES,
+    check_same_tokens,
+    copy_tokenizer,
+    name_class,
+    sample_text,
+    tokens_of,
+)
 from foldstack.compression.errors import InputError, refusing
 from foldstack.compression.storage.digest import digest_folder
 from foldstack.compression.storage.mapped_memory import release, releasing
@@ -46,16 +54,14 @@ Grade = Literal["native", "portable"]
 
 PLAN_FILE = "plan.json"
 MODELING_FILE = "modeling_foldstack.py"
+ONE_FILE = "tokenizer.json"
+"""A tokenizer that is one file says itself what it is."""
 AUTO_MAP = {
     "AutoConfig": "modeling_foldstack.FoldstackConfig",
     "AutoModelForCausalLM": "modeling_foldstack.FoldstackForCausalLM",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 SHARD_BYTES = 1 << 29
-FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
+FINGERPRINTED = ("*.safetensors", "*.json", "*.txt", "*.py", "*.jinja", *TOKENIZER_FILES)
 
 # Largest difference of a reloaded logit, relative to the largest logit. Reloading computes the same
 # sums in the same order; decoding from a cache orders them differently.
@@ -125,6 +131,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_tokenizer_travels(folder: Path) -> None:
+    """Whether the tokenizer is the same where only its own files are.
+
+    Raises:
+        InputError: it is not.
+    """
+    if (folder / ONE_FILE).is_file():
+        return
+    tokenizer, config = load_tokenizer(folder), _without_code(folder)
+    texts = sample_text(tokenizer)
+    with tempfile.TemporaryDirectory(prefix="foldstack-tokenizer-") as other:
+        copy_tokenizer(folder, Path(other))
+        name_class(Path(other), tokenizer)
+        with refusing(f"the tokenizer in {folder} does not travel"):
+            again = AutoTokenizer.from_pretrained(other, trust_remote_code=False, config=config)
+        found = tokens_of(again, texts)
+        check_same_tokens(Path(other), tokens_of(tokenizer, texts), found, texts)
+
+
 def _without_code(folder: Path) -> PreTrainedConfig:
     # A portable folder names remote code in its config; loading its tokenizer must not ask for it.
     config = load_config(folder)
@@ -162,9 +187,8 @@ def save_model(
     with quiet():
         state = _ReleasedState(model.state_dict())
         model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_BYTES)
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    if copy_tokenizer(tokenizer_from, folder) and is_ours and not (folder / ONE_FILE).is_file():
+        name_class(folder, load_tokenizer(tokenizer_from))
     text = (plan or plan_of(model)).model_dump_json(indent=2) + "\n"
     (folder / PLAN_FILE).write_text(text, encoding="utf-8")
     return "portable" if is_ours else "native"
@@ -214,34 +238,45 @@ class ReloadReport:
         return asdict(self)
 
 
-def check_reload(model: PreTrainedModel, folder: Path) -> ReloadReport:
+def check_reload(
+    model: PreTrainedModel, folder: Path, tokenizer_from: Path | None = None
+) -> ReloadReport:
     """Load `folder` in a fresh process, without foldstack, and compare it with `model`.
 
     Compared: the logits of a random probe, decoding from the KV cache against the full forward, a
-    greedy generation, and the number of stored parameters.
+    greedy generation, the number of stored parameters, and what the tokenizer makes of a text with
+    what that of the folder `tokenizer_from` does.
 
     Raises:
         RuntimeError: the folder does not load there, or computes something else.
+        InputError: its tokenizer is another.
     """
-    (report,) = check_reloads({folder: model}).values()
+    (report,) = check_reloads({folder: model}, tokenizer_from).values()
     return report
 
 
-def check_reloads(saved: Mapping[Path, PreTrainedModel]) -> dict[Path, ReloadReport]:
+def check_reloads(
+    saved: Mapping[Path, PreTrainedModel], tokenizer_from: Path | None = None
+) -> dict[Path, ReloadReport]:
     """`check_reload` of many folders in one fresh process per grade.
 
     Raises:
         RuntimeError: a folder does not load there, or computes something else; names the first.
+        InputError: its tokenizer is another.
     """
+    tokenizer = None if tokenizer_from is None else load_tokenizer(tokenizer_from)
+    texts = [] if tokenizer is None else sample_text(tokenizer)
+    expected = [] if tokenizer is None else tokens_of(tokenizer, texts)
     reports: dict[Path, ReloadReport] = {}
     for grade in (False, True):
         models = {f: m for f, m in saved.items() if isinstance(m, FoldstackForCausalLM) == grade}
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="foldstack-reload-") as work:
-            all_seen = _run_fresh(models, Path(work), grade) if models else []
+            all_seen = _run_fresh(models, texts, Path(work), grade) if models else []
         seconds = (time.perf_counter() - started) / max(1, len(models))
         for (folder, model), seen in zip(models.items(), all_seen, strict=True):
             seen["generated_tokens"] = tuple(seen["generated_tokens"])
+            check_same_tokens(folder, expected, seen.pop("tokens"), texts)
             reports[folder] = ReloadReport(**seen, seconds=seconds)
             _judge(reports[folder], model, folder)
     return reports
@@ -258,14 +293,14 @@ def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _run_fresh(
-    models: Mapping[Path, PreTrainedModel], work: Path, is_ours: bool
+    models: Mapping[Path, PreTrainedModel], texts: list[str], work: Path, is_ours: bool
 ) -> list[dict[str, Any]]:
     """What the fresh process saw in each folder, in their order."""
     flags = ["--trust_remote_code"] if is_ours else []
     pairs: list[Path] = []
     for number, (folder, model) in enumerate(models.items()):
         probe = work / f"probe-{number}.safetensors"
-        save_file(_probe(model), probe)
+        save_file(_probe(model), probe, metadata={"texts": json.dumps(texts)})
         pairs += [folder.resolve(), probe]
     finished = subprocess.run(
         # -P and not -I: packages may lie where PYTHONPATH or the user's site says.

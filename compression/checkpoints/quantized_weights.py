@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from transformers.utils.quantization_config import GgufConfig
 
 from foldstack.compression.checkpoints.checkpoint import (
     SHARD_BYTES,
-    TOKENIZER_FILES,
     quiet,
 )
 from foldstack.compression.checkpoints.model_folder import gguf_of, quantization_of
+from foldstack.compression.checkpoints.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from foldstack.compression.errors import InputError, told
 from foldstack.compression.storage.digest import digest_file, digest_folder, digest_json
 from foldstack.compression.structure.architectures import architecture_of
@@ -201,10 +200,7 @@ def _can_load_plain(quantization: dict[str, Any], scheme: str) -> bool:
 def _write_tokenizer(place: Path, folder: Path) -> None:
     """The tokenizer's files beside the weights; without any the one inside a GGUF file."""
     beside = place.parent if place.is_file() else place
-    found = [name for name in TOKENIZER_FILES if (beside / name).is_file()]
-    for name in found:
-        shutil.copyfile(beside / name, folder / name)
-    if found or not place.is_file():
+    if copy_tokenizer(beside, folder) or not place.is_file():
         return
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:

@@ -3,7 +3,8 @@
 Run as a script in a fresh process, without foldstack: `python -P reload_check.py FOLDER PROBE
 [FOLDER PROBE ...]`. It imports nothing of ours on purpose, so that it sees what any user of
 transformers sees. `PROBE` is a safetensors file with `input_ids` [1, tokens] and the maker's
-`logits` [1, tokens, vocab]. Prints one JSON object per folder, in their order, one a line.
+`logits` [1, tokens, vocab], and in its head as JSON `texts` for the folder's tokenizer. Prints one
+JSON object per folder, in their order, one a line.
 """
 
 import argparse
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 GREEDY_TOKENS = 8
 
@@ -42,6 +44,14 @@ def check(folder: Path, probe: dict[str, torch.Tensor], trust_remote_code: bool)
     }
 
 
+def tokens(folder: Path, texts: list[str], trust_remote_code: bool) -> list[list[int]]:
+    """What the folder's tokenizer makes of texts; it is not opened where there are none."""
+    if not texts:
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
+
+
 def cached_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Logits of a prefill of half the tokens, then of the others one by one from the KV cache."""
     tokens = input_ids.shape[1]
@@ -62,5 +72,8 @@ if __name__ == "__main__":
     given = arguments.folders_and_probes
     for folder, probe in zip(given[::2], given[1::2], strict=True):
         report = check(folder, load_file(probe), arguments.trust_remote_code)
+        with safe_open(probe, "pt") as head:
+            texts = json.loads((head.metadata() or {}).get("texts", "[]"))
+        report["tokens"] = tokens(folder, texts, arguments.trust_remote_code)
         sys.stdout.write(json.dumps(report) + "\n")
         sys.stdout.flush()

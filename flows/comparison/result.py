@@ -11,6 +11,8 @@ Facts = dict[str, float | int | str | bool | None]
 
 QUALITY = "bits_per_byte"
 """What the best variant is lowest in, and what the plot shows."""
+UNKNOWN = "unknown_tokens"
+"""Share of the text's tokens that are the unknown token: their text is lost."""
 BEST_RULE = "lowest bits per byte after recovery among the variants of the same sparsity"
 SHOWN_METRICS = ("acc", "exact_match", "acc_norm", "f1")
 """A benchmark's column shows the first of these that it has."""
@@ -145,12 +147,32 @@ class Comparison(BaseModel):
                     shown[benchmark] = metric
         return shown
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Which models do not read all of the text, so that their figures are too good."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if share := row.number(UNKNOWN):
+                found.setdefault(f"{share:.1%}", []).append(row.label)
+        return tuple(
+            f"{share} of the text's tokens are unknown to the tokenizer of {', '.join(labels)}: "
+            "what stands there is not predicted, and perplexity and bits per byte are too low"
+            for share, labels in found.items()
+        )
+
     def best(self) -> dict[float, Row]:
-        """The best variant at each sparsity, by `BEST_RULE`."""
+        """The best variant at each sparsity, by `BEST_RULE`.
+
+        One that reads less of the text than the dense model, the rest being unknown to its
+        tokenizer, is none.
+        """
         best: dict[float, Row] = {}
+        read = (self.dense.number(UNKNOWN) if self.dense else None) or 0.0
         for row in self.rows:
             value = row.number(QUALITY)
             if row.sparsity is None or row.state != "done" or value is None:
+                continue
+            if (row.number(UNKNOWN) or 0.0) > read:
                 continue
             rival = best.get(row.sparsity)
             rival_value = rival.number(QUALITY) if rival else None

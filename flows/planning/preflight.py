@@ -72,11 +72,16 @@ def check_writable(layout: Layout) -> None:
 def check_model(layout: Layout) -> None:
     """Raises InputError when the tokenizer or the windows do not fit the model."""
     from foldstack.compression.checkpoints.agreement import agreement
-    from foldstack.compression.checkpoints.checkpoint import load_config, load_tokenizer
+    from foldstack.compression.checkpoints.checkpoint import (
+        check_tokenizer_travels,
+        load_config,
+        load_tokenizer,
+    )
     from foldstack.compression.text.calibration import check_tokenizer
 
     config, tokenizer = load_config(layout.model.folder), load_tokenizer(layout.model.folder)
     check_tokenizer(tokenizer, config.get_text_config(decoder=True).vocab_size)
+    check_tokenizer_travels(layout.model.folder)
     for note in agreement(layout.model.folder).notes:
         logger.warning("%s", note)
     context = getattr(config, "max_position_embeddings", None)

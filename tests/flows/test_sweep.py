@@ -46,7 +46,7 @@ def no_fresh_processes() -> Iterator[None]:
     """What libraries do in fresh processes is tested with them; here it would cost minutes."""
     seen = ReloadReport(1.0, 0.0, 0.0, True, (1,), 1, "LlamaForCausalLM", 0.0)
     patch = pytest.MonkeyPatch()
-    patch.setattr(checkpoint, "check_reload", lambda model, folder: seen)
+    patch.setattr(checkpoint, "check_reload", lambda model, folder, **_: seen)
     patch.setattr(speed, "peak_memory", lambda folders, *_: dict.fromkeys(folders, 1))
     yield
     patch.undo()

@@ -38,7 +38,7 @@ NewDisplay = Callable[[], Any]
 @pytest.fixture(autouse=True)
 def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = ReloadReport(1.0, 0.0, 0.0, True, (1,), 1, "LlamaForCausalLM", 0.0)
-    monkeypatch.setattr(checkpoint, "check_reload", lambda model, folder: seen)
+    monkeypatch.setattr(checkpoint, "check_reload", lambda model, folder, **_: seen)
 
 
 @pytest.fixture

@@ -318,7 +318,7 @@ def test_a_sweep_on_another_machine_finds_everything(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen = ReloadReport(1.0, 0.0, 0.0, True, (1,), 1, "LlamaForCausalLM", 0.0)
-    monkeypatch.setattr(checkpoint, "check_reload", lambda model, folder: seen)
+    monkeypatch.setattr(checkpoint, "check_reload", lambda model, folder, **_: seen)
     files, url = bucket
     text = tmp_path / "lines.txt"
     text.write_text("\n\n".join(text_lines))

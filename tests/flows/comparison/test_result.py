@@ -1,0 +1,31 @@
+"""What a comparison concludes from its rows."""
+
+from foldstack.flows.comparison.result import Comparison, Row
+
+
+def comparison(**unknown: float) -> Comparison:
+    rows = [Row(label="dense", method="dense", before={"bits_per_byte": 2.0})]
+    for place, (method, share) in enumerate(unknown.items()):
+        facts = {"bits_per_byte": 2.5 + place, "unknown_tokens": share}
+        row = Row(label=f"{method} 0.20", method=method, sparsity=0.2, before=facts)
+        rows.append(row)
+    return Comparison(title="t", sweep="s", model="m", rows=tuple(rows))
+
+
+def test_a_model_that_does_not_read_the_text_never_wins() -> None:
+    found = comparison(blind=1.0, seeing=0.0)
+    assert found.best()[0.2].method == "seeing"
+    assert found.unread == (
+        "100.0% of the text's tokens are unknown to the tokenizer of blind 0.20: what stands there "
+        "is not predicted, and perplexity and bits per byte are too low",
+    )
+
+
+def test_what_the_dense_model_does_not_know_either_is_no_disadvantage() -> None:
+    found = comparison(one=0.01, other=0.01)
+    dense = found.rows[0].model_copy(
+        update={"before": {"bits_per_byte": 2.0, "unknown_tokens": 0.01}}
+    )
+    found = found.model_copy(update={"rows": (dense, *found.rows[1:])})
+    assert found.best()[0.2].method == "one"
+    assert "dense, one 0.20, other 0.20" in found.unread[0]
