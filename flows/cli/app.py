@@ -237,13 +237,14 @@ def ui(
     """Start the Prefect and the MLflow server on this machine, until Ctrl-C."""
     from foldstack.flows.cli.servers import mlflow, prefect, serve
     from foldstack.tasks.environment.home import foldstack_home
-    from foldstack.tasks.tracking.tracking_database import make_database
+    from foldstack.tasks.tracking.tracking_database import ARTIFACTS, follow_home, make_database
 
     folder = (home or foldstack_home()).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
     make_database(uri)  # whole: a sweep may open it while the server starts
-    servers = [prefect(prefect_port), mlflow(mlflow_port, uri, folder / "mlartifacts")]
+    follow_home(uri, folder)
+    servers = [prefect(prefect_port), mlflow(mlflow_port, uri, folder / ARTIFACTS)]
     serve(servers, folder / "logs", print)
 
 

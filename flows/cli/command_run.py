@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.running.prefect_server import TemporaryServer, cancel_flow_run
 from foldstack.flows.running.progress import Display, console_on, display_on
-from foldstack.tasks.environment.home import telling_disk_full
+from foldstack.tasks.environment.home import in_this_home, telling_disk_full
 from foldstack.tasks.running.worker_pool import end_workers, worker_processes
 
 INTERRUPTED = 130
@@ -56,7 +57,9 @@ def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Compa
 
 def link_models(config: RunConfig, comparison: Comparison) -> None:
     """Give every finished model directory a name that a person can find, under <home>/models."""
-    folder = config.output.home.expanduser().resolve() / "models"
+    home = config.output.home.expanduser().resolve()
+    folder = home / "models"
+    _mend_links(folder, home)
     for row in comparison.rows:
         if row.is_dense or not row.folder or row.state != "done":
             continue
@@ -64,8 +67,27 @@ def link_models(config: RunConfig, comparison: Comparison) -> None:
         link, made = folder / name, folder / f".{name}.{os.getpid()}"
         with suppress(OSError):  # a file system without links: the store's own path still works
             folder.mkdir(parents=True, exist_ok=True)
-            made.symlink_to(row.folder)
+            made.symlink_to(_seen_from(folder, Path(row.folder), home))
             made.replace(link)
+
+
+def _seen_from(folder: Path, target: Path, home: Path) -> Path:
+    """What a link in `folder` is to say: a way inside the home goes wherever the home goes."""
+    is_inside = target.is_relative_to(home)
+    return Path(os.path.relpath(target, folder)) if is_inside else target
+
+
+def _mend_links(folder: Path, home: Path) -> None:
+    """Links of a home that has another place now lead into this one."""
+    with suppress(OSError):
+        for link in folder.iterdir():
+            if not link.is_symlink() or link.exists():
+                continue
+            found = in_this_home(os.readlink(link), home)
+            made = folder / f".{link.name}.{os.getpid()}"
+            if found is not None:
+                made.symlink_to(_seen_from(folder, found, home))
+                made.replace(link)
 
 
 @contextmanager

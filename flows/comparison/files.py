@@ -7,7 +7,7 @@ from foldstack.compression.errors import InputError
 from foldstack.flows.comparison.plots import plot_quality
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.comparison.tables import markdown, write_csv
-from foldstack.tasks.environment.home import foldstack_home
+from foldstack.tasks.environment.home import foldstack_home, in_this_home
 
 
 def save(comparison: Comparison, folder: Path) -> dict[str, Path]:
@@ -32,8 +32,11 @@ def save_texts(comparison: Comparison, folder: Path) -> dict[str, Path]:
 
 
 def load(folder: Path) -> Comparison:
-    """The comparison that `save` wrote."""
+    """The comparison that `save` wrote; its models where they are now, if the home was moved."""
     data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    home = folder.resolve().parents[1]
+    for row in data["rows"]:
+        row["folder"] = str(in_this_home(row["folder"], home) or row["folder"])
     return Comparison.model_validate(data)
 
 

@@ -25,6 +25,7 @@ from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import MANIFEST
 from foldstack.tasks.tracking.run_record import PREFIX, DatasetUse, RunRecord, Status
 from foldstack.tasks.tracking.tracker import Tracker
+from foldstack.tasks.tracking.tracking_database import ARTIFACTS
 
 # Parts of a config that change nothing that is computed.
 BESIDE_THE_POINT = ("name", "tracking", "output", "execution", "workers")
@@ -61,7 +62,7 @@ class SweepLog:
         if config.tracking.enabled:
             home = config.output.home.expanduser().resolve()
             self._tracker = Tracker(
-                tracking_uri(config), experiment_of(config), home / "tracking", home / "mlartifacts"
+                tracking_uri(config), experiment_of(config), home / "tracking", home / ARTIFACTS
             )
 
     def branch_evaluated(self, branch: Branch, runs: StageRuns) -> None:

@@ -16,6 +16,8 @@ STORE_VARIABLE = "FOLDSTACK_STORE"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 WORDS_OF_LIBRARIES = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 MIB = 1 << 20
+STORE_ARTIFACTS = "/store/artifacts/"
+"""In the path of whatever a home's store holds."""
 
 
 def foldstack_home() -> Path:
@@ -26,6 +28,13 @@ def foldstack_home() -> Path:
 def store_url() -> str:
     """The object storage of the environment's FOLDSTACK_STORE; empty for none."""
     return os.environ.get(STORE_VARIABLE, "")
+
+
+def in_this_home(path: str, home: Path) -> Path | None:
+    """Where what lay at `path` in the store of a home lies now that the home is `home`."""
+    _, store, inside = path.rpartition(STORE_ARTIFACTS)
+    found = home / store.strip("/") / inside
+    return found if store and inside and found.exists() else None
 
 
 def is_disk_full(error: BaseException) -> bool:

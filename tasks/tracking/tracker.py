@@ -27,7 +27,7 @@ from foldstack.tasks.tracking import mlflow_pages
 from foldstack.tasks.tracking.receipts import Receipts
 from foldstack.tasks.tracking.registry import name_best
 from foldstack.tasks.tracking.run_record import PREFIX, DatasetUse, RunRecord
-from foldstack.tasks.tracking.tracking_database import make_database
+from foldstack.tasks.tracking.tracking_database import follow_home, make_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -190,6 +190,8 @@ def open_experiment(
     # Its first use of a database reports every migration as INFO.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     make_database(uri)
+    if artifact_location is not None:
+        follow_home(uri, artifact_location.parent)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -1,3 +1,4 @@
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from mlflow.entities import Run
 
 from foldstack.tasks.tracking.run_record import DatasetUse, RunRecord
 from foldstack.tasks.tracking.tracker import Tracker
+from foldstack.tasks.tracking.tracking_database import follow_home
 
 pytestmark = pytest.mark.foreign_warnings
 
@@ -246,3 +248,50 @@ def test_a_database_that_several_make_at_once_after_one_was_killed_is_whole(tmp_
     assert [process.returncode for process in processes] == [0, 0]
     assert len(told) == 1, "one experiment"
     assert [path.name for path in file.parent.iterdir()] == ["mlflow.db"]
+
+
+class TestAHomeThatMoved:
+    """The database of a home in another place names its files where they are now."""
+
+    @pytest.fixture
+    def moved(self, uri: str, tmp_path: Path, record: RunRecord) -> Path:
+        old, new = tmp_path / "old home", tmp_path / "new"
+        old.mkdir()
+        (tmp_path / "mlflow.db").rename(old / "mlflow.db")
+        tracker = tracker_at(f"sqlite:///{old / 'mlflow.db'}", old)
+        log(tracker, replace(record, tags={"model_uri": (old / "store").as_uri() + "/x"}))
+        assert tracker.warnings == []
+        old.rename(new)
+        return new
+
+    def test_new_runs_write_into_it(self, moved: Path, record: RunRecord) -> None:
+        tracker = tracker_at(f"sqlite:///{moved / 'mlflow.db'}", moved)
+        log(tracker, replace(record, fingerprint="cd" * 32))
+        assert tracker.warnings == []
+        assert not (moved.parent / "old home").exists()
+        uris = {run.info.artifact_uri for run in runs(tracker.uri)}
+        assert len(uris) == 2
+        assert all(uri.startswith((moved / "mlartifacts").as_uri()) for uri in uris)
+        client = MlflowClient(tracking_uri=tracker.uri)
+        for run in runs(tracker.uri):
+            assert [file.path for file in client.list_artifacts(run.info.run_id, "compress")]
+        tags = {run.data.tags.get("model_uri") for run in runs(tracker.uri)}
+        assert (moved / "store").as_uri() + "/x" in tags
+
+    def test_a_copy_and_what_it_was_copied_from_are_two(
+        self, moved: Path, record: RunRecord
+    ) -> None:
+        copy = moved.parent / "copy"
+        follow_home(f"sqlite:///{moved / 'mlflow.db'}", moved)
+        shutil.copytree(moved, copy)
+        for home in (copy, moved):
+            uri = f"sqlite:///{home / 'mlflow.db'}"
+            follow_home(uri, home)
+            assert runs(uri)[0].info.artifact_uri.startswith((home / "mlartifacts").as_uri())
+
+    def test_a_database_of_two_homes_stays_as_it_is(self, uri: str, record: RunRecord) -> None:
+        first = Path(uri.removeprefix("sqlite:///")).parent
+        second = first / "second"
+        log(tracker_at(uri, second), record)
+        follow_home(uri, first)
+        assert runs(uri)[0].info.artifact_uri.startswith((second / "mlartifacts").as_uri())
