@@ -4,6 +4,7 @@ import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 
 # isort: split
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from foldstack.compression.errors import InputError
 from foldstack.compression.storage.digest import digest_json
 from foldstack.flows.comparison.files import comparisons_in
+from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.comparison.run_records import experiment_of, registered_name, tracking_uri
 from foldstack.flows.comparison.tables import records
@@ -23,6 +25,7 @@ from foldstack.flows.sweep import sweep
 from foldstack.tasks.environment.redaction import without_secrets
 from foldstack.tasks.tracking.quality_gate import Gate, Verdict, apply_gate, refused
 
+log = logging.getLogger(__name__)
 DEFAULT_GATE = Gate()
 
 
@@ -79,8 +82,13 @@ def refresh_comparison(model: str = "", home: Path | None = None) -> int:
     Raises:
         InputError: there is no sweep of that model.
     """
+    there = comparisons_in(home, model)
+    for sentence in there.damaged:
+        log.warning("left out: %s", sentence)
     rows: list[dict[str, Any]] = []
-    for comparison in comparisons_in(home, model):
-        rows += [{"sweep": comparison.title, **row} for row in records(comparison)]
-    create_table_artifact(table=rows, key="all-sweeps", description=f"Sweeps of {model or 'all'}")
+    told = [f"Sweeps of {model or 'all'}", *(f"left out: {each}" for each in there.damaged)]
+    for comparison in there.readable:
+        rows += [{"sweep": comparison.title} | row for row in records(comparison.frame())]
+        told += [f"**{comparison.title}**", *(f"- {each}" for each in findings(comparison))]
+    create_table_artifact(table=rows, key="all-sweeps", description="\n\n".join(told))
     return len(rows)

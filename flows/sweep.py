@@ -6,9 +6,11 @@ import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 
 import base64
 import logging
+import re
 import time
 from contextlib import nullcontext
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from prefect import flow, runtime
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
+    create_markdown_artifact,
     create_table_artifact,
 )
 
+from foldstack.compression.storage.durable import write_whole
 from foldstack.flows.comparison import files as result_files
+from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.report import REPORT, write_report
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.comparison.rows import rivals, row_of
@@ -108,6 +113,9 @@ def _run_on(engine: Engine, layout: Layout, started: float) -> Comparison:
         rows=rows,
         num_stages=len(layout.stages),
         num_cached=runs.num_cached,
+        best_by=layout.config.best_by,
+        best_within=layout.config.best_within,
+        made_at=datetime.now(UTC).replace(microsecond=0),
     )
     found = rivals(layout, comparison, runs.outcomes)
     comparison = comparison.model_copy(update={"rivals": found})
@@ -132,7 +140,7 @@ def _publish(
     config = to_yaml(layout.resolved_config)
     files = result_files.save(comparison, folder)
     files[REPORT] = _report(layout, comparison, runs, folder, config)
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    write_whole(folder / "config.yaml", config)
     links, warnings = log.finish(comparison, runs, {**files, "config.yaml": folder / "config.yaml"})
     comparison = comparison.model_copy(
         update={
@@ -177,8 +185,15 @@ def _show_ranking(layout: Layout, runs: StageRuns) -> None:
 
 def _show_comparison(comparison: Comparison, files: dict[str, Any]) -> None:
     key = f"comparison-{comparison.sweep}"
-    table = records(comparison)
-    _create(create_table_artifact, table=table, key=key, description=comparison.title)
+    table = records(comparison.frame())
+    told = "\n".join(f"- {sentence}" for sentence in findings(comparison))
+    _create(
+        create_table_artifact, table=table, key=key, description=f"{comparison.title}\n\n{told}"
+    )
+    # One key for all sweeps of a model: Prefect's history of it is the history of the results.
+    page = f"# {comparison.title}\n\n{result_files.summary(comparison)}"
+    model = re.sub("[^a-z0-9]+", "-", Path(comparison.model).name.lower()).strip("-")
+    _create(create_markdown_artifact, markdown=page, key=f"sweep-of-{model}", description=told)
     if "quality_against_size.png" in files:
         _show_picture(files["quality_against_size.png"], f"{key}-plot", "Quality against size")
 

@@ -73,5 +73,7 @@ def speed_facts(result: SpeedResult) -> Facts:
         beside = batch.baseline_decode_tokens_per_second.median
         facts[f"dense_decode_tokens_per_second{suffix}"] = beside
         facts[f"decode_speedup{suffix}"] = batch.speedup.decode.median
+        facts[f"decode_speedup_lower_quartile{suffix}"] = batch.speedup.decode.lower_quartile
+        facts[f"decode_speedup_upper_quartile{suffix}"] = batch.speedup.decode.upper_quartile
         facts[f"prefill_speedup{suffix}"] = batch.speedup.prefill.median
     return facts

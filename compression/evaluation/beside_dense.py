@@ -22,9 +22,6 @@ from foldstack.compression.evaluation.paired import (
 from foldstack.compression.evaluation.perplexity import PerplexityResult
 from foldstack.compression.evaluation.stability import Stability, stability
 
-STANDARD_ERRORS = 1.96
-"""Half of a 95 % interval."""
-
 
 @dataclass(frozen=True)
 class Evaluation:

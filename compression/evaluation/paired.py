@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict
 
 from foldstack.compression.errors import InputError
 
+STANDARD_ERRORS = 1.96
+"""Half of a 95 % interval."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -19,6 +19,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file that readers find whole, old or new, whatever happens in between."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync_file(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
 def sync_files(folder: Path) -> None:
     """Wait until the files of a folder, which has no folders in it, are on the disk."""
     for file in folder.iterdir():

@@ -69,6 +69,14 @@ def size_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Size:
     )
 
 
+def block_parameters(config: PreTrainedConfig) -> list[int]:
+    """Parameters that each executed block stores, by position: what a block borrows from another
+    one counts there.
+    """
+    model = build_on_meta(config)
+    return [count_parameters(block) for block in architecture_of(model).blocks(model)]
+
+
 def _num_weights(linear: nn.Module) -> int:
     out_features, in_features = linear_shape(linear)
     return out_features * in_features

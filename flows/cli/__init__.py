@@ -2,6 +2,8 @@
 
 - `app`: The command line: `foldstack run CONFIG [key=value ...]` and its neighbours.
 - `command_cache`: `foldstack cache ls | explain | gc`.
+- `command_compare`: `foldstack compare`: any number of sweeps as one table, filtered, sorted, shown
+  and written.
 - `command_measure`: `foldstack evaluate` and `foldstack bench`: one model, measured like those of a
   sweep.
 - `command_run`: What `foldstack run` does around the flow: a server, progress, Ctrl-C, and folders

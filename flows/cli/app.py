@@ -204,28 +204,63 @@ def bench(
         _print_facts(bench_command(config_for(config, model), against), output, as_json)
 
 
-@app.command()
+@app.command(
+    epilog="foldstack compare demo --sparsity 0.3 --sort -speed --out at30.csv   |   "
+    "foldstack compare runs/sweeps/a runs/sweeps/b --where 'speed>1' --columns model,quality,speed"
+)
 def compare(
-    model: Annotated[str, typer.Argument(help="Only sweeps of this model.")] = "",
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SWEEP]...",
+            help="Names of models or sweeps, or folders of sweeps; by default all in the home.",
+        ),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only rows for which NAME OP VALUE holds, like speed>1 or method~share; may be "
+            "given several times."
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method; may be given several times.")
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Only this sparsity; may be given several times.")
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(help="Columns to sort by, with commas; -NAME from high to low.")
+    ] = "",
+    columns: Annotated[
+        str, typer.Option(help="Columns to show, with commas; by default as many as fit.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the rows to a file too: .csv, .parquet, .md, .json or .html."),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the results of all sweeps in the home, side by side."""
+    """Print the results of any number of sweeps as one table, and write it to a file."""
     with _output_for_result() as output:
-        from foldstack.flows.comparison.files import comparisons_in
+        from foldstack.flows.cli import command_compare
+        from foldstack.flows.running.progress import console_on
 
-        comparisons = comparisons_in(home, model)
+        choice = command_compare.Choice(
+            where or (), method or (), sparsity or (), _split(sort), _split(columns)
+        )
+        compared = command_compare.compare_command(what or (), home, choice)
+        if out is not None:
+            command_compare.write_compared(compared, choice, out)
         if as_json:
-            _print_json(
-                {"comparisons": [entry.model_dump(mode="json") for entry in comparisons]}, output
-            )
+            _print_json(command_compare.as_json(compared), output)
         else:
-            from foldstack.flows.comparison.terminal import result_table
-            from foldstack.flows.running.progress import console_on
-
-            console = console_on(output)
-            for comparison in comparisons:
-                console.print(result_table(comparison))
+            command_compare.print_compared(compared, choice, console_on(output))
+    for sentence in compared.damaged:
+        print(f"foldstack: left out: {sentence}", file=sys.stderr)
+    if out is not None:
+        print(f"foldstack: {len(compared.frame)} rows are in {out}", file=sys.stderr)
 
 
 @app.command()
@@ -252,6 +287,10 @@ def _load(config: str, overrides: list[str] | None) -> "RunConfig":
     from foldstack.flows.config.run_config import load_config
 
     return load_config(config, overrides or [])
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _command_line() -> str:

@@ -1,60 +1,106 @@
 """The files of a sweep's comparison, and all the comparisons in a home."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from foldstack.compression.errors import InputError
+from foldstack.compression.storage.durable import write_whole
+from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.plots import plot_quality
 from foldstack.flows.comparison.result import Comparison
-from foldstack.flows.comparison.tables import markdown, write_csv
+from foldstack.flows.comparison.tables import markdown
 from foldstack.tasks.environment.home import foldstack_home, in_this_home
+
+COMPARISON = "comparison.json"
+PLOT = "quality_against_size.png"
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What the sweeps of a home found."""
+
+    readable: list[Comparison]
+    """The newest last."""
+    damaged: list[str]
+    """A sentence on each file that could not be read."""
 
 
 def save(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Write comparison.json, .csv, .md and, where there is something to show, the plot."""
+    """Write comparison.json, .csv and .md and, where there is something to show, the plot."""
     files = save_texts(comparison, folder)
-    if plot_quality(comparison, folder / "quality_against_size.png"):
-        files["quality_against_size.png"] = folder / "quality_against_size.png"
+    if plot_quality(comparison, folder / PLOT):
+        files[PLOT] = folder / PLOT
     return files
 
 
 def save_texts(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Write comparison.json, .csv and .md."""
+    """Write comparison.json, .csv and .md, each of them whole or not at all."""
+    from foldstack.flows.comparison.frame import csv_text
+
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "comparison.json": comparison.model_dump_json(indent=1),
-        "comparison.csv": write_csv(comparison),
-        "comparison.md": markdown(comparison) + "\n",
+        COMPARISON: comparison.model_dump_json(indent=1),
+        "comparison.csv": csv_text(comparison.frame()),
+        "comparison.md": summary(comparison),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     return {name: folder / name for name in texts}
 
 
+def summary(comparison: Comparison) -> str:
+    """What was found in words, and the table, as a page of Markdown."""
+    words = [f"- {sentence}" for sentence in (*findings(comparison), *comparison.missed)]
+    return "\n".join([*words, "", markdown(comparison.frame()), ""])
+
+
 def load(folder: Path) -> Comparison:
-    """The comparison that `save` wrote; its models where they are now, if the home was moved."""
-    data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    home = folder.resolve().parents[1]
-    for row in data["rows"]:
-        row["folder"] = str(in_this_home(row["folder"], home) or row["folder"])
-    return Comparison.model_validate(data)
+    """The comparison that `save` wrote; its models where they are now, if the home was moved.
+
+    Raises:
+        InputError: it is not there, or not whole.
+    """
+    file = folder / COMPARISON
+    try:
+        comparison = Comparison.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no {COMPARISON}: it is not a sweep's folder") from None
+    except (ValidationError, OSError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise InputError(
+            f"{file} is damaged ({reason}); run that sweep again, which computes nothing that is "
+            "in the store, or remove its folder"
+        ) from None
+    home = file.resolve().parents[2]
+    rows = tuple(
+        row.model_copy(update={"folder": str(in_this_home(row.folder, home) or row.folder)})
+        for row in comparison.rows
+    )
+    return comparison.model_copy(update={"rows": rows})
 
 
-def comparisons_in(home: Path | None, model: str = "") -> list[Comparison]:
-    """The comparisons in the home, the newest last.
+def comparisons_in(home: Path | None, model: str = "") -> Comparisons:
+    """The comparisons in the home; a damaged one is named and left out.
 
     Raises:
         InputError: there is none, of this model.
     """
     folder = (home or foldstack_home()) / "sweeps"
-    files = sorted(folder.glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
-    comparisons = [load(file.parent) for file in files]
+    comparisons, damaged = [], []
+    for file in sorted(folder.glob(f"*/{COMPARISON}"), key=lambda file: file.stat().st_mtime):
+        try:
+            comparisons.append(load(file.parent))
+        except InputError as error:
+            damaged.append(str(error))
     chosen = [entry for entry in comparisons if not model or is_of(entry, model)]
     if not chosen:
         known = sorted({entry.model for entry in comparisons})
         which = f" of {model}; there are sweeps of {', '.join(known)}" if known and model else ""
-        raise InputError(f"no sweep{which} in {folder}; run one with `foldstack run CONFIG`")
-    return chosen
+        told = "".join(f"; {sentence}" for sentence in damaged)
+        raise InputError(f"no sweep{which} in {folder}; run one with `foldstack run CONFIG`{told}")
+    return Comparisons(chosen, damaged)
 
 
 def is_of(comparison: Comparison, model: str) -> bool:

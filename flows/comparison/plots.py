@@ -1,9 +1,10 @@
 """Pictures of a comparison."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from foldstack.compression.evaluation.beside_dense import STANDARD_ERRORS
+from foldstack.compression.evaluation.paired import STANDARD_ERRORS
 from foldstack.flows.comparison.result import QUALITY, Comparison, Row, variants_at
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Against = Literal["size", "speed"]
+SAME = 0.005
 MARKERS = "osD^vP*X"
 AXES: dict[Against, str] = {
     "size": "parameters (millions)",
@@ -28,18 +30,19 @@ def plot_quality(comparison: Comparison, path: Path) -> bool:
 
     Returns False, and draws nothing, when no row has both numbers.
     """
-    figure = quality_figure(comparison, "size")
+    figure = figure_of(comparison.rows, "size")
     if figure is not None:
+        figure.axes[0].set_title(comparison.title)
         figure.savefig(path, dpi=120)
     return figure is not None
 
 
-def quality_figure(comparison: Comparison, against: Against) -> "Figure | None":
+def figure_of(rows: Sequence[Row], against: Against) -> "Figure | None":
     """Bits per byte against size or speed; None when no row has both numbers.
 
     Bars are 95 % intervals of the difference from the dense model, by the windows of the text.
     """
-    points = [row for row in comparison.rows if _place(row, against)]
+    points = [row for row in rows if place(row, against)]
     if not points:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,14 +55,14 @@ def quality_figure(comparison: Comparison, against: Against) -> "Figure | None":
     for index, method in enumerate(methods):
         color, marker = f"C{index}", MARKERS[index % len(MARKERS)]
         _draw_method(axes, variants_at(points, method), against, method, color, marker)
-    dense = comparison.dense
-    if dense is not None and (place := _place(dense, against)):
-        x, y = place
+    front = undominated([spot for row in points if (spot := place(row, against))], against)
+    axes.plot(*zip(*front, strict=True), color="0.5", alpha=0.28, linewidth=8, zorder=0,
+              solid_joinstyle="round", label="undominated")  # fmt: skip
+    for x, y in [spot for row in points if row.is_dense and (spot := place(row, against))]:
         axes.axhline(y, color="0.6", linewidth=0.8, zorder=0)
         axes.plot([x], [y], color="black", marker="*", markersize=14, linestyle="none",
                   label="dense")  # fmt: skip
-    axes.set(xlabel=AXES[against], ylabel="bits per byte (lower is better)",
-             title=comparison.title)  # fmt: skip
+    axes.set(xlabel=AXES[against], ylabel="bits per byte (lower is better)")  # fmt: skip
     told = "filled: final, hollow: before recovery" if against == "size" else None
     axes.legend(title=told, fontsize="small")
     axes.grid(alpha=0.3)
@@ -69,19 +72,40 @@ def quality_figure(comparison: Comparison, against: Against) -> "Figure | None":
 def _draw_method(
     axes: "Axes", rows: list[Row], against: Against, method: str, color: str, marker: str
 ) -> None:
-    xs, ys = zip(*filter(None, (_place(row, against) for row in rows)), strict=True)
+    xs, ys = zip(*filter(None, (place(row, against) for row in rows)), strict=True)
     errors = [
         STANDARD_ERRORS * (row.number(f"{QUALITY}_difference_stderr", "beside_dense") or 0)
         for row in rows
     ]
-    axes.errorbar(xs, ys, errors, color=color, marker=marker, capsize=3, label=method)
+    # By speed, a line from one sparsity to the next would go to and fro.
+    line = "-" if against == "size" else "none"
+    axes.errorbar(
+        xs, ys, errors, color=color, marker=marker, capsize=3, linestyle=line, label=method
+    )
     for row, x in zip(rows, xs, strict=True):
         before = row.number(QUALITY, "before")
         if before is not None and row.after and against == "size":
             axes.plot([x], [before], color=color, marker=marker, fillstyle="none")
 
 
-def _place(row: Row, against: Against) -> tuple[float, float] | None:
+def undominated(
+    points: Sequence[tuple[float, float]], against: Against
+) -> list[tuple[float, float]]:
+    """The Pareto front: the points that no other one beats in one number without losing in the
+    other, from left to right. Bits per byte and sizes are to be low, speeds high; what differs by
+    less than half a per cent in size or speed does not win by it.
+    """
+    side = 1 if against == "size" else -1
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (side * point[0], point[1])):
+        if not front or y < front[-1][1]:
+            if front and abs(x / front[-1][0] - 1) < SAME:
+                front.pop()
+            front.append((x, y))
+    return sorted(front)
+
+
+def place(row: Row, against: Against) -> tuple[float, float] | None:
     """Where a row is drawn; None when it lacks one of the two numbers."""
     name, part, unit = NUMBERS[against]
     x, y = row.number(name, part), row.number(QUALITY)

@@ -1,11 +1,16 @@
 """The result of a sweep as data: one row per variant beside the dense model."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from foldstack.compression.evaluation.beside_dense import STANDARD_ERRORS
+from foldstack.compression.evaluation.paired import STANDARD_ERRORS
+
+if TYPE_CHECKING:
+    import pandas
 
 Facts = dict[str, float | int | str | bool | None]
 
@@ -13,9 +18,14 @@ QUALITY = "bits_per_byte"
 """What the best variant is lowest in, and what the plot shows."""
 UNKNOWN = "unknown_tokens"
 """Share of the text's tokens that are the unknown token: their text is lost."""
-BEST_RULE = "lowest bits per byte after recovery among the variants of the same sparsity"
-SHOWN_METRICS = ("acc", "exact_match", "acc_norm", "f1")
-"""A benchmark's column shows the first of these that it has."""
+BestBy = Literal["quality", "speed_at_quality", "size_at_quality"]
+BEST_RULES: dict[BestBy, str] = {
+    "quality": "lowest bits per byte after recovery among the variants of the same sparsity",
+    "speed_at_quality": "fastest decoding among the variants of the same sparsity whose bits per "
+    "byte are within {within:.3g} of the lowest, or cannot be told from it",
+    "size_at_quality": "fewest parameters among the variants of the same sparsity whose bits per "
+    "byte are within {within:.3g} of the lowest, or cannot be told from it",
+}
 
 
 class Row(BaseModel):
@@ -58,9 +68,30 @@ class Row(BaseModel):
         return self.sparsity is None
 
     @property
+    def name(self) -> str:
+        """What it is called among variants of its sparsity: the label without that."""
+        seed = f" seed {self.seed}"
+        return self.method + seed if self.label.endswith(seed) else self.method
+
+    @property
     def final(self) -> Facts:
         """Quality of the model that the sweep ends with."""
         return self.after or self.before
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything that was measured by one name each: "quality/bits_per_byte",
+        "size/parameters"; "quality" is that of the final model. MLflow's metrics have these names.
+        """
+        parts: dict[str, Mapping[str, Any]] = {
+            "quality": self.final,
+            "before_recovery": self.before if self.after else {},
+            "beside_dense": self.beside_dense,
+            "size": self.structure,
+            "recovery": self.recovery,
+            "speed": self.speed,
+            "time": {f"{part}_seconds": seconds for part, seconds in self.seconds.items()},
+        }
+        return {f"{part}/{k}": v for part, facts in parts.items() for k, v in facts.items()}
 
     def number(self, name: str, part: str = "final") -> float | None:
         """A number of one part, or None when it is not there or is none."""
@@ -69,14 +100,16 @@ class Row(BaseModel):
 
 
 class Rival(BaseModel):
-    """A variant beside the best one of its sparsity, on the same windows."""
+    """Two variants of one sparsity, on the same windows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     row: str
-    best: str
+    """Label of the one that is higher in bits per byte."""
+    lower: str = Field(validation_alias=AliasChoices("lower", "best"))
+    """Label of the other one. (Where a file says "best", only that one was paired.)"""
     difference: float
-    """In bits per byte, of `row` over `best`."""
+    """In bits per byte, of `row` over `lower`."""
     stderr: float
     """Its standard error, from windows alone: training with another seed may differ by more."""
 
@@ -97,6 +130,12 @@ class Comparison(BaseModel):
     model: str
     rows: tuple[Row, ...]
     rivals: tuple[Rival, ...] = ()
+    """Every two finished variants of a sparsity."""
+    best_by: BestBy = "quality"
+    best_within: float = 0.01
+    """How far from the lowest bits per byte, as a fraction of it, the best may be that is best by
+    something else."""
+    made_at: datetime | None = None
     num_stages: int = 0
     num_cached: int = 0
     seconds: float = 0.0
@@ -122,30 +161,9 @@ class Comparison(BaseModel):
         return tuple(sorted(sentences))
 
     @property
-    def ties(self) -> tuple[str, ...]:
-        """Which variants are as good as the best, as far as this text can tell."""
-        level: dict[str, list[str]] = {}
-        for rival in self.rivals:
-            if rival.is_level:
-                told = f"{rival.row} ({rival.difference:+.4f} ±{rival.stderr:.4f})"
-                level.setdefault(rival.best, []).append(told)
-        return tuple(
-            f"this text does not tell {best}, the lowest in bits per byte, from {', '.join(rows)}"
-            for best, rows in level.items()
-        )
-
-    def benchmarks(self) -> dict[str, str]:
-        """The metric that is shown of each benchmark, by benchmark."""
-        shown: dict[str, str] = {}
-        for row in self.rows:
-            for name in row.final:
-                benchmark, slash, metric = name.rpartition("/")
-                if not slash or metric not in SHOWN_METRICS:
-                    continue
-                rank = SHOWN_METRICS.index
-                if benchmark not in shown or rank(metric) < rank(shown[benchmark]):
-                    shown[benchmark] = metric
-        return shown
+    def best_rule(self) -> str:
+        """What the best variant of a sparsity is best in."""
+        return BEST_RULES[self.best_by].format(within=self.best_within)
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -161,24 +179,64 @@ class Comparison(BaseModel):
         )
 
     def best(self) -> dict[float, Row]:
-        """The best variant at each sparsity, by `BEST_RULE`.
+        """The best variant at each sparsity, by `best_rule`."""
+        return {sparsity: self._best_of(rows) for sparsity, rows in self.by_sparsity().items()}
+
+    def by_sparsity(self) -> dict[float, list[Row]]:
+        """The variants with a quality at each sparsity, from little to much removed, the lowest in
+        bits per byte first.
 
         One that reads less of the text than the dense model, the rest being unknown to its
-        tokenizer, is none.
+        tokenizer, is not among them: its quality is none.
         """
-        best: dict[float, Row] = {}
+        found: dict[float, list[Row]] = {}
         read = (self.dense.number(UNKNOWN) if self.dense else None) or 0.0
-        for row in self.rows:
-            value = row.number(QUALITY)
-            if row.sparsity is None or row.state != "done" or value is None:
+        for row in sorted(self.rows, key=lambda row: row.number(QUALITY) or 0.0):
+            if row.sparsity is None or row.state != "done" or row.number(QUALITY) is None:
                 continue
-            if (row.number(UNKNOWN) or 0.0) > read:
-                continue
-            rival = best.get(row.sparsity)
-            rival_value = rival.number(QUALITY) if rival else None
-            if rival_value is None or value < rival_value:
-                best[row.sparsity] = row
-        return best
+            if (row.number(UNKNOWN) or 0.0) <= read:
+                found.setdefault(row.sparsity, []).append(row)
+        return dict(sorted(found.items()))
+
+    def level_with(self, label: str) -> set[str]:
+        """The variants of its sparsity that the text does not tell from this one."""
+        pairs = [{pair.row, pair.lower} for pair in self.rivals if pair.is_level]
+        return {other for pair in pairs if label in pair for other in pair - {label}}
+
+    def near_the_lowest(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of one sparsity, the lowest first, whose quality is as good for `best_by`."""
+        lowest = rows[0].number(QUALITY) or 0.0
+        level = self.level_with(rows[0].label)
+        bound = lowest * (1 + self.best_within)
+        return [row for row in rows if (row.number(QUALITY) or 0.0) <= bound or row.label in level]
+
+    def _best_of(self, rows: Sequence[Row]) -> Row:
+        near = self.near_the_lowest(rows)
+        if self.best_by == "speed_at_quality":
+            return max(near, key=lambda row: row.number("decode_speedup", "speed") or 0.0)
+        if self.best_by == "size_at_quality":
+            return min(near, key=lambda row: row.number("parameters", "structure") or float("inf"))
+        return rows[0]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One mapping per row: which model of which sweep it is, and all its numbers."""
+        best = {row.label for row in self.best().values()}
+        return [
+            {
+                "title": self.title, "sweep": self.sweep, "base_model": self.model,
+                "made_at": self.made_at, "label": row.label, "method": row.method,
+                "sparsity": row.sparsity, "seed": row.seed, "state": row.state, "cause": row.cause,
+                "is_best": row.label in best, "folder": row.folder,
+                "settings": json.dumps(row.settings) if row.settings else None, **row.numbers(),
+            }
+            for row in self.rows
+        ]  # fmt: skip
+
+    def frame(self) -> "pandas.DataFrame":
+        """All rows and numbers as a pandas frame with typed columns."""
+        from foldstack.flows.comparison.frame import typed_frame
+
+        return typed_frame(self.records())
 
 
 def variants_at(rows: Sequence[Row], method: str) -> list[Row]:

@@ -1,6 +1,7 @@
 """From the artifacts of a branch to its row in the comparison."""
 
 from collections.abc import Mapping
+from itertools import combinations
 
 from foldstack.compression.evaluation.beside_dense import beside_dense, bits_per_byte_difference
 from foldstack.flows.comparison.result import Comparison, Facts, Rival, Row
@@ -49,21 +50,20 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
 def rivals(
     layout: Layout, comparison: Comparison, outcomes: Mapping[str, Outcome]
 ) -> tuple[Rival, ...]:
-    """The finished variants beside the best of their sparsity, on the same windows."""
-    made = {branch.label: _evaluated(_made(branch, outcomes)) for branch in layout.branches}
-    best, found = comparison.best(), []
-    for row in comparison.rows:
-        if row.sparsity not in best or row.state == "failed":
-            continue
-        winner = best[row.sparsity]
-        first, second = made[winner.label], made[row.label]
-        if row == winner or first is None or second is None:
-            continue
-        bits = bits_per_byte_difference(load_perplexity(first), load_perplexity(second))
-        if bits is not None:
-            found.append(
-                Rival(row=row.label, best=winner.label, difference=bits[0], stderr=bits[1])
-            )
+    """Every two finished variants of a sparsity, on the same windows."""
+    perplexities = {
+        branch.label: load_perplexity(evaluated)
+        for branch in layout.branches
+        if (evaluated := _evaluated(_made(branch, outcomes))) is not None
+    }
+    found = []
+    for rows in comparison.by_sparsity().values():
+        for lower, row in combinations(rows, 2):
+            bits = bits_per_byte_difference(perplexities[lower.label], perplexities[row.label])
+            if bits is not None:
+                found.append(
+                    Rival(row=row.label, lower=lower.label, difference=bits[0], stderr=bits[1])
+                )
     return tuple(found)
 
 

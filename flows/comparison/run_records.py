@@ -4,15 +4,17 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from foldstack.compression.storage.digest import digest_json
-from foldstack.flows.comparison.result import BEST_RULE, QUALITY, Comparison, Row
+from foldstack.flows.comparison.files import summary
+from foldstack.flows.comparison.result import QUALITY, Comparison, Row
 from foldstack.flows.comparison.rows import row_of
-from foldstack.flows.comparison.tables import markdown
+from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.method_entries import sparsity_text
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.running.branches import Branch, CollectWindows, Layout
@@ -28,7 +30,9 @@ from foldstack.tasks.tracking.tracker import Tracker
 from foldstack.tasks.tracking.tracking_database import ARTIFACTS
 
 # Parts of a config that change nothing that is computed.
-BESIDE_THE_POINT = ("name", "tracking", "output", "execution", "workers")
+BESIDE_THE_POINT = (
+    "name", "best_by", "best_within", "tracking", "output", "execution", "workers",
+)  # fmt: skip
 CURVES = ("loss", "cross_entropy", "divergence", "gradient_norm", "learning_rate_fraction")
 SMALL_BYTES = 32 << 20
 MODEL_REFERENCE = "model/reference.json"
@@ -91,7 +95,8 @@ class SweepLog:
             for sparsity, row in comparison.best().items():
                 alias = f"best-at-{sparsity_text(sparsity).replace('.', '-')}"
                 name = registered_name(self._layout.config)
-                tracker.register_best(name, records[row.label], alias, f"{row.label}: {BEST_RULE}")
+                told = f"{row.label}: {comparison.best_rule}"
+                tracker.register_best(name, records[row.label], alias, told)
         tracker.finish()
         links = {"mlflow": redacted(tracker.uri), "mlflow experiment": tracker.experiment}
         links |= tracker.pages([record.fingerprint for record in records.values()])
@@ -137,7 +142,6 @@ class SweepLog:
         )
 
     def _sweep_record(self, comparison: Comparison, files: Mapping[str, Path]) -> RunRecord:
-        table = markdown(comparison)
         status: Status = "FAILED" if comparison.failed else "FINISHED"
         counts = {"variants": len(comparison.rows) - 1, "failed": len(comparison.failed)}
         best = {
@@ -147,10 +151,11 @@ class SweepLog:
         return RunRecord(
             name=comparison.title,
             fingerprint=digest_json({"sweep": comparison.sweep, "failed": counts["failed"]}),
-            params={"model.name": comparison.model, "best_rule": BEST_RULE},
+            params={"model.name": comparison.model, "best_rule": comparison.best_rule},
             metrics={**counts, **best},
-            tags={PREFIX + "kind": "sweep", "mlflow.note.content": table},
+            tags={PREFIX + "kind": "sweep", "mlflow.note.content": summary(comparison)},
             files=files,
+            tables={"comparison_table.json": _columns_of(comparison)},
             status=status,
             sweep=comparison.sweep,
             links=self._links,
@@ -185,20 +190,17 @@ def flatten(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
 
 def metrics(row: Row) -> dict[str, float]:
     """The numbers of a row by names with slashes; "quality" is that of the final model."""
-    parts: dict[str, Mapping[str, Any]] = {
-        "quality": row.final,
-        "before_recovery": row.before if row.after else {},
-        "beside_dense": row.beside_dense,
-        "size": row.structure,
-        "recovery": {k: v for k, v in row.recovery.items() if k not in CURVES},
-        "speed": row.speed,
-        "time": {f"{part}_seconds": seconds for part, seconds in row.seconds.items()},
-    }
     return {
-        f"{part}/{name}": value
-        for part, facts in parts.items()
-        for name, value in numbers(facts).items()
+        name: value
+        for name, value in numbers(row.numbers()).items()
+        if name.removeprefix("recovery/") not in CURVES
     }
+
+
+def _columns_of(comparison: Comparison) -> dict[str, list[Any]]:
+    """The table of a sweep, column by column, for MLflow's page of the run."""
+    rows = records(comparison.frame())
+    return {head: [row.get(head) for row in rows] for head in dict.fromkeys(chain(*rows))}
 
 
 def model_reference(maker: Artifact) -> dict[str, Any]:

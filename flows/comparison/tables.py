@@ -1,115 +1,246 @@
-"""A comparison as tables: of texts for people, and of all its numbers."""
+"""The columns that people look at, and tables of them: of texts, and of rounded numbers.
 
-import csv
-import io
-from collections.abc import Mapping
-from typing import Any
+Everything is made from a frame (`Comparison.frame()`, or that of many sweeps). Which columns there
+are depends on what was measured: what no row has is no column.
+"""
 
-from foldstack.flows.comparison.result import QUALITY, Comparison, Row
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-GOING_ON = ("after", "- dense ±", "stability")
-"""Headings of columns that belong to a measure some columns before."""
+from foldstack.compression.errors import InputError
+from foldstack.flows.config.config_errors import did_you_mean
 
+if TYPE_CHECKING:
+    import pandas
 
-def columns(comparison: Comparison) -> list[str]:
-    """Headings of the table, in order."""
-    heads = ["model", "sparsity", "realised", "parameters"]
-    heads += ["bits/byte before", "after", "- dense ±"]
-    for benchmark, metric in comparison.benchmarks().items():
-        heads += [f"{benchmark} {metric} before", "after", "- dense ±"]
-        heads += ["stability"] * _has_stability(comparison, benchmark)
-    return [*heads, "decode tok/s", "dense beside", "x dense", "grade"]
+SHOWN_METRICS = ("acc", "exact_match", "acc_norm", "f1")
+"""A benchmark's column shows the first of these that it has."""
+Record = Mapping[str, Any]
 
 
-def cells(comparison: Comparison) -> list[list[str]]:
-    """One list of texts per row, under `columns`."""
-    return [_cells_of(comparison, row) for row in comparison.rows]
+@dataclass(frozen=True)
+class Column:
+    """One column of a table for people."""
+
+    name: str
+    """What it is called on the command line."""
+    heading: str
+    source: str
+    """The column of the frame that it shows."""
+    form: Callable[[Any], str]
+    rank: int
+    """The lower, the earlier it gets room: in the order of what a person decides by."""
+    error: str = ""
+    """The column of the frame with its standard error, which is told after it."""
+    own_error: str = ""
+    """The same of a row that has an error of its own score and no difference: the dense one."""
+    is_text: bool = False
+    meaning: str = ""
+
+    def text(self, record: Record) -> str:
+        """What stands in the table for a row."""
+        value, error = record.get(self.source), record.get(self.error)
+        if value is None:
+            own = record.get(self.own_error)
+            return "" if own is None else f"±{own:.3f}"
+        return self.form(value) + ("" if error is None else f" ±{error:.{_digits(error)}f}")
+
+    def number(self, record: Record) -> Any:
+        """The same as a number, with as many digits as mean something."""
+        value = record.get(self.source)
+        return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _cells_of(comparison: Comparison, row: Row) -> list[str]:
-    if row.state == "failed":
-        empty = [""] * (len(columns(comparison)) - 3)
-        return [row.method, _number(row.sparsity, "{:.2f}"), "failed", *empty]
-    texts = [
-        row.label if row.is_dense else row.method + f" seed {row.seed}" * bool(row.seed),
-        _number(row.sparsity, "{:.3g}"),
-        _number(row.number("realised_sparsity", "structure"), "{:.3f}"),
-        _number(row.number("parameters", "structure"), "{:,.0f}"),
-        _number(row.number(QUALITY, "before"), "{:.3f}"),
-        _number(row.number(QUALITY, "after"), "{:.3f}"),
-        _difference(row, QUALITY),
+def columns(frame: "pandas.DataFrame") -> list[Column]:
+    """The columns that some row has something for, in the order in which they are read."""
+    present = {str(name) for name in frame.columns if frame[name].notna().any()}
+    benchmarks = [
+        column
+        for place, found in enumerate(benchmarks_in(present).items())
+        for column in _of_benchmark(*found, place)
     ]
-    for benchmark, metric in comparison.benchmarks().items():
-        name = f"{benchmark}/{metric}"
-        texts.append(_number(row.number(name, "before"), "{:.3f}"))
-        texts.append(_number(row.number(name, "after"), "{:.3f}"))
-        texts.append(_difference(row, name))
-        if _has_stability(comparison, benchmark):
-            texts.append(_number(row.number(f"{benchmark}/stability", "beside_dense"), "{:.3f}"))
-    return [
-        *texts,
-        _number(row.number("decode_tokens_per_second", "speed"), "{:,.0f}"),
-        # Of the same minutes: between the rates of two rows the machine may have changed its pace.
-        _number(row.number("dense_decode_tokens_per_second", "speed"), "{:,.0f}"),
-        _number(row.number("decode_speedup", "speed"), "{:.2f}"),
-        str(row.structure.get("grade") or ""),
-    ]
+    sweeps = [SWEEP] if frame["sweep"].nunique() > 1 else []
+    order = [MODEL, *sweeps, *TEXT_QUALITY, SPEED, *benchmarks, *COSTS]
+    return [column for column in order if column.source in present]
 
 
-def _has_stability(comparison: Comparison, benchmark: str) -> bool:
-    return any(f"{benchmark}/stability" in row.beside_dense for row in comparison.rows)
+def benchmarks_in(names: "set[str]") -> dict[str, str]:
+    """The metric that is shown of each benchmark that a frame with these columns has."""
+    shown: dict[str, str] = {}
+    for name in sorted(names):
+        benchmark, slash, metric = name.removeprefix("quality/").rpartition("/")
+        if not name.startswith("quality/") or not slash or metric not in SHOWN_METRICS:
+            continue
+        rank = SHOWN_METRICS.index
+        if benchmark not in shown or rank(metric) < rank(shown[benchmark]):
+            shown[benchmark] = metric
+    return shown
 
 
-def _difference(row: Row, name: str) -> str:
-    """From the dense model, with the standard error of the pairs; of the dense one its own."""
-    if row.is_dense:
-        return _number(row.number(f"{name}_stderr"), "±{:.3f}")
-    error = _number(row.number(f"{name}_difference_stderr", "beside_dense"), " ±{:.3f}")
-    return _number(row.number(f"{name}_difference", "beside_dense"), "{:+.3f}") + error
+def chosen(frame: "pandas.DataFrame", names: Sequence[str]) -> list[Column]:
+    """The columns of these names: short ones, or those of the frame itself.
+
+    Raises:
+        InputError: there is none of a name.
+    """
+    short = {column.name: column for column in [*columns(frame), SWEEP]}
+    return [short.get(name) or _of_frame(frame, name, short) for name in names]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def short_names(frame: "pandas.DataFrame") -> dict[str, str]:
+    """Columns of the frame by the short names of the table's."""
+    return {column.name: column.source for column in [*columns(frame), SWEEP]}
 
 
-def markdown(comparison: Comparison) -> str:
+def _of_frame(frame: "pandas.DataFrame", name: str, short: Mapping[str, Column]) -> Column:
+    if name not in frame.columns:
+        hint = did_you_mean(name, [*short, *map(str, frame.columns)])
+        raise InputError(
+            f"there is no column {name} in these sweeps; short names are {', '.join(short)}{hint}"
+        )
+    is_number = frame[name].dtype.kind in "iuf"
+    return Column(name, name, name, general if is_number else str, 0, is_text=not is_number)
+
+
+def markdown(frame: "pandas.DataFrame", shown: Sequence[Column] | None = None) -> str:
     """The table for a page that renders Markdown."""
-    lines = [columns(comparison), ["---"] * len(columns(comparison)), *cells(comparison)]
-    return "\n".join("| " + " | ".join(texts) + " |" for texts in lines)
+    from foldstack.flows.comparison.frame import plain_records
+
+    shown = columns(frame) if shown is None else shown
+    lines = [[column.heading for column in shown]]
+    lines += [["---" if column.is_text else "---:" for column in shown]]
+    lines += [[cell.replace("|", "\\|") for cell in texts(record, shown)]
+              for record in plain_records(frame)]  # fmt: skip
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def records(comparison: Comparison) -> list[dict[str, str]]:
-    """One mapping of heading to text per row, every heading a different one."""
-    heads: list[str] = []
-    of = ""  # what a heading that says no measure of its own goes on with
-    for head in columns(comparison):
-        of = head.removesuffix(" before") if head.endswith(" before") else of
-        heads.append(f"{of} {head}" if head in GOING_ON else head)
-    return [dict(zip(heads, texts, strict=True)) for texts in cells(comparison)]
+def texts(record: Record, shown: Sequence[Column]) -> list[str]:
+    """One row of the table; of a model that failed only which one it is."""
+    cells = [column.text(record) for column in shown]
+    if record.get("state") == "failed":
+        places = [i for i, column in enumerate(shown) if not column.is_text] or [len(cells) - 1]
+        cells[places[0]] = "failed"
+    return cells
 
 
-def flat(row: Row) -> dict[str, Any]:
-    """All numbers of a row by one name each: "after/bits_per_byte", "size/parameters"."""
-    values: dict[str, Any] = {
-        "label": row.label, "method": row.method, "sparsity": row.sparsity, "seed": row.seed,
-        "state": row.state, "cause": row.cause, "folder": row.folder,
-    }  # fmt: skip
-    parts: Mapping[str, Mapping[str, Any]] = {
-        "size": row.structure, "before_recovery": row.before, "after_recovery": row.after,
-        "beside_dense": row.beside_dense, "recovery": row.recovery, "speed": row.speed,
-        "seconds": row.seconds,
-    }  # fmt: skip
-    return values | {
-        f"{part}/{k}": v for part, numbers in parts.items() for k, v in numbers.items()
-    }
+def records(frame: "pandas.DataFrame") -> list[dict[str, Any]]:
+    """One mapping of heading to number or text per row, for tables that sort by themselves."""
+    from foldstack.flows.comparison.frame import plain_records
+
+    shown, rows = columns(frame), []
+    for record in plain_records(frame):
+        row: dict[str, Any] = {}
+        for column in shown:
+            row[column.heading] = column.number(record)
+            if column.error:
+                error = record.get(column.error)
+                row[f"± {column.heading}"] = None if error is None else float(f"{error:.3g}")
+        if record["state"] == "failed":
+            row["failed"] = record["cause"]
+        rows.append(row)
+    return rows
 
 
-def write_csv(comparison: Comparison) -> str:
-    """All numbers of all rows as CSV text."""
-    rows = [flat(row) for row in comparison.rows]
-    heads = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=heads)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def count(value: float) -> str:
+    """A number of things in three digits or four: "3.955 M", "8.03 B"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:,.0f}"
+
+
+def general(value: float) -> str:
+    """A number of any kind."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def fixed(digits: int, before: str = "", after: str = "") -> Callable[[Any], str]:
+    """A form of numbers: with so many decimals, between two texts."""
+    return lambda value: f"{before}{value:,.{digits}f}{after}"
+
+
+def difference(value: float) -> str:
+    """A difference with its sign."""
+    return f"{value:+.3f}"
+
+
+def per_cent(value: float) -> str:
+    """A share of one in per cent."""
+    return f"{100 * value:.1f} %"
+
+
+def minutes(seconds: float) -> str:
+    """A time as a person says it: "48 s", "3.1 min", "2.4 h"."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes in MiB."""
+    return f"{value / 2**20:,.4g} MiB"
+
+
+def _digits(error: float) -> int:
+    """Decimals that show an error: three, or more where it is small."""
+    digits = 3
+    while error and digits < 6 and round(error, digits) < 10.0**-digits:
+        digits += 1
+    return digits
+
+
+BITS = "bits_per_byte"
+SWEEP = Column("sweep", "sweep", "title", str, 1, is_text=True, meaning="which sweep it is of")
+MODEL = Column("model", "model", "label", str, 0, is_text=True, meaning="method and sparsity asked")
+TEXT_QUALITY = (
+    Column("size", "size", "size/parameters", count, 2, meaning="stored parameters"),
+    Column("removed", "removed", "size/realised_sparsity", per_cent, 7,
+           meaning="share of the dense model's parameters that is gone"),
+    Column("before", "bits/byte before", f"before_recovery/{BITS}", fixed(3), 8,
+           meaning="bits per byte of text before recovery"),
+    Column("quality", "bits/byte", f"quality/{BITS}", fixed(3), 3,
+           meaning="bits per byte of text of the finished model; lower is better"),
+    Column("difference", "over dense", f"beside_dense/{BITS}_difference", difference, 4,
+           f"beside_dense/{BITS}_difference_stderr",
+           meaning="difference from dense on the same windows, with its standard error"),
+)  # fmt: skip
+SPEED = Column(
+    "speed", "x dense", "speed/decode_speedup", fixed(2), 5,
+    meaning="decoded tokens per second over the dense model's of the same minutes",
+)  # fmt: skip
+COSTS = (
+    Column("tokens", "decode tok/s", "speed/decode_tokens_per_second", fixed(0), 9,
+           meaning="decoded tokens per second, batch 1"),
+    # Of the same minutes: between the rates of two rows the machine may have changed its pace.
+    Column("dense_tokens", "dense beside", "speed/dense_decode_tokens_per_second", fixed(0), 15,
+           meaning="what the dense model decoded in the same minutes"),
+    Column("prefill", "prefill x dense", "speed/prefill_speedup", fixed(2), 12,
+           meaning="tokens read per second over the dense model's"),
+    Column("memory", "memory", "speed/peak_memory_bytes", mebibytes, 13,
+           meaning="most memory that loading and running took"),
+    Column("load", "load", "speed/load_seconds", minutes, 16, meaning="time to load the model"),
+    Column("compress", "compress", "time/compress_seconds", minutes, 14,
+           meaning="time that the method took, after the statistics"),
+    Column("recover", "recover", "time/recover_seconds", minutes, 17,
+           meaning="time that recovery took"),
+    Column("grade", "grade", "size/grade", str, 11, is_text=True,
+           meaning="native: a stock checkpoint; portable: with one modelling file of ours"),
+)  # fmt: skip
+
+
+def _of_benchmark(benchmark: str, metric: str, place: int) -> list[Column]:
+    """The columns of a benchmark; of several the first ones get room before the others."""
+    score, told = f"{benchmark}/{metric}", f"{benchmark} {metric}"
+    rank = 6 if place == 0 else 10
+    return [
+        Column(f"{benchmark}_before", f"{told} before", f"before_recovery/{score}", fixed(3), 18),
+        Column(benchmark, told, f"quality/{score}", fixed(3), rank, meaning="score of the finished "
+               "model; higher is better"),
+        Column(f"{benchmark}_difference", f"{told} over dense", f"beside_dense/{score}_difference",
+               difference, rank, f"beside_dense/{score}_difference_stderr",
+               f"quality/{score}_stderr", meaning="difference from dense on the same items"),
+        Column(f"{benchmark}_stability", f"{benchmark} stability",
+               f"beside_dense/{benchmark}/stability", fixed(3), 19, meaning="weighted share of the "
+               "items still answered as dense does (LLM-Streamline, arXiv 2403.19135, eq. 6)"),
+    ]  # fmt: skip

@@ -217,6 +217,12 @@ class RunConfig(_Section):
     """Left out, or with steps 0: no recovery."""
     evaluation: Evaluation = Evaluation()
     speed: Speed = Speed()
+    best_by: Literal["quality", "speed_at_quality", "size_at_quality"] = "quality"
+    """What the best variant of a sparsity is best in, in tables, aliases and at the gate: quality:
+    the lowest in bits per byte; else the fastest or the smallest of those near the lowest."""
+    best_within: float = Field(default=0.01, ge=0)
+    """How near: the lowest bits per byte times one plus this; what the text cannot tell from the
+    lowest is near it too."""
     tracking: Tracking = Tracking()
     output: Output = Field(default_factory=Output)
     execution: ExecutionChoice = ExecutionChoice()
@@ -263,6 +269,12 @@ class RunConfig(_Section):
                 reasons = problems(error, type(entry).model_json_schema())
                 raise ValueError(f"methods[{index}]: {reasons[0]}") from None
         expand(self.methods, self.sparsities, self.seeds)
+        return self
+
+    @model_validator(mode="after")
+    def _best_can_be_told(self) -> Self:
+        if self.best_by == "speed_at_quality" and not self.speed.enabled:
+            raise ValueError("best_by speed_at_quality needs speed.enabled, which is false")
         return self
 
     @cached_property

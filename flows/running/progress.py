@@ -1,9 +1,11 @@
 """What a person sees in the terminal while a sweep runs."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -18,8 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SECONDS_BETWEEN_LINES = 30.0
-WIDE = 220
+SECONDS_BETWEEN_LINES = 60.0
+NO_SCREEN = 120
+"""Characters in a line where there is no screen, and no COLUMNS that says how many."""
 
 
 class Display(Protocol):
@@ -40,13 +43,29 @@ class Silent:
     def say(self, sentence: str) -> None: ...
 
 
+@dataclass
+class _Pace:
+    """Since when a stage does what it does, how far it was then, and when that was last told."""
+
+    what: str
+    since: float
+    done_then: int
+    told_at: float
+
+    def seconds_left(self, now: float, done: int, total: int) -> float | None:
+        """At the pace so far; None while nothing is known of it."""
+        if done <= self.done_then or total <= done:
+            return None
+        return (now - self.since) * (total - done) / (done - self.done_then)
+
+
 class Lines:
-    """One line per event, for logs and pipes."""
+    """One line per event, and one a minute for a stage that takes longer, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._lock = threading.Lock()
-        self._last: dict[str, float] = {}
+        self._paces: dict[str, _Pace] = {}
         self._num_done = self._num_stages = 0
 
     def begin(self, title: str, num_stages: int) -> None:
@@ -55,14 +74,22 @@ class Lines:
 
     def report(self, label: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._last.setdefault(label, now) < SECONDS_BETWEEN_LINES:
-            return
-        self._last[label] = now
-        self._print(f"        {label}: {what} {done}/{total}")
+        with self._lock:
+            pace = self._paces.setdefault(label, _Pace(what, now, done, now))
+            if pace.what != what or done < pace.done_then:
+                pace.what, pace.since, pace.done_then = what, now, done
+            if now - pace.told_at < SECONDS_BETWEEN_LINES:
+                return
+            pace.told_at = now
+            left = pace.seconds_left(now, done, total)
+        place = f" {done}/{total}" if total else ""
+        until = "" if left is None else f", about {_duration(left)} left"
+        self._print(f"        {label}: {what}{place}{until}")
 
     def finished(self, label: str, outcome: str, seconds: float) -> None:
         with self._lock:
             self._num_done += 1
+            self._paces.pop(label, None)
             width = len(str(self._num_stages))
             place = f"[{self._num_done:>{width}}/{self._num_stages}]"
         took = f" {seconds:.1f} s" if seconds >= 0.05 and outcome != "cached" else ""
@@ -138,5 +165,12 @@ def display_on(console: Console) -> Iterator[Display]:
 
 
 def console_on(stream: TextIO) -> Console:
-    """A console that squeezes no table where there is no screen to fit it to."""
-    return Console(file=stream, width=None if stream.isatty() else WIDE)
+    """A console as wide as the screen, or where there is none as COLUMNS says."""
+    if stream.isatty():
+        return Console(file=stream)
+    said = os.environ.get("COLUMNS", "")
+    return Console(file=stream, width=int(said) if said.isdigit() and int(said) else NO_SCREEN)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -39,6 +39,8 @@ class RunRecord:
     files: Mapping[str, Path] = field(default_factory=dict)
     """Local file or folder by its path inside the run."""
     texts: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, Sequence[object]]] = field(default_factory=dict)
+    """Columns of values, by the table's path inside the run: MLflow shows and compares them."""
     status: Status = "FINISHED"
     sweep: str = ""
     links: Mapping[str, str] = field(default_factory=dict)

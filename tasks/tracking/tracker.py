@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,9 +232,26 @@ def bring_up_to(client: "MlflowClient", experiment_id: str, record: RunRecord) -
             client.log_artifact(run_id, str(path), folder or None)
     for place, text in record.texts.items():
         client.log_text(run_id, text, place)
+    for place, columns in record.tables.items():
+        _log_table(client, run_id, columns, place)
     if record.status != "RUNNING":
         client.set_terminated(run_id, record.status)
     return run_id
+
+
+def _log_table(
+    client: "MlflowClient", run_id: str, columns: Mapping[str, Sequence[object]], place: str
+) -> None:
+    """Log a table in place of the one that is there: MLflow would add its rows to that one's."""
+    values = {head: list(column) for head, column in columns.items()}
+    folder = place.rpartition("/")[0] or None
+    if all(file.path != place for file in client.list_artifacts(run_id, folder)):
+        client.log_table(run_id, values, place)
+        return
+    import pandas
+
+    frame = pandas.DataFrame(values)
+    client.log_text(run_id, frame.to_json(orient="split", index=False, date_format="iso"), place)
 
 
 def find_run(client: "MlflowClient", experiment_id: str, fingerprint: str) -> "Run | None":

@@ -1,6 +1,7 @@
 """The flow on a tiny model: what runs, what is found again, what a failure leaves alone."""
 
 import errno
+import html
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from foldstack.compression.methods.factoring.svd_llm import SvdLlm
 from foldstack.compression.methods.method import TOLERANCE
 from foldstack.flows.cli.command_cache import gc_command
 from foldstack.flows.comparison.files import load
-from foldstack.flows.comparison.result import Comparison, Rival
-from foldstack.flows.comparison.tables import columns, records
+from foldstack.flows.comparison.findings import findings
+from foldstack.flows.comparison.result import Comparison
+from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.run_config import RunConfig, load_config, parse_config
 from foldstack.flows.planning.forecast import dry_run
 from foldstack.flows.planning.preflight import check
@@ -154,23 +156,11 @@ def test_every_variant_is_paired_with_the_dense_model_and_the_best(first: Compar
     best = first.best()[0.15]
     (other,) = (row for row in smaller if row != best)
     (rival,) = first.rivals
-    assert (rival.row, rival.best) == (other.label, best.label)
+    assert (rival.row, rival.lower) == (other.label, best.label)
     assert rival.difference == pytest.approx(
         other.final["bits_per_byte"] - best.final["bits_per_byte"]  # type: ignore[operator]
     )
-    assert len(first.ties) == int(rival.is_level)
-
-
-def test_ties_are_told_of_those_that_the_text_does_not_tell_apart(first: Comparison) -> None:
-    rivals = [
-        Rival(row="b 0.15", best="a 0.15", difference=0.0019, stderr=0.001),
-        Rival(row="c 0.15", best="a 0.15", difference=0.0021, stderr=0.001),
-    ]
-    told = first.model_copy(update={"rivals": tuple(rivals)}).ties
-    assert told == (
-        "this text does not tell a 0.15, the lowest in bits per byte, from b 0.15 "
-        "(+0.0019 ±0.0010)",
-    )
+    assert rival.is_level == any("cannot be told apart" in told for told in findings(first))
 
 
 def test_report_holds_table_picture_and_resolved_config(first: Comparison, make: Make) -> None:
@@ -179,11 +169,13 @@ def test_report_holds_table_picture_and_resolved_config(first: Comparison, make:
     assert (folder / "quality_against_size.png").read_bytes().startswith(b"\x89PNG")
     assert Path(first.links["page"]).read_text().startswith("<!doctype html>")
     assert load_config(str(folder / "config.yaml")).methods == make(folder).methods
-    for row, record in zip(first.rows, records(first), strict=True):
-        assert len(record) == len(columns(first))
-        difference = row.number("bits_per_byte_difference", "beside_dense")
-        told = record["bits/byte - dense ±"]
-        assert told.startswith("" if difference is None else f"{difference:+.3f} ±")
+    for row, record in zip(first.rows[1:], records(first.frame())[1:], strict=True):
+        assert record["over dense"] == pytest.approx(
+            row.number("bits_per_byte_difference", "beside_dense"), rel=1e-5
+        )
+    for sentence in findings(first):
+        assert sentence in html.unescape((folder / "report.html").read_text())
+        assert sentence in (folder / "comparison.md").read_text()
 
 
 def test_garbage_leaves_a_sweep_that_is_kept(first: Comparison, home: Path) -> None:
@@ -225,6 +217,21 @@ def test_mlflow_has_a_run_per_model_and_one_of_the_sweep(first: Comparison) -> N
     assert {"plan.json", "config.yaml", "ranking", "recover", "environment.json"} <= files
 
 
+def test_mlflow_shows_the_comparison_as_a_table(first: Comparison) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=first.links["mlflow"])
+    (experiment,) = client.search_experiments(filter_string="name = 'foldstack/tiny-llama'")
+    runs = client.search_runs([experiment.experiment_id], "tags.`foldstack.kind` = 'sweep'")
+    table = client.load_table(
+        experiment.experiment_id, "comparison_table.json", [runs[0].info.run_id]
+    )
+    assert list(table["model"]) == [row.label for row in first.rows]
+    assert table["bits/byte"].dtype.kind == "f"
+    note = runs[0].data.tags["mlflow.note.content"]
+    assert all(sentence in note for sentence in findings(first))
+
+
 def test_best_variant_is_registered(first: Comparison) -> None:
     from mlflow import MlflowClient
 
@@ -244,6 +251,7 @@ def test_prefect_shows_ranking_and_comparison(first: Comparison) -> None:
     assert found[f"ranking-{first.sweep}-plot"] == "image"
     assert found[f"comparison-{first.sweep}"] == "table"
     assert found[f"comparison-{first.sweep}-plot"] == "image"
+    assert found["sweep-of-tiny-llama"] == "markdown"
 
 
 def test_second_run_finds_everything_and_logs_nothing(

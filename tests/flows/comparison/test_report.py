@@ -1,16 +1,29 @@
 """The report: a page that needs nothing else, with every row, picture and structure."""
 
+import base64
+import gzip
+import html
+import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from foldstack.compression.statistics.ranking import Ranking
 from foldstack.compression.structure.plan import Plan
-from foldstack.flows.comparison.block_rows import cells_of
-from foldstack.flows.comparison.report import write_report
-from foldstack.flows.comparison.result import Comparison, Row
+from foldstack.compression.structure.size import block_parameters
+from foldstack.compression.structure.surgery import build_on_meta, config_for, plan_of
+from foldstack.flows.comparison import plots
+from foldstack.flows.comparison.block_rows import cells_of, is_aligned
+from foldstack.flows.comparison.findings import findings
+from foldstack.flows.comparison.report import page_of_sweeps, write_report
+from foldstack.flows.comparison.result import Comparison
 
 DENSE = Plan.identity("llama", 6)
 NAMES = ("self_attn.q_proj", "mlp.down_proj")
@@ -60,90 +73,195 @@ def test_repeated_blocks_are_all_drawn() -> None:
     assert {cell.look for cell in cells_of(plan) if cell.label == "2"} == {"own", "shared"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_blocks_are_filled_as_far_as_they_store_weights(
+    family: str, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    config = tiny_model(family).config
+    dense = block_parameters(config)
+    plan = plan_of(config).keep([0, 1, 3]).share(0, [1])
+    cells = cells_of(plan, block_parameters(config_for(config, plan)), dense)
+    assert [cell.look for cell in cells] == ["own", "shared", "removed", "own"]
+    first, second, gone, last = (cell.kept for cell in cells)
+    assert (first, last, gone) == (1.0, 1.0, 0.0)
+    assert second is not None
+    assert 0 < second < 0.1  # its norms
+    assert sum(dense) < sum(p.numel() for p in build_on_meta(config).parameters())
+
+
+def test_notes_hold_widths_and_ranks_and_runs_their_length() -> None:
+    factored = cells_of(DENSE.factor({(2, NAMES[0]): 5, (2, NAMES[1]): 9}))[2]
+    replaced = cells_of(DENSE.replace(2, 5, "swiglu", 24))[2]
+    borrowed = cells_of(DENSE.borrow({4: 1}, {NAMES[0]: 3}))[4]
+    assert (factored.note, replaced.note, borrowed.note) == ("r 5-9", "swiglu 24", "= 1 + r 3")
+    assert (factored.span, replaced.span) == (1, 3)
+    assert is_aligned(DENSE.replace(2, 5, "swiglu", 24))
+    assert not is_aligned(DENSE.repeat([0, 1, 2, 2, 3, 4, 5], {NAMES[0]: 2}))
+
+
+ADDRESSES = ("src", "href", "srcset", "action", "data", "poster")
+
+
 class Page(HTMLParser):
-    """What a page loads, and the texts of its table's cells."""
+    """What a page loads or leads to, its scripts and figures, and its table's cells."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded: list[str] = []
-        self.scripts = 0
+        self.scripts: list[dict[str, str | None]] = []
+        self.figures: list[dict[str, Any]] = []
         self.cells: list[str] = []
-        self._in_cell = False
+        self.policy = ""
+        self._inside = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loaded += [value or "" for name, value in attrs if name in ("src", "href")]
-        self.scripts += tag == "script"
-        self._in_cell = tag == "td"
-        if self._in_cell:
+        named = dict(attrs)
+        self.loaded += [value or "" for name, value in attrs if name in ADDRESSES]
+        if named.get("http-equiv") == "Content-Security-Policy":
+            self.policy = named["content"] or ""
+        if tag == "script":
+            self.scripts.append(named)
+        self._inside = "json" if named.get("type") == "application/json" else tag
+        if tag == "td":
             self.cells.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self._in_cell = self._in_cell and tag != "td"
+        self._inside = ""
 
     def handle_data(self, data: str) -> None:
-        if self._in_cell:
+        if self._inside == "td":
             self.cells[-1] += data
+        elif self._inside == "json":
+            self.figures.append(json.loads(data))
+
+
+def page_of(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    return page
+
+
+RANKING = Ranking(
+    num_blocks=2,
+    scores={"block_influence": (0.1, 0.2)},
+    similarity=((1.0, 0.9, 0.8), (0.9, 1.0, 0.9), (0.8, 0.9, 1.0)),
+    last_token_angle=((0.0, 0.1, 0.2), (0.1, 0.0, 0.1), (0.2, 0.1, 0.0)),
+)
 
 
 @pytest.fixture
-def comparison(tmp_path: Path) -> Comparison:
+def report(
+    comparison: Comparison, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> str:
+    """The page of a comparison, the first variant of which is there with its plan."""
     folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "plan.json").write_text(DENSE.keep([0, 1, 4, 5]).model_dump_json())
-    difference = {"bits_per_byte_difference": 0.25, "bits_per_byte_difference_stderr": 0.01}
-    return Comparison(
-        title="<script>alert(1)</script> & more",
-        sweep="0123456789ab",
-        model="tiny",
-        rows=(
-            Row(
-                label="dense", method="dense", structure={"parameters": 3e6},
-                before={"bits_per_byte": 1.0}, speed={"decode_speedup": 1.0},
-            ),
-            Row(
-                label="shortgpt 0.30", method="shortgpt", sparsity=0.3, seed=0, folder=str(folder),
-                structure={"parameters": 2e6}, before={"bits_per_byte": 1.5},
-                after={"bits_per_byte": 1.25}, beside_dense=difference,
-                speed={"decode_speedup": 1.4},
-            ),
-            Row(
-                label="mka 0.30", method="mka", sparsity=0.3, seed=0, state="failed",
-                cause="out of <memory>",
-            ),
-        ),
-    )  # fmt: skip
-
-
-def test_the_page_stands_alone_and_shows_everything(comparison: Comparison, tmp_path: Path) -> None:
-    ranking = Ranking(
-        num_blocks=2,
-        scores={"block_influence": (0.1, 0.2)},
-        similarity=((1.0, 0.9, 0.8), (0.9, 1.0, 0.9), (0.8, 0.9, 1.0)),
-        last_token_angle=((0.0, 0.1, 0.2), (0.1, 0.0, 0.1), (0.2, 0.1, 0.0)),
+    config = tiny_model("llama").config
+    plan = plan_of(config).keep([0, 3])
+    build_on_meta(config_for(config, plan)).config.save_pretrained(folder)
+    (folder / "plan.json").write_text(plan.model_dump_json())
+    rows = [row.model_copy(update={"folder": str(folder)}) if row.label == "modegpt 0.30" else row
+            for row in comparison.rows]  # fmt: skip
+    titled = comparison.model_copy(
+        update={"title": "<script>alert(1)</script> & more", "rows": tuple(rows)}
     )
     file = write_report(
-        comparison, tmp_path, ranking=ranking, config="name: <demo>\n", origin={"torch": "2.13"}
+        titled, tmp_path, ranking=RANKING, config="name: <demo>\n", origin={"torch": "2.13"}
     )
-    text = file.read_text()
-    page = Page()
-    page.feed(text)
-    assert page.scripts == 0
-    assert "&lt;script&gt;alert(1)" in text
-    assert "name: &lt;demo&gt;" in text
-    assert len(page.loaded) == 3  # by size, by speed, the scores
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["report.html"]
+    return file.read_text(encoding="utf-8")
+
+
+def test_the_page_is_one_small_file_that_refers_to_nothing_outside(report: str) -> None:
+    assert len(report.encode()) < 5_000_000
+    page = page_of(report)
+    assert page.loaded
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.loaded)
-    assert "+0.250 ±0.010" in page.cells
-    assert "out of &lt;memory&gt;" in text
-    assert re.findall(r'class="block (\w+)" title="block (\d)', text) == [
-        ("own", "0"), ("own", "1"), ("removed", "2"), ("removed", "3"), ("own", "4"), ("own", "5"),
+    assert not any("src" in script for script in page.scripts)
+    assert not re.search(r"https?://|@import|url\(", report)
+    assert page.policy.startswith("default-src 'none'")
+    assert "connect-src" not in page.policy
+    assert not re.search(r"(?:img|style|script)-src [^;]*(?:\*|https?:)", page.policy)
+
+
+def test_the_page_says_what_was_found_first(report: str, comparison: Comparison) -> None:
+    text = html.unescape(report)
+    places = [text.index(sentence) for sentence in findings(comparison)]
+    assert len(places) == 3
+    assert max(places) < text.index("All models")
+    assert "out of <memory>" in text
+    assert "&lt;script&gt;alert(1)" in report
+    assert "<script>alert(1)" not in report
+    assert "name: &lt;demo&gt;" in report
+
+
+def test_the_page_holds_every_model_and_both_pictures(report: str) -> None:
+    page = page_of(report)
+    for text in ("dense", "+0.100 ±0.010", "failed", "700 k"):
+        assert text in page.cells
+    by_size, by_speed = page.figures
+    front = next(each for each in by_size["data"] if each.get("name") == "undominated")
+    assert list(zip(front["x"], front["y"], strict=True)) == [(0.7, 1.1), (0.9, 1.01), (1.0, 1.0)]
+    front = next(each for each in by_speed["data"] if each.get("name") == "undominated")
+    assert list(zip(front["x"], front["y"], strict=True)) == [(1.0, 1.0), (1.2, 1.05), (1.45, 1.2)]
+    shown = next(each for each in by_size["data"] if each.get("name") == "modegpt")
+    assert "+0.1000 over dense, 95 %: +0.0804 to +0.1196" in shown["hovertext"][1]
+    assert "rank 7" in shown["hovertext"][1]
+    assert shown["error_y"]["array"] == pytest.approx([0.00196, 0.0196])
+    assert re.findall(r'class="block (\w+)" title="block (\d)', report) == [
+        ("own", "0"), ("removed", "1"), ("removed", "2"), ("own", "3"),
     ]  # fmt: skip
+
+
+def test_plotly_is_unpacked_as_it_was(report: str) -> None:
+    packed = re.search(r'id="plotly">([^<]+)<', report)
+    assert packed is not None
+    script = gzip.decompress(base64.b64decode(packed.group(1)))
+    import plotly
+
+    assert script == (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
 
 
 def test_a_sweep_of_which_nothing_came_has_a_page_too(
     comparison: Comparison, tmp_path: Path
 ) -> None:
-    failed = comparison.model_copy(update={"rows": comparison.rows[2:]})
-    page = Page()
-    page.feed(write_report(failed, tmp_path, ranking=None, config="", origin={}).read_text())
+    failed = comparison.model_copy(update={"rows": comparison.rows[-1:], "rivals": ()})
+    text = write_report(failed, tmp_path, ranking=None, config="", origin={}).read_text()
+    page = page_of(text)
     assert page.loaded == []
     assert "failed" in page.cells
+    assert "1 of 1 models failed: mka 0.30." in text
+    assert len(text) < 100_000  # no picture, no plotly
+
+
+def test_several_sweeps_share_a_page(comparison: Comparison) -> None:
+    other = comparison.model_copy(update={"title": "other", "sweep": "ba9876543210"})
+    page = page_of(page_of_sweeps([comparison, other]))
+    assert page.cells.count("dense") == 2
+    assert {"modegpt, small", "modegpt, other"} <= {
+        trace.get("name") for trace in page.figures[0]["data"]
+    }
+    chosen = {(comparison.sweep, "dense"), (comparison.sweep, "modegpt 0.30")}
+    alone = page_of_sweeps([comparison, other], chosen)
+    assert page_of(alone).cells.count("dense") == 1
+    assert "svd_llm 0.30" not in page_of(alone).cells
+
+
+@given(
+    points=st.lists(st.tuples(st.sampled_from((1.0, 2.0, 3.0)), st.sampled_from((1.0, 1.5, 2.0)))),
+    against=st.sampled_from(("size", "speed")),
+)
+def test_the_front_is_what_no_point_beats(
+    points: list[tuple[float, float]], against: plots.Against
+) -> None:
+    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        is_as_good = (a[0] <= b[0] if against == "size" else a[0] >= b[0]) and a[1] <= b[1]
+        return is_as_good and a != b
+
+    expected = {p for p in points if not any(beats(other, p) for other in points)}
+    assert plots.undominated(points, against) == sorted(expected)
+
+
+def test_half_a_per_cent_of_size_wins_nothing() -> None:
+    assert plots.undominated([(2.768, 1.34), (2.769, 1.27), (4.0, 1.2)], "size") == [
+        (2.769, 1.27), (4.0, 1.2),
+    ]  # fmt: skip
