@@ -29,7 +29,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foldstack.compression.checkpoints.checkpoint import save_model
-from foldstack.compression.evaluation.memory_probe import end_probe, peak_resident_bytes
+from foldstack.compression.evaluation.memory_probe import PROBE, peak_resident_bytes
 from foldstack.compression.reference import MODEL_FOLDER
 from foldstack.flows.config.run_config import parse_config
 from foldstack.flows.planning.forecast import dry_run
@@ -88,7 +88,7 @@ def run_here(layout: Layout, number: int, told: Connection) -> None:
     """One stage in this process, and what it took."""
     before = cpu_seconds()
     artifact = run_stage(layout.stages[number], layout.store)
-    end_probe()
+    PROBE.end()
     files = (file for file in artifact.folder.rglob("*") if file.is_file())
     told.send(
         {

@@ -50,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compression.text",),
     ("compression.storage",),
     ("compression.reference",),
-    ("compression.hardware", "compression.out_of_memory"),
+    ("compression.hardware", "compression.out_of_memory", "compression.standby"),
     ("compression.errors",),
 )
 NAMED = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -1,10 +1,6 @@
 """Model folders: find one, load it, save one, and prove that what was saved loads anywhere."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -41,6 +37,7 @@ from foldstack.compression.checkpoints.tokenizer_files import (
     tokens_of,
 )
 from foldstack.compression.errors import InputError, refusing
+from foldstack.compression.standby import Standby
 from foldstack.compression.storage.digest import digest_folder
 from foldstack.compression.storage.mapped_memory import release, releasing
 from foldstack.compression.structure import modeling_foldstack
@@ -68,6 +65,13 @@ FINGERPRINTED = ("*.safetensors", "*.json", "*.txt", "*.py", "*.jinja", *TOKENIZ
 RELOAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 PROBE_TOKENS = 48
+RELOADER = Standby(
+    # -P and not -I: packages may lie where PYTHONPATH or the user's site says.
+    ("-P", reload_check.__file__),
+    {"HF_HUB_OFFLINE": "1"},
+    # The code that was copied beside the weights is imported from a cache of its own.
+    folder_in="HF_MODULES_CACHE",
+)
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -251,35 +255,30 @@ def check_reload(
         RuntimeError: the folder does not load there, or computes something else.
         InputError: its tokenizer is another.
     """
-    (report,) = check_reloads({folder: model}, tokenizer_from).values()
-    return report
-
-
-def check_reloads(
-    saved: Mapping[Path, PreTrainedModel], tokenizer_from: Path | None = None
-) -> dict[Path, ReloadReport]:
-    """`check_reload` of many folders in one fresh process per grade.
-
-    Raises:
-        RuntimeError: a folder does not load there, or computes something else; names the first.
-        InputError: its tokenizer is another.
-    """
     tokenizer = None if tokenizer_from is None else load_tokenizer(tokenizer_from)
     texts = [] if tokenizer is None else sample_text(tokenizer)
     expected = [] if tokenizer is None else tokens_of(tokenizer, texts)
-    reports: dict[Path, ReloadReport] = {}
-    for grade in (False, True):
-        models = {f: m for f, m in saved.items() if isinstance(m, FoldstackForCausalLM) == grade}
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="foldstack-reload-") as work:
-            all_seen = _run_fresh(models, texts, Path(work), grade) if models else []
-        seconds = (time.perf_counter() - started) / max(1, len(models))
-        for (folder, model), seen in zip(models.items(), all_seen, strict=True):
-            seen["generated_tokens"] = tuple(seen["generated_tokens"])
-            check_same_tokens(folder, expected, seen.pop("tokens"), texts)
-            reports[folder] = ReloadReport(**seen, seconds=seconds)
-            _judge(reports[folder], model, folder)
-    return reports
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="foldstack-reload-") as work:
+        probe = Path(work) / "probe.safetensors"
+        save_file(_probe(model), probe)
+        request = {
+            "folder": str(folder.resolve()),
+            "probe": str(probe),
+            "texts": texts,
+            "trust_remote_code": isinstance(model, FoldstackForCausalLM),
+        }
+        try:
+            seen = RELOADER.ask(request)
+        except RuntimeError as error:
+            seen = {"error": str(error)}
+    if "error" in seen:
+        raise RuntimeError(f"{folder} does not load in a fresh process: {seen['error']}")
+    seen["generated_tokens"] = tuple(seen["generated_tokens"])
+    check_same_tokens(folder, expected, seen.pop("tokens"), texts)
+    report = ReloadReport(**seen, seconds=time.perf_counter() - started)
+    _judge(report, model, folder)
+    return report
 
 
 def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -290,34 +289,6 @@ def _probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     with torch.inference_mode(), releasing(architecture_of(model).blocks(model)):
         logits = model(ids.to(model.device), use_cache=False).logits.float().cpu()
     return {"input_ids": ids, "logits": logits.contiguous()}
-
-
-def _run_fresh(
-    models: Mapping[Path, PreTrainedModel], texts: list[str], work: Path, is_ours: bool
-) -> list[dict[str, Any]]:
-    """What the fresh process saw in each folder, in their order."""
-    flags = ["--trust_remote_code"] if is_ours else []
-    pairs: list[Path] = []
-    for number, (folder, model) in enumerate(models.items()):
-        probe = work / f"probe-{number}.safetensors"
-        save_file(_probe(model), probe, metadata={"texts": json.dumps(texts)})
-        pairs += [folder.resolve(), probe]
-    finished = subprocess.run(
-        # -P and not -I: packages may lie where PYTHONPATH or the user's site says.
-        [sys.executable, "-P", reload_check.__file__, *pairs, *flags],
-        cwd=work,
-        # The code that was copied beside the weights is imported from a cache of its own.
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seen = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
-    if finished.returncode != 0:
-        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        failed = list(models)[len(seen)]
-        raise RuntimeError(f"{failed} does not load in a fresh process: {lines[-1]}")
-    return seen
 
 
 def _judge(report: ReloadReport, model: PreTrainedModel, folder: Path) -> None:

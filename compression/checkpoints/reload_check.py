@@ -1,20 +1,21 @@
 """Load model folders in this process and compare each with what its maker saw.
 
-Run as a script in a fresh process, without foldstack: `python -P reload_check.py FOLDER PROBE
-[FOLDER PROBE ...]`. It imports nothing of ours on purpose, so that it sees what any user of
-transformers sees. `PROBE` is a safetensors file with `input_ids` [1, tokens] and the maker's
-`logits` [1, tokens, vocab], and in its head as JSON `texts` for the folder's tokenizer. Prints one
-JSON object per folder, in their order, one a line.
+Run as a script, without foldstack: `python -P reload_check.py`. It imports nothing of ours on
+purpose, so that it sees what any user of transformers sees. Each line of its standard input is a
+request in JSON: a model's `folder`, `trust_remote_code`, `texts` for the folder's tokenizer, and
+`probe`, a safetensors file with `input_ids` [1, tokens] and the maker's `logits` [1, tokens,
+vocab]. It is answered by one line of JSON from a process that has loaded nothing before: a fork of
+this one; or, where a process with threads cannot be forked, this one, which then ends.
 """
 
-import argparse
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -64,16 +65,37 @@ def cached_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
     return torch.cat(steps, dim=1)
 
 
+def answer(request: dict[str, Any]) -> str:
+    """The report on one folder as JSON, or what kept it from being made, under "error"."""
+    try:
+        folder, trusted = Path(request["folder"]), request["trust_remote_code"]
+        seen = check(folder, load_file(request["probe"]), trusted)
+        seen["tokens"] = tokens(folder, request["texts"], trusted)
+    except BaseException as error:
+        return json.dumps({"error": traceback.format_exception_only(error)[-1].strip()})
+    return json.dumps(seen)
+
+
+def answer_in_a_fork(request: dict[str, Any]) -> str:
+    """The same from a process that ends with it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(writing, "w") as telling:
+            telling.write(answer(request))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        text = told.read()
+    _, status = os.waitpid(child, 0)
+    return text or json.dumps({"error": f"exit status {os.waitstatus_to_exitcode(status)}"})
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folders_and_probes", type=Path, nargs="+", metavar="FOLDER PROBE")
-    parser.add_argument("--trust_remote_code", action="store_true")
-    arguments = parser.parse_args()
-    given = arguments.folders_and_probes
-    for folder, probe in zip(given[::2], given[1::2], strict=True):
-        report = check(folder, load_file(probe), arguments.trust_remote_code)
-        with safe_open(probe, "pt") as head:
-            texts = json.loads((head.metadata() or {}).get("texts", "[]"))
-        report["tokens"] = tokens(folder, texts, arguments.trust_remote_code)
-        sys.stdout.write(json.dumps(report) + "\n")
+    for line in sys.stdin:
+        can_fork = sys.platform == "linux"
+        told = (answer_in_a_fork if can_fork else answer)(json.loads(line))
+        sys.stdout.write(told + "\n")
         sys.stdout.flush()
+        if not can_fork:
+            break

@@ -6,18 +6,18 @@ starts from the same memory. Whoever asks keeps it for the next time: its import
 the answers.
 """
 
-import atexit
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from foldstack.compression.standby import Standby
 
 STATUS = Path("/proc/self/status")
+PROBE = Standby(("-W", "ignore", "-m", "foldstack.compression.evaluation.memory_probe"))
 
 
 def peak_memory(
@@ -35,7 +35,6 @@ def peak_memory(
     Raises:
         RuntimeError: a model could not be loaded and run in a process of its own.
     """
-    global _probe
     import torch
 
     request = {
@@ -50,65 +49,11 @@ def peak_memory(
         "threads": torch.get_num_threads(),
         "temporary": tempfile.gettempdir(),  # the one that it was started with may be gone
     }
-    if _probe is None:
-        _probe = _Probe()
     try:
-        peaks = _probe.ask(request)
-    except BaseException:
-        end_probe()  # it may be in the middle of its answer
-        raise
+        peaks = PROBE.ask(request)
+    except RuntimeError as error:
+        raise RuntimeError(f"memory cannot be measured: {error}") from error
     return dict(zip(folders, peaks, strict=True))
-
-
-def end_probe() -> None:
-    """End the process that measures, if there is one."""
-    global _probe
-    if _probe is not None:
-        _probe.end()
-    _probe = None
-
-
-class _Probe:
-    """The process that measures, as seen by the one that asks."""
-
-    def __init__(self) -> None:
-        self._complaints: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  `end` closes it
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "foldstack.compression.evaluation.memory_probe"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            text=True,
-        )
-
-    def ask(self, request: Mapping[str, Any]) -> list[int]:
-        """The peak of each folder of a request, in bytes."""
-        asking, answering = self._process.stdin, self._process.stdout
-        assert asking is not None
-        assert answering is not None
-        with suppress(BrokenPipeError):  # then it is gone, and there is no answer
-            asking.write(json.dumps(request) + "\n")
-            asking.flush()
-        line = answering.readline()
-        if not line:
-            raise RuntimeError(f"memory cannot be measured: {self._last_words()}")
-        return [int(peak) for peak in line.split()]
-
-    def end(self) -> None:
-        """It has nothing to lose."""
-        self._process.kill()
-        self._process.communicate()
-        self._complaints.close()
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._complaints.seek(0)
-        said = self._complaints.read().strip().splitlines()
-        return said[-1] if said else f"exit code {code}"
-
-
-_probe: _Probe | None = None
-atexit.register(end_probe)
 
 
 def answer(request: Mapping[str, Any]) -> list[int]:
@@ -204,5 +149,5 @@ def _status(field: str) -> int:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        sys.stdout.write(" ".join(map(str, answer(json.loads(line)))) + "\n")
+        sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
         sys.stdout.flush()

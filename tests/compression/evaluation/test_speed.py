@@ -169,7 +169,7 @@ def test_the_memory_process_outlives_the_temporary_folder_it_was_started_with(
 ) -> None:
     """Each stage in a worker has one of its own, which goes with it."""
     folder = model_folder("llama")
-    memory_probe.end_probe()
+    memory_probe.PROBE.end()
     for name in ("first", "second"):
         temporary = tmp_path / name
         temporary.mkdir()
@@ -177,7 +177,7 @@ def test_the_memory_process_outlives_the_temporary_folder_it_was_started_with(
         monkeypatch.setattr(memory_probe.tempfile, "tempdir", str(temporary))
         assert memory_probe.peak_memory([folder], SHORT.model_dump(), 97, "cpu")[folder] > 0
         shutil.rmtree(temporary)
-    memory_probe.end_probe()
+    memory_probe.PROBE.end()
 
 
 def test_a_memory_process_that_fails_is_told(
@@ -186,7 +186,7 @@ def test_a_memory_process_that_fails_is_told(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nread request\necho 'no such device' >&2\nexit 3\n")
     python.chmod(0o700)
-    memory_probe.end_probe()
+    memory_probe.PROBE.end()
     monkeypatch.setattr(memory_probe.sys, "executable", str(python))
     with pytest.raises(RuntimeError, match="memory cannot be measured: no such device"):
         memory_probe.peak_memory([tmp_path], SHORT.model_dump(), 288, "cpu")
