@@ -48,7 +48,8 @@ if (table) {
   }));
 }
 
-// The pictures: plotly lies compressed in this page; until it is unpacked still pictures stand there.
+// The pictures: plotly lies compressed in this page; until it is unpacked, and on paper, still
+// pictures stand in their places.
 const places = [...document.querySelectorAll(".plot")];
 
 function colored(layout) {
@@ -68,8 +69,8 @@ function colored(layout) {
 
 function draw(place) {
   const figure = JSON.parse(document.getElementById(place.dataset.figure).textContent);
-  place.replaceChildren();
-  Plotly.react(place, figure.data, colored(figure.layout), {
+  place.classList.add("drawn");
+  Plotly.react(place.querySelector(".live"), figure.data, colored(figure.layout), {
     responsive: true, displaylogo: false, showTips: false,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
   });
@@ -94,5 +95,4 @@ if (places.length && "DecompressionStream" in window) {
 }
 addEventListener("beforeprint", () => {
   document.querySelectorAll("details.printed").forEach((each) => { each.open = true; });
-  if (window.Plotly) places.forEach((place) => Plotly.Plots.resize(place));
 });

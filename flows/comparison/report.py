@@ -38,6 +38,8 @@ PICTURES: dict[Against, str] = {
 }
 MANY_BLOCKS = 18
 """From so many on a box has no room for its widths."""
+EXTRA_RANK = 9
+"""Columns of higher ranks are not printed on paper."""
 SLOWER, FASTER = 0.97, 1.03
 LOADS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,6 +111,7 @@ def _render(
                for size in sorted(set(frame["sparsity"].dropna()))],
         best_rule=first.best_rule,
         looks=LOOKS,
+        extra_rank=EXTRA_RANK,
         structures=[each for part in parts for each in _structures(part)],
         scores=scores,
         use=[_use(row) for part in parts for row in part.rows if row.label in part.best],
@@ -248,7 +251,7 @@ def _table(
 
 def _cell(column: Column, record: Record, text: str, largest: float) -> dict[str, Any]:
     value = record.get(column.source)
-    looks, share = ["text"] * column.is_text, None
+    looks, share = ["text"] * column.is_text + ["extra"] * (column.rank > EXTRA_RANK), None
     if column.name == "speed" and value is not None:
         looks += ["slower"] * (value < SLOWER) + ["faster"] * (value > FASTER)
     if column.name == "difference" and value is not None and largest:
