@@ -36,6 +36,12 @@ class MethodEntry(BaseModel):
         }
 
 
+class _MadeEntry(MethodEntry, use_attribute_docstrings=False):
+    """What a made class derives from: its fields bring their descriptions, and pydantic would look
+    for its source in every module that is loaded, for a second in all.
+    """
+
+
 def _entry_class(method: type[Method]) -> type[MethodEntry]:
     fields: dict[str, Any] = {
         name: (info.annotation, info)
@@ -48,7 +54,7 @@ def _entry_class(method: type[Method]) -> type[MethodEntry]:
     sweep = MethodEntry.model_fields["sparsities"]
     fields["sparsities"] = (tuple[in_range, ...], sweep)
     summary = (method.__doc__ or "").strip().partition("\n\n")[0]
-    entry = create_model(f"{method.__name__}Entry", __base__=MethodEntry, **fields)
+    entry = create_model(f"{method.__name__}Entry", __base__=_MadeEntry, **fields)
     entry.__doc__ = " ".join(summary.split())
     return entry
 
