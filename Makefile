@@ -31,10 +31,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format audit ui constraints clean
+.PHONY: help install demo test test-engines lint format audit ui constraints clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(INSTALLED) ## Make the environment in .venv
 
@@ -60,6 +60,28 @@ demo: $(INSTALLED) ## Compress the reference model by four methods and print the
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
+# The versions of transformers that the modelling file names, newest and oldest, each over the
+# packages that are installed here; then the engines of other people, in environments of their own.
+ENGINES ?= $(VENV)-engines
+OLDEST := $(shell sed -n 's/^OLDEST_TRANSFORMERS.*= (\([0-9]*\), \([0-9]*\)), .*/\1.\2.0/p' compression/structure/modeling_foldstack.py)
+OVERLAYS := $(ENGINES)/oldest/.made $(ENGINES)/newest/.made
+$(ENGINES)/oldest/.made: WANTED := transformers==$(OLDEST)
+$(ENGINES)/newest/.made: WANTED := transformers>=5,<6
+
+$(OVERLAYS): $(INSTALLED) compression/structure/modeling_foldstack.py
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(BIN)/python -c 'import site; print("import site;", *(f"site.addsitedir({p!r});" for p in site.getsitepackages()))' \
+	  > $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_below.pth
+	$(UV) pip install --quiet --upgrade --python $(@D)/bin/python '$(WANTED)'
+	@touch $@
+
+test-engines: $(OVERLAYS) ## Load every structure under the newest and the oldest transformers (needs the network)
+	FOLDSTACK_PYTHONS='$(abspath $(ENGINES)/newest/bin/python) $(abspath $(ENGINES)/oldest/bin/python)' \
+	  $(BIN)/pytest -n 0 -m engines tests
+	$(ENGINES)/newest/bin/python -m pytest -n 0 -q tests/compression/structure tests/compression/checkpoints \
+	  tests/compression/methods/test_method_contract.py
+	$(ENGINES)/oldest/bin/python -m pytest -n 0 -q tests/compression/structure/test_modeling_foldstack.py
+
 lint: $(INSTALLED) ## Check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -81,5 +103,5 @@ constraints: $(INSTALLED) ## Resolve constraints.txt again, to the newest versio
 	grep -q '^torch==' constraints.new && mv constraints.new constraints.txt
 
 clean: ## Remove the environment and the caches of the tools, not the results in runs/
-	rm -rf $(VENV) build dist foldstack.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) build dist foldstack.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@
 - `model_card`: The model card (README.md) that travels with every compressed folder.
 - `model_folder`: Find the folder of a model, and say in one sentence what is wrong with it; no
   torch needed.
+- `older_readers`: Entries of a stock config.json under the names by which older programs read them.
 - `quantized_weights`: Quantised weights made plain again: GGUF files, and what transformers can
   dequantise.
 - `reload_check`: Load model folders in this process and compare each with what its maker saw.

@@ -28,6 +28,7 @@ from foldstack.compression.checkpoints.agreement import (
     read_config,
 )
 from foldstack.compression.checkpoints.model_folder import check_folder
+from foldstack.compression.checkpoints.older_readers import write_older_names
 from foldstack.compression.checkpoints.tokenizer_files import (
     TOKENIZER_FILES,
     check_same_tokens,
@@ -55,6 +56,7 @@ ONE_FILE = "tokenizer.json"
 """A tokenizer that is one file says itself what it is."""
 AUTO_MAP = {
     "AutoConfig": "modeling_foldstack.FoldstackConfig",
+    "AutoModel": "modeling_foldstack.FoldstackModel",
     "AutoModelForCausalLM": "modeling_foldstack.FoldstackForCausalLM",
 }
 SHARD_BYTES = 1 << 29
@@ -191,6 +193,8 @@ def save_model(
     with quiet():
         state = _ReleasedState(model.state_dict())
         model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_BYTES)
+    if not is_ours:
+        write_older_names(folder)
     if copy_tokenizer(tokenizer_from, folder) and is_ours and not (folder / ONE_FILE).is_file():
         name_class(folder, load_tokenizer(tokenizer_from))
     text = (plan or plan_of(model)).model_dump_json(indent=2) + "\n"

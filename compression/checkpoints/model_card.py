@@ -6,6 +6,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from foldstack.compression.checkpoints.model_folder import is_hub_id
+from foldstack.compression.structure.modeling_foldstack import (
+    NEWEST_TRANSFORMERS,
+    OLDEST_TRANSFORMERS,
+)
 from foldstack.compression.structure.size import Size
 
 _HOW_TO_LOAD = {
@@ -18,7 +22,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```""",
     "portable": """Stock classes do not know this structure, so its modelling file lies beside the
 weights. Read `modeling_foldstack.py`, then allow it; where `foldstack` is imported no flag is
-needed.
+needed. It was tested under transformers {oldest} to {newest}, and says so under another version.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -87,7 +91,7 @@ def _body(name: str, facts: CardFacts) -> str:
 
 ## Loading
 
-{_HOW_TO_LOAD[facts.grade].format(name=name, model_type=facts.model_type)}
+{_HOW_TO_LOAD[facts.grade].format(name=name, model_type=facts.model_type, **_tested())}
 
 The structure is described in `plan.json`. The licence is that of the base model.
 
@@ -95,6 +99,12 @@ The structure is described in `plan.json`. The licence is that of the base model
 
 {origin}
 """
+
+
+def _tested() -> dict[str, str]:
+    """The versions of transformers between which a portable folder was tested."""
+    versions = {"oldest": OLDEST_TRANSFORMERS, "newest": NEWEST_TRANSFORMERS}
+    return {name: ".".join(map(str, version)) for name, version in versions.items()}
 
 
 def _sizes(dense: Size, compressed: Size) -> str:

@@ -8,6 +8,7 @@ vocab]. It is answered by one line of JSON from a process that has loaded nothin
 this one; or, where a process with threads cannot be forked, this one, which then ends.
 """
 
+import inspect
 import json
 import os
 import sys
@@ -57,10 +58,13 @@ def cached_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
     """Logits of a prefill of half the tokens, then of the others one by one from the KV cache."""
     tokens = input_ids.shape[1]
     starts = [0, *range(tokens // 2, tokens)]
+    # Since transformers 5.24 the cache has another name.
+    is_new = "cache" in inspect.signature(type(model).forward).parameters
+    name = "cache" if is_new else "past_key_values"
     cache, steps = None, []
     for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
-        output = model(input_ids[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids[:, start:stop], use_cache=True, **{name: cache})
+        cache = next(output[key] for key in ("cache", "past_key_values") if key in output)
         steps.append(output.logits.float())
     return torch.cat(steps, dim=1)
 

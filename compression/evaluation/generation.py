@@ -9,6 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foldstack.compression.structure.modeling_foldstack import cache_name
+
 Clock = Callable[[], float]
 
 
@@ -33,8 +35,9 @@ def generate_greedily(
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     tokens = [output.logits[:, -1:].argmax(-1)]
     first_token = now(model, clock)
+    name = cache_name(type(model))
     for _ in range(new_tokens - 1):
-        output = model(input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=tokens[-1], use_cache=True, **{name: output[name]})
         tokens.append(output.logits[:, -1:].argmax(-1))
     finished = now(model, clock)
     return Generation(torch.cat(tokens, dim=1), first_token - started, finished - first_token)

@@ -7,28 +7,65 @@ uses it too.
 
 Each stored tensor exists once. A position that uses another's weights holds a `Borrowed` module,
 which has no parameters and looks the owner's module up when it is called; so nothing has to be
-tied, and an adapter put on the owner (peft) is at once the adapter of every borrower.
+tied, and an adapter put on the owner (peft) is at once the adapter of every borrower. Weights are
+never read behind the forward of the module that stores them where that forward may be more than
+their product (adapters, offloading, quantised weights, the linears of a serving engine).
+
+Stock code goes by class and by name: it records outputs, checkpoints gradients, splits models and
+fuses linears by the class of a module, and hands arguments over by position or under names that
+change between versions. So what stands in a stock module's place is of its class too (`both`), each
+differently built attention or MLP is of a class of its own, and arguments are taken by the stock
+module's own signature.
 """
 
 import copy
+import inspect
+import logging
+import re
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 10), (5, 24)
+"""The minor versions between which this file was tested, both included."""
+
+logger = logging.getLogger(__name__)
+
+
+def version_warning(version: str) -> str | None:
+    """What is to be said of a version of transformers under which nothing was tested."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    numbers = tuple(map(int, found.groups())) if found else ()
+    if OLDEST_TRANSFORMERS <= numbers <= NEWEST_TRANSFORMERS:
+        return None
+    oldest, newest = (".".join(map(str, of)) for of in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+    return (
+        f"this model's code was tested under transformers {oldest} to {newest}, and this is "
+        f"{version}: compare what it decodes from its KV cache with the logits of the whole text "
+        "before you rely on it"
+    )
+
+
+if (said := version_warning(transformers.__version__)) is not None:
+    logger.warning(said)
 
 ATTENTION_FREE = ("ffn", "swiglu")
 
@@ -49,61 +86,157 @@ PRE_NORM_NAMES = (
 )
 
 
+# Entries that a config of ours holds itself; all others are those of the stock config.
+_COMMON = frozenset(vars(PreTrainedConfig()))
+_OF_THE_FOLDER = ("architectures", "auto_map", "model_type", "quantization_config")
+_OF_THE_CALL = (
+    "attn_implementation",
+    "experts_implementation",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
 class FoldstackConfig(PreTrainedConfig):
-    """The stock config of the executed depth, and the plan that restructures its blocks."""
+    """The stock config of the executed depth, entry by entry, and the plan that restructures it.
+
+    In JSON all entries stand side by side, as engines read them. In memory those of the stock
+    config live in `base_config`, which the stock modules hold, and this config answers for it in
+    both directions: what is read or written here is read and written there.
+
+    Args:
+        base_config: the stock config or its entries; None where `entries` are those (flat JSON).
+            Folders of foldstack 0.1 and before have it as one nested entry.
+        plan: the structure, as `Plan.model_dump(mode="json")` writes it.
+        blocks_path: where the blocks are in the stock causal model.
+        base_model_type: `model_type` of the stock config.
+    """
 
     model_type = "foldstack"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
-    }
 
     def __init__(
         self,
         base_config: dict[str, Any] | PreTrainedConfig | None = None,
         plan: dict[str, Any] | None = None,
         blocks_path: str = "model.layers",
-        **kwargs: Any,
+        base_model_type: str = "llama",
+        **entries: Any,
     ) -> None:
-        self.base_config: Any = base_config
+        own = entries
+        if base_config is None:
+            names = {*_COMMON, *_OF_THE_FOLDER, *_OF_THE_CALL}
+            own = {name: value for name, value in entries.items() if name in names}
+            not_stock = {*_OF_THE_FOLDER, "name_or_path", "transformers_version"}
+            base_config = {n: value for n, value in entries.items() if n not in not_stock}
+            base_config["model_type"] = base_model_type
+        if not isinstance(base_config, PreTrainedConfig):
+            stock = dict(base_config)
+            base_config = CONFIG_MAPPING[stock.pop("model_type", base_model_type)](**stock)
         self.plan = plan
         self.blocks_path = blocks_path
-        super().__init__(**kwargs)
+        super().__init__(**own)
+        self.base_config: Any = base_config
+
+    def __getattr__(self, name: str) -> Any:
+        base = vars(self).get("base_config")
+        if base is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = vars(self).get("base_config")
+        is_stock = base is not None and name not in vars(self) and hasattr(base, name)
+        is_common = hasattr(PreTrainedConfig, name) or name in _COMMON
+        if is_stock or (is_common and base is not None and name != "architectures"):
+            setattr(base, name, value)
+        if is_common or not is_stock:
+            super().__setattr__(name, value)  # type: ignore[no-untyped-call]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FoldstackConfig) and vars(self) == vars(other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All entries side by side; `base_model_type` says whose they are."""
+        own = super().to_dict()
+        own.pop("base_config")
+        base = self.base_config.to_dict()
+        own["base_model_type"] = base.pop("model_type")
+        return base | own
 
     @property
     def block_plans(self) -> list[dict[str, Any]]:
         return (self.plan or {}).get("blocks", [])
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """The stock config as a KV cache must see it: attention-free blocks have no entry."""
-        attends = [block["kind"] not in ATTENTION_FREE for block in self.block_plans]
-        if all(attends):
-            return self.base_config
-        seen_by_cache = copy.deepcopy(self.base_config)
-        layer_types = getattr(self.base_config, "layer_types", None)
-        seen_by_cache.num_hidden_layers = sum(attends)
-        if layer_types is not None:
-            seen_by_cache.layer_types = [
-                t for t, has in zip(layer_types, attends, strict=True) if has
-            ]
-        return seen_by_cache
+        """This config, as a KV cache must see it: attention-free blocks have no entry."""
+        if all(block["kind"] not in ATTENTION_FREE for block in self.block_plans):
+            return self
+        seen = object.__new__(_SeenByCache)
+        seen.__dict__ = self.__dict__  # a view: what is written into one is written into both
+        return seen
 
-    # What generic tools (lm-eval, generation, serving) read from a causal model's config.
-    @property
-    def vocab_size(self) -> int:
-        return self.base_config.vocab_size
+
+class _SeenByCache(FoldstackConfig):
+    """A config of ours without its attention-free blocks; equal to it, for it shares its state."""
+
+    __eq__ = FoldstackConfig.__eq__  # a dataclass, which configs are, would compare classes too
 
     @property
-    def hidden_size(self) -> int:
-        """Width of what the head reads; in a sliced model the embeddings are narrower."""
-        return self.base_config.hidden_size
+    def _attends(self) -> list[bool]:
+        return [block["kind"] not in ATTENTION_FREE for block in self.block_plans]
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.base_config.num_hidden_layers
+        return sum(self._attends)
 
     @property
-    def max_position_embeddings(self) -> int:
-        return self.base_config.max_position_embeddings
+    def layer_types(self) -> list[str] | None:
+        types = getattr(self.base_config, "layer_types", None)
+        if types is None:
+            return None
+        return [kind for kind, attends in zip(types, self._attends, strict=True) if attends]
+
+
+# How a KV cache has been called in the arguments of stock blocks. Since 5.24 it is `cache`; before,
+# `cache` was what continuous batching hands to its attention function.
+_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+_NEW_CACHE_NAME = "cache"
+
+
+def argument_names(module_class: Any) -> tuple[str, ...]:
+    """The arguments that a stock module's forward takes by position, without self."""
+    parameters = inspect.signature(module_class.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+
+
+def cache_name(module_class: Any) -> str:
+    """What the forward of a stock module calls its KV cache."""
+    is_new = _NEW_CACHE_NAME in argument_names(module_class)
+    return _NEW_CACHE_NAME if is_new else _CACHE_NAMES[0]
+
+
+def take_cache(arguments: dict[str, Any], name: str) -> Any:
+    """Take the KV cache out of named arguments, whichever of its names it goes by."""
+    found = [arguments.pop(n, None) for n in dict.fromkeys((name, *_CACHE_NAMES))]
+    return next((cache for cache in found if cache is not None), None)
+
+
+_CLASSES: dict[tuple[Any, ...], Any] = {}
+
+
+def _class_of(name: str, bases: tuple[Any, ...], form: tuple[str, ...] = ()) -> Any:
+    """The one class with these bases for modules of this form."""
+    if (bases, form) not in _CLASSES:
+        _CLASSES[bases, form] = type(name, bases, {"__module__": __name__, "form": form})
+    return _CLASSES[bases, form]
+
+
+def both(ours: Any, stock: Any) -> Any:
+    """A class of ours that is a stock one too, for all that goes by the class of a module."""
+    return _class_of(f"{ours.__name__}Of{stock.__name__}", (ours, stock))
 
 
 class Borrowed(nn.Module):
@@ -113,12 +246,16 @@ class Borrowed(nn.Module):
         super().__init__()
         # In a tuple, nn.Module does not see the holder and register its parameters again.
         self._holder = (holder,)
-        self._name = name
+        self.name = name
+
+    @property
+    def holder(self) -> nn.Module:
+        return self._holder[0]
 
     @property
     def target(self) -> nn.Module:
         """The module itself, found anew at each call: it may have been wrapped by an adapter."""
-        return getattr(self._holder[0], self._name)
+        return getattr(self.holder, self.name)
 
     @property
     def weight(self) -> Any:
@@ -128,7 +265,21 @@ class Borrowed(nn.Module):
         return self.target(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"{type(self._holder[0]).__name__}.{self._name}"
+        return f"{type(self.holder).__name__}.{self.name}"
+
+
+class LentLinear(nn.Module):
+    """A linear whose weights others use, as a serving engine is to see it: as none that it knows.
+
+    Engines put several linears of a module into one of their own, where no borrower finds them.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class LowRankLinear(nn.Module):
@@ -210,11 +361,28 @@ class SublayerOutput(nn.Module):
             self._handle = None
 
 
+class StoredBias(nn.Module):
+    """The bias of a linear of which nothing else is stored here."""
+
+    weight = None
+
+    def __init__(self, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
 class SlicedLinear(nn.Module):
     """y = W x + b, where some slices of W are stored here and the others at other positions.
 
-    W is put together at each call: memory is saved, arithmetic is not. What is stored is a linear
-    of the stock class, so that it trains and takes adapters like any other.
+    What is stored is a linear of the stock class, so that it trains and takes adapters like any
+    other; where nothing is, there is no module. While those that store the slices are such linears
+    and nothing more, W is put together at each call: memory is saved, arithmetic is not. As soon
+    as one of them is more than its weight (an adapter, an offloaded, quantised or engine's linear),
+    each is called as a whole: of its outputs the slices are taken, or it reads the slices of the
+    input that are its own and zeros for the others.
     Source of the idea: head-wise shareable attention, arXiv 2402.11819.
     """
 
@@ -231,12 +399,21 @@ class SlicedLinear(nn.Module):
         """What of the whole is stored here, along the axis, in this order."""
         self.lenders: tuple[Borrowed, ...] = ()
         self._runs: list[tuple[int, int, int]] = []
+        self._lent_widths: tuple[int, ...] = ()
+        self.has_bias = dense.bias is not None
+        self.stored = self._stored_part(dense)
+
+    def _stored_part(self, dense: Any) -> nn.Module | None:
+        if not self.own:
+            bias_stays = self.has_bias and not self.along_out
+            return StoredBias(dense.bias.detach()) if bias_stays else None
         dense.weight = nn.Parameter(self.own_part("weight", dense.weight.detach()))
-        if dense.bias is not None:
+        if self.has_bias:
             dense.bias = nn.Parameter(self.own_part("bias", dense.bias.detach()))
         names = ("nf", "nx") if self.is_conv1d else ("out_features", "in_features")
         setattr(dense, names[0 if self.along_out else 1], len(self.own))
-        self.stored: nn.Module = dense
+        stored: nn.Module = dense
+        return stored
 
     def own_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """What is stored here of the whole weight or bias."""
@@ -257,6 +434,7 @@ class SlicedLinear(nn.Module):
         at position `here`."""
         self.lenders = tuple(lender for lender, _ in lenders.values())
         stored = [self.own, *(indices for _, indices in lenders.values())]
+        self._lent_widths = tuple(map(len, stored))
         place_in = [{index: place for place, index in enumerate(indices)} for indices in stored]
         number = {here: 0} | {position: 1 + k for k, position in enumerate(lenders)}
         places = {}
@@ -267,13 +445,14 @@ class SlicedLinear(nn.Module):
                 places[my] = holder, place_in[holder][their]
         self._runs = _runs([places[i] for i in range(len(places))])
 
+    def _linears(self) -> list[Any]:
+        """What stores the slices: this position's own part, then the lenders."""
+        return [self.stored, *(lender.target for lender in self.lenders)]
+
     def _whole(self, name: str, dim: int) -> torch.Tensor:
-        tensors = [getattr(linear, name) for linear in (self.stored, *self._lending())]
+        tensors: list[Any] = [getattr(linear, name, None) for linear in self._linears()]
         parts = [tensors[k].narrow(dim, start, length) for k, start, length in self._runs]
         return torch.cat(parts, dim)
-
-    def _lending(self) -> list[nn.Module]:
-        return [lender.target for lender in self.lenders]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -282,18 +461,62 @@ class SlicedLinear(nn.Module):
 
     @property
     def bias(self) -> Any:
-        bias = self.stored.bias
-        return bias if bias is None or not self.along_out else self._whole("bias", 0)
+        if not self.has_bias:
+            return None
+        stored: Any = self.stored
+        return self._whole("bias", 0) if self.along_out else stored.bias
 
     @property
     def borrowed_weights(self) -> int:
         """How many of the weights are stored elsewhere."""
-        stored: Any = self.stored.weight
-        return self.shape[0] * self.shape[1] - stored.numel()
+        other_side = self.shape[1 if self.along_out else 0]
+        return self.shape[0] * self.shape[1] - len(self.own) * other_side
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        return nn.functional.linear(x, weight.T if self.is_conv1d else weight, self.bias)
+        linears = self._linears()
+        if all(map(_is_plain, linears)):
+            weight = self.weight
+            return nn.functional.linear(x, weight.T if self.is_conv1d else weight, self.bias)
+        return self._cut_of(linears, x) if self.along_out else self._sum_of(linears, x)
+
+    def _cut_of(self, linears: list[Any], x: torch.Tensor) -> torch.Tensor:
+        """Slices of the linears' outputs, side by side."""
+        outputs: list[Any] = [None if linear is None else linear(x) for linear in linears]
+        parts = [outputs[k].narrow(-1, start, length) for k, start, length in self._runs]
+        return torch.cat(parts, -1)
+
+    def _sum_of(self, linears: list[Any], x: torch.Tensor) -> torch.Tensor:
+        """The linears' outputs for the slices of x that each one has; their biases stay theirs."""
+        inputs = [x.new_zeros(*x.shape[:-1], width) for width in self._lent_widths]
+        at = 0
+        for k, start, length in self._runs:
+            inputs[k][..., start : start + length] += x[..., at : at + length]
+            at += length
+        own, *lenders = linears
+        parts = [] if own is None else [own(inputs[0])]
+        for lender, slices in zip(lenders, inputs[1:], strict=True):
+            parts.append(lender(slices))
+            if self.has_bias:
+                parts.append(-lender(slices.new_zeros(1, slices.shape[-1])))
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+def _is_plain(linear: Any) -> bool:
+    """True for a linear whose forward is the product with its weight and nothing more."""
+    if linear is None or type(linear) is StoredBias:
+        return True
+    is_stock = type(linear) is nn.Linear or type(linear).__name__ == "Conv1D"
+    is_changed = bool(
+        "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks
+    )
+    weight = getattr(linear, "weight", None)
+    return is_stock and not is_changed and type(weight) is nn.Parameter and not weight.is_meta
+
+
+_LINEAR_FORMS = (Borrowed, LowRankLinear, AdaptedLinear, SlicedLinear, LentLinear)
 
 
 def slice_indices(form: dict[str, Any], width: int) -> list[list[int]]:
@@ -349,14 +572,14 @@ class _SwiGlu(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-class AttentionFreeBlock(nn.Module):
+class AttentionFreeBlock(GradientCheckpointingLayer):
     """A light network in place of a run of blocks: no attention, no norm, no residual.
 
     Source: LLM-Streamline, arXiv 2403.19135, section 3 (FFN and SwiGLU replacements).
     """
 
     def __init__(self, kind: str, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not as the stock block that it also is (`both`)
         network = {"ffn": _Ffn, "swiglu": _SwiGlu}[kind]
         self.ffn = network(hidden_size, intermediate_size)
 
@@ -402,9 +625,10 @@ class SlicedBlock(GradientCheckpointingLayer):
     """
 
     def __init__(self, stock: Any, widths: dict[str, int], full_width: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         entering, middle, leaving = (widths[n] for n in ("entering", "middle", "leaving"))
         self.entering = entering
+        self._argument_names = argument_names(type(stock))[1:]
         for name, child in stock.named_children():
             self.add_module(name, child)
         self._attention_name = next(name for name in ATTENTION_NAMES if hasattr(stock, name))
@@ -426,9 +650,9 @@ class SlicedBlock(GradientCheckpointingLayer):
         self.mlp_shortcut = nn.Linear(middle, leaving, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # GPT-2 passes these by position, and what only cross-attention reads.
-        kwargs |= dict(zip(("past_key_values", "attention_mask"), args, strict=False))
-        kwargs.pop("encoder_attention_mask", None)
+        kwargs |= dict(zip(self._argument_names, args, strict=False))
+        for name in ("encoder_hidden_states", "encoder_attention_mask"):  # of cross-attention
+            kwargs.pop(name, None)
         hidden_states = hidden_states[..., : self.entering]  # the rest is padding (GPT-2)
         before_attention, before_mlp = (getattr(self, name) for name in self._norm_names)
         attention = getattr(self, self._attention_name)
@@ -466,13 +690,17 @@ class NarrowAttention(nn.Module):
     """[kv_heads, rotary_dim / 2]: which of the stock frequencies each key head has kept."""
 
     def __init__(self, stock: Any, form: dict[str, Any]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         config = stock.config
+        self._argument_names = argument_names(type(stock))[1:]
+        self._cache_name = cache_name(type(stock))
         self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, stock.is_causal
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.qk_dim, self.v_dim = form["qk_dim"], form["v_dim"]
+        self.head_dim = stock.head_dim
+        """Of the stock heads: as wide as engines and caches of a fixed width expect them."""
         self.scaling = stock.scaling
         self.sliding_window = getattr(
             stock, "sliding_window", getattr(config, "sliding_window", None)
@@ -512,27 +740,26 @@ class NarrowAttention(nn.Module):
         return self.num_heads * self.qk_dim, keys, self.num_kv_heads * self.v_dim
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        kwargs |= dict(zip(self._argument_names, args, strict=False))
+        cache = take_cache(kwargs, self._cache_name)
+        attention_mask = kwargs.pop("attention_mask", None)
+        position_embeddings = kwargs.pop("position_embeddings", None)
         query, key, value = self._projected(hidden_states)
         if position_embeddings is not None and self.rotary_pairs is not None:
             cos, sin = (self._of_kept_pairs(table) for table in position_embeddings)
             key = _rotated(key, cos, sin)
             groups = self.num_key_value_groups
             query = _rotated(query, *(t.repeat_interleave(groups, dim=1) for t in (cos, sin)))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        kind = self.config._attn_implementation
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self._eager)
+        if cache is not None:
+            key, value = self._cached(cache, key, value, kwargs)
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self._eager
+        )
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
-        if query.shape[2] > 1:
-            query, key, value = self._of_one_width(query, key, value)
+        query, key, value = self._of_one_width(query, key, value)
         output, weights = attend(
             self,
             query,
@@ -544,8 +771,22 @@ class NarrowAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        output = output[..., : self.v_dim].reshape(*hidden_states.shape[:-1], -1).contiguous()
+        tokens = hidden_states.shape[:-1]
+        # Engines return the heads side by side.
+        output = output.reshape(*tokens, self.num_heads, -1)[..., : self.v_dim]
+        output = output.reshape(*tokens, -1).contiguous()
         return self.resid_dropout(getattr(self, self._output_name)(output)), weights
+
+    def _cached(
+        self, cache: Any, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values so far, as wide as the cache holds them."""
+        widths = _widths_in(cache, self.layer_idx, self.head_dim)
+        key, value = _padded(key, widths[0]), _padded(value, widths[1])
+        # Stock attention hands its arguments over since they belong to caches of pages.
+        given = {"kwargs": kwargs} if self._cache_name == _NEW_CACHE_NAME else {}
+        key, value = cache.update(key, value, self.layer_idx, **given)
+        return key, value
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values as [batch, heads, tokens, coordinates], normed, not rotated."""
@@ -560,16 +801,49 @@ class NarrowAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
-    def _of_one_width(self, *heads: torch.Tensor) -> list[torch.Tensor]:
-        """With zeros up to one width, without which the fused kernels refuse and the whole matrix
-        of scores is written to memory. One query alone has a row of them: not worth the copies."""
-        width = max(self.qk_dim, self.v_dim)
-        return [nn.functional.pad(x, (0, width - x.shape[-1])) for x in heads]
+    def _of_one_width(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """With zeros up to the width that the attention function takes."""
+        width = max(key.shape[-1], value.shape[-1])
+        kind = self.config._attn_implementation or "eager"
+        if not kind.startswith(_KINDS_OF_ANY_WIDTH) and "/" not in kind:
+            width = max(width, self.head_dim)  # an engine's or a paged one has the config's width
+        elif query.shape[2] == 1 and kind in ("eager", "sdpa"):
+            # Without the zeros the fused kernels refuse and the whole matrix of scores is written
+            # to memory; one query alone has a row of them, which is not worth the copies.
+            return _padded(query, key.shape[-1]), key, value
+        return _padded(query, width), _padded(key, width), _padded(value, width)
 
     def _of_kept_pairs(self, table: torch.Tensor) -> torch.Tensor:
         """A table [batch, tokens, rotary] of all frequencies as [batch, kv_heads, tokens, kept]."""
         kept = table[..., self.rotary_pairs].transpose(1, 2)
         return torch.cat((kept, kept), dim=-1)
+
+
+# Attention functions whose heads may have any one width; names with a slash are kernels of the Hub.
+_KINDS_OF_ANY_WIDTH = ("eager", "sdpa", "flex_attention", "flash_attention")
+
+
+def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    """With zeros up to `width` in its last dimension."""
+    missing = width - x.shape[-1]
+    return nn.functional.pad(x, (0, missing)) if missing > 0 else x
+
+
+def _widths_in(cache: Any, layer_idx: int, dense_width: int) -> tuple[int, int]:
+    """The widths that a cache has settled for keys and values of a layer; 0 while any will do.
+
+    A cache that was filled before it saw a key has the width of the config, and so have pages; one
+    that quantises in groups along the width takes what its group divides.
+    """
+    layers = getattr(cache, "layers", None)
+    layer: Any = layers[layer_idx] if layers is not None and layer_idx < len(layers) else None
+    if layers is None or hasattr(layer, "q_group_size"):
+        return dense_width, dense_width
+    if getattr(layer, "is_initialized", False) and layer.keys is not None and layer.keys.ndim == 4:
+        return layer.keys.shape[-1], layer.values.shape[-1]
+    return 0, 0
 
 
 def _dropout_of(attention: Any) -> float:
@@ -597,15 +871,15 @@ def restructure(
     attention_position = 0
     for position, block_plan in enumerate(block_plans):
         if block_plan["kind"] in ATTENTION_FREE:
-            blocks[position] = AttentionFreeBlock(
-                block_plan["kind"], model.config.hidden_size, block_plan["intermediate_size"]
-            )
+            light = both(AttentionFreeBlock, type(blocks[position]))
+            width = block_plan["intermediate_size"]
+            blocks[position] = light(block_plan["kind"], model.config.hidden_size, width)
             continue
         stored_at = block_plan["weights_of"]
         _narrow(blocks[position], block_plan if stored_at is None else block_plans[stored_at])
         sliced = block_plan.get("sliced")
         if sliced is not None:
-            blocks[position] = SlicedBlock(blocks[position], sliced, model.config.hidden_size)
+            blocks[position] = sliced_block(blocks[position], sliced, model.config.hidden_size)
             if position == 0:
                 _narrow_embeddings(model, blocks, sliced["entering"])
         for module in blocks[position].modules():
@@ -629,6 +903,42 @@ def restructure(
             _borrow_linears(blocks[block_plan["weights_of"]], blocks[position], adapters)
         if block_plan.get("outputs", "plain") != "plain":
             _change_outputs(blocks[position], block_plan["outputs"], model.config.hidden_size)
+    if is_in_engine(model.config):
+        _protect_lenders(blocks)
+    for block in blocks:
+        _give_classes_of_forms(block)
+
+
+def is_in_engine(config: Any) -> bool:
+    """True where a serving engine builds the model: it brings an attention function of its own."""
+    kind = (config._attn_implementation or "eager").removeprefix("paged|")
+    return not kind.startswith(_KINDS_OF_ANY_WIDTH) and "/" not in kind
+
+
+def _protect_lenders(blocks: nn.Module) -> None:
+    borrowed = [module for module in blocks.modules() if isinstance(module, Borrowed)]
+    sliced = [module for module in blocks.modules() if isinstance(module, SlicedLinear)]
+    borrowed += [lender for module in sliced for lender in module.lenders]
+    for use in borrowed:
+        if type(use.target) is nn.Linear:
+            setattr(use.holder, use.name, LentLinear(use.target))
+
+
+def _give_classes_of_forms(block: nn.Module) -> None:
+    for module in block.modules():
+        form = tuple(
+            f"{name}={type(child).__name__}"
+            for name, child in module.named_children()
+            if isinstance(child, _LINEAR_FORMS)
+        )
+        if form:
+            # Engines look at one instance of a class and rewrite all of them.
+            module.__class__ = _class_of(type(module).__name__, (type(module),), form)
+
+
+def sliced_block(stock: nn.Module, widths: dict[str, int], full_width: int) -> SlicedBlock:
+    """A `SlicedBlock` that is also of the stock block's class."""
+    return both(SlicedBlock, type(stock))(stock, widths, full_width)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -656,7 +966,8 @@ def _narrow(block: nn.Module, block_plan: dict[str, Any]) -> None:
             _narrow_mlp_linear(block, name, width)
     if heads is not None:
         name = next(name for name in ATTENTION_NAMES if hasattr(block, name))
-        setattr(block, name, NarrowAttention(getattr(block, name), heads))
+        stock = getattr(block, name)
+        setattr(block, name, both(NarrowAttention, type(stock))(stock, heads))
 
 
 def _narrow_mlp_linear(block: nn.Module, name: str, width: int) -> None:
@@ -783,30 +1094,109 @@ def _inside_form(block: nn.Module, name: str) -> bool:
     return isinstance(block.get_submodule(_split(name)[0]), (LowRankLinear, SlicedLinear))
 
 
-class FoldstackForCausalLM(PreTrainedModel, GenerationMixin):
-    """A stock causal model whose blocks were restructured after `config.plan`."""
+class _Restructured(PreTrainedModel):
+    """What the base model and the causal model share: a stock model, restructured, under the name
+    that weights have in a folder."""
 
     config_class = FoldstackConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    # What folders of foldstack 0.1 hold of a linear that stores nothing.
+    _keys_to_ignore_on_load_unexpected = [r"\.stored\.weight$"]  # noqa: RUF012
 
-    def __init__(self, config: FoldstackConfig) -> None:
+    def __init__(self, config: FoldstackConfig, stock_class: Any) -> None:
+        for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
+            setattr(self, flag, getattr(stock_class, flag))
         super().__init__(config)
-        stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
-        self.model = stock_class(config.base_config)
-        restructure(self.model, config.block_plans, config.blocks_path)
+
+    @property
+    def stock(self) -> Any:
+        """The stock model inside."""
+        raise NotImplementedError
+
+    def _restructure(self, holder: PreTrainedModel) -> None:
+        """Change the stock blocks; `holder` is what `blocks_path` starts from."""
+        restructure(holder, self.config.block_plans, self.config.blocks_path)
+        blocks: Any = holder.get_submodule(self.config.blocks_path)
+        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
+        self._can_compile_fullgraph = self.stock._can_compile_fullgraph
+        self._cache_name = cache_name(type(self.stock))
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @property
+    def base_model(self) -> Any:
+        """The stock base model, whose output has the hidden states."""
+        return self.stock.base_model
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+        return self.stock.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
+        self.stock.set_input_embeddings(value)
+
+    def _forward(self, cache: Any, use_cache: bool | None, arguments: dict[str, Any]) -> Any:
+        """The stock forward, on a cache that has entries for the attending blocks alone."""
+        name = self._cache_name
+        found = take_cache(arguments, name)
+        cache = found if cache is None else cache
+        wants_cache = self.stock.config.use_cache if use_cache is None else use_cache
+        if wants_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        return self.stock(use_cache=use_cache, **{name: cache}, **arguments)
+
+
+class FoldstackModel(_Restructured):
+    """A stock base model, without its head, whose blocks were restructured after `config.plan`.
+
+    What serving engines build, and what `AutoModel` loads from a folder.
+    """
+
+    def __init__(self, config: FoldstackConfig) -> None:
+        stock_class: Any = MODEL_MAPPING[type(config.base_config)]
+        super().__init__(config, stock_class)
+        stock = stock_class(config.base_config)
+        self._stock_name = stock.base_model_prefix
+        setattr(self, self._stock_name, stock)
+        self._restructure(self)
+
+    @property
+    def stock(self) -> Any:
+        return getattr(self, self._stock_name)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock base model's forward; `last_hidden_state` [batch, tokens, width] is first."""
+        kwargs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self._forward(past_key_values, use_cache, kwargs)
+
+
+class FoldstackForCausalLM(_Restructured, GenerationMixin):
+    """A stock causal model whose blocks were restructured after `config.plan`."""
+
+    def __init__(self, config: FoldstackConfig) -> None:
+        stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
+        super().__init__(config, stock_class)
+        self.model = stock_class(config.base_config)
+        self._restructure(self.model)
+
+    @property
+    def stock(self) -> Any:
+        return self.model
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.get_output_embeddings()
@@ -829,22 +1219,18 @@ class FoldstackForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """The stock model's forward, on a cache that has entries for the attending blocks alone."""
-        wants_cache = self.model.config.use_cache if use_cache is None else use_cache
-        if wants_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        """The stock causal model's forward: `logits` [batch, tokens, vocab], `loss` of `labels`."""
+        kwargs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "logits_to_keep": logits_to_keep,
+        }
+        return self._forward(past_key_values, use_cache, kwargs)
 
 
 AutoConfig.register(FoldstackConfig.model_type, FoldstackConfig, exist_ok=True)
+AutoModel.register(FoldstackConfig, FoldstackModel, exist_ok=True)
 AutoModelForCausalLM.register(FoldstackConfig, FoldstackForCausalLM, exist_ok=True)

@@ -28,7 +28,11 @@ from foldstack.compression.statistics.stream import BlockStream
 from foldstack.compression.storage.mapped_memory import release
 from foldstack.compression.storage.spool import Spool
 from foldstack.compression.structure.architectures import architecture_of, base_config_of, stock_of
-from foldstack.compression.structure.modeling_foldstack import PRE_NORM_NAMES, SlicedBlock
+from foldstack.compression.structure.modeling_foldstack import (
+    PRE_NORM_NAMES,
+    SlicedBlock,
+    sliced_block,
+)
 from foldstack.compression.structure.surgery import as_stored
 
 Basis = Float64[Tensor, "hidden _"]
@@ -131,7 +135,7 @@ class FusedBlock:
             "middle": middle.shape[1],
             "leaving": leaving.shape[1],
         }
-        block = SlicedBlock(copy.deepcopy(self.stock), widths, len(entering))
+        block = sliced_block(copy.deepcopy(self.stock), widths, len(entering))
         block.load_state_dict(self.tensors(entering, middle, leaving))
         return block.to(entering.device).float().eval()
 

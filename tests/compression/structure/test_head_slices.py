@@ -129,8 +129,7 @@ def test_a_block_may_store_no_head_at_all(tiny_model, ids, tmp_path):
     model = tiny_model("qwen2")
     smaller = shared_model(model)
     block = architecture_of(smaller).blocks(smaller)[2]
-    assert block.self_attn.q_proj.stored.weight.shape == (0, 32)
-    assert block.self_attn.o_proj.stored.weight.shape == (32, 0)
+    assert block.self_attn.q_proj.stored is block.self_attn.o_proj.stored is None
     assert torch.isfinite(logits(smaller, ids)).all()
 
 
