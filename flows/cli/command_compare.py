@@ -22,8 +22,8 @@ from foldstack.flows.comparison.frame import (
     where,
 )
 from foldstack.flows.comparison.result import Comparison
-from foldstack.flows.comparison.tables import chosen, markdown, short_names
-from foldstack.flows.comparison.terminal import arranged, print_findings, result_table
+from foldstack.flows.comparison.tables import arranged, chosen, markdown, short_names
+from foldstack.flows.comparison.terminal import print_findings, result_table
 from foldstack.flows.config.config_errors import did_you_mean
 
 if TYPE_CHECKING:

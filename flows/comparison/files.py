@@ -10,7 +10,7 @@ from foldstack.compression.storage.durable import write_whole
 from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.plots import plot_quality
 from foldstack.flows.comparison.result import Comparison
-from foldstack.flows.comparison.tables import markdown
+from foldstack.flows.comparison.tables import arranged, markdown
 from foldstack.tasks.environment.home import foldstack_home, in_this_home
 
 COMPARISON = "comparison.json"
@@ -53,7 +53,7 @@ def save_texts(comparison: Comparison, folder: Path) -> dict[str, Path]:
 def summary(comparison: Comparison) -> str:
     """What was found in words, and the table, as a page of Markdown."""
     words = [f"- {sentence}" for sentence in (*findings(comparison), *comparison.missed)]
-    return "\n".join([*words, "", markdown(comparison.frame()), ""])
+    return "\n".join([*words, "", markdown(arranged(comparison.frame())), ""])
 
 
 def load(folder: Path) -> Comparison:

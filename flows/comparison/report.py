@@ -24,8 +24,15 @@ from foldstack.flows.comparison.frame import plain_records, typed_frame
 from foldstack.flows.comparison.interactive import Drawn
 from foldstack.flows.comparison.plots import Against
 from foldstack.flows.comparison.result import QUALITY, Comparison, Row
-from foldstack.flows.comparison.tables import Column, Record, columns, count, per_cent, texts
-from foldstack.flows.comparison.terminal import arranged
+from foldstack.flows.comparison.tables import (
+    Column,
+    Record,
+    arranged,
+    columns,
+    count,
+    per_cent,
+    texts,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SHOWN_METRICS = ("acc", "exact_match", "acc_norm", "f1")
 """A benchmark's column shows the first of these that it has."""
 Record = Mapping[str, Any]
+BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,21 @@ def columns(frame: "pandas.DataFrame") -> list[Column]:
     sweeps = [SWEEP] if frame["sweep"].nunique() > 1 else []
     order = [MODEL, *sweeps, *TEXT_QUALITY, SPEED, *benchmarks, *COSTS]
     return [column for column in order if column.source in present]
+
+
+def arranged(frame: "pandas.DataFrame") -> "pandas.DataFrame":
+    """The rows as they are read: sweep by sweep, dense first, then by size, the best ones first,
+    what failed last.
+    """
+    keys = frame.assign(
+        _sweep=frame.groupby("sweep", sort=False).ngroup(),
+        _asked=frame["sparsity"].fillna(-1.0),
+        _failed=frame["state"] == "failed",
+        _quality=frame.get(f"quality/{BITS}", 0.0),
+    )
+    return frame.loc[
+        keys.sort_values(["_sweep", "_asked", "_failed", "_quality"], kind="stable").index
+    ]
 
 
 def benchmarks_in(names: "set[str]") -> dict[str, str]:
@@ -190,7 +206,6 @@ def _digits(error: float) -> int:
     return digits
 
 
-BITS = "bits_per_byte"
 SWEEP = Column("sweep", "sweep", "title", str, 1, is_text=True, meaning="which sweep it is of")
 MODEL = Column("model", "model", "label", str, 0, is_text=True, meaning="method and sparsity asked")
 TEXT_QUALITY = (

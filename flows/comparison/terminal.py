@@ -13,8 +13,15 @@ from rich.table import Table
 
 from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.frame import plain_records
-from foldstack.flows.comparison.result import QUALITY, Comparison
-from foldstack.flows.comparison.tables import Column, Record, chosen, columns, texts
+from foldstack.flows.comparison.result import Comparison
+from foldstack.flows.comparison.tables import (
+    Column,
+    Record,
+    arranged,
+    chosen,
+    columns,
+    texts,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -22,21 +29,6 @@ if TYPE_CHECKING:
 BEST_MARK = "*"
 PADDING = 3
 """Characters that a column takes beside its text, at most."""
-
-
-def arranged(frame: "pandas.DataFrame") -> "pandas.DataFrame":
-    """The rows as they are read: sweep by sweep, dense first, then by size, the best ones first,
-    what failed last.
-    """
-    keys = frame.assign(
-        _sweep=frame.groupby("sweep", sort=False).ngroup(),
-        _asked=frame["sparsity"].fillna(-1.0),
-        _failed=frame["state"] == "failed",
-        _quality=frame.get(f"quality/{QUALITY}", 0.0),
-    )
-    return frame.loc[
-        keys.sort_values(["_sweep", "_asked", "_failed", "_quality"], kind="stable").index
-    ]
 
 
 def result_table(

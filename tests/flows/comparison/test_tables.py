@@ -8,8 +8,16 @@ from rich.console import Console
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.comparison.result import Comparison, Row
-from foldstack.flows.comparison.tables import chosen, columns, count, markdown, minutes, records
-from foldstack.flows.comparison.terminal import arranged, print_result, result_table
+from foldstack.flows.comparison.tables import (
+    arranged,
+    chosen,
+    columns,
+    count,
+    markdown,
+    minutes,
+    records,
+)
+from foldstack.flows.comparison.terminal import print_result, result_table
 
 
 def names(comparison: Comparison) -> list[str]:
