@@ -53,7 +53,7 @@ def find_model(
     """The model of that name: "reference", a directory, a GGUF file or a hub id.
 
     Quantised weights are dequantised here and now: everything else is planned from a plain folder.
-    That is done once; what it came from is said each time.
+    That is done once; `origin` says what they came from.
 
     Raises:
         InputError: there is no such model, it is incomplete, or it cannot be dequantised here.
@@ -67,7 +67,13 @@ def find_model(
     from foldstack.compression.checkpoints.quantized_weights import quantized_digest
 
     stage = DequantizeModel(place=place, place_digest=quantized_digest(place), dtype=dtype)
+    if not store.holds(stage.artifact(store)):
+        logger.warning("the weights of %s are dequantised now, once", name)
     made = run_stage(stage, store)
-    logger.warning("%s", made.manifest().facts["sentence"])
     folder = made.open() / MODEL_FOLDER
-    return ModelRef(name=name, folder=folder, fingerprint=model_fingerprint(folder))
+    return ModelRef(
+        name=name,
+        folder=folder,
+        fingerprint=model_fingerprint(folder),
+        origin=str(made.manifest().facts["sentence"]),
+    )

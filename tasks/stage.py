@@ -34,6 +34,8 @@ class ModelRef(BaseModel):
     folder: Path
     fingerprint: str
     """Digest of its files: the same model under another name or path is the same model."""
+    origin: str = ""
+    """What its weights were dequantised from, in a sentence; empty where they are as they came."""
 
     @classmethod
     def of(cls, model: str, revision: str | None = None) -> "ModelRef":

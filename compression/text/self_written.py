@@ -19,7 +19,7 @@ from foldstack.compression.text.text_tokens import bos_token
 
 Progress = Callable[[str, int, int], None]
 
-WRITING_BATCH = 32
+WRITING_BATCH = 64
 """Windows that are written side by side: the weights are read once for all of their next tokens."""
 
 

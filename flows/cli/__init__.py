@@ -4,6 +4,8 @@
 - `command_cache`: `foldstack cache ls | explain | gc`.
 - `command_compare`: `foldstack compare`: any number of sweeps as one table, filtered, sorted, shown
   and written.
+- `command_compress`: `foldstack compress`: one model made smaller, without a recipe; the same flow
+  underneath.
 - `command_measure`: `foldstack evaluate` and `foldstack bench`: one model, measured like those of a
   sweep.
 - `command_run`: What `foldstack run` does around the flow: a server, progress, Ctrl-C, and folders

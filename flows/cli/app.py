@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -15,6 +16,8 @@ from foldstack.flows.cli.quick_imports import importing
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 
 if TYPE_CHECKING:
+    from foldstack.flows.cli.command_compress import Recipe
+    from foldstack.flows.config.model_recipe import Wishes
     from foldstack.flows.config.run_config import RunConfig
 
 QUIET = {
@@ -45,6 +48,21 @@ Home = Annotated[
     Path | None, typer.Option(help="Where results are; by default FOLDSTACK_HOME, else runs/.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"foldstack {metadata.version('foldstack')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -79,17 +97,117 @@ def run(
 
 
 @app.command()
+def compress(
+    model: Annotated[
+        str, typer.Argument(help="Directory, GGUF file, hub id, or reference.", show_default=False)
+    ],
+    sparsity: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fraction of the parameters to remove [0.2].")
+    ] = None,
+    to: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Or the fraction that stays: --to 0.8.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="See `foldstack ls methods`. [the best]")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for the model; new or empty.")] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE_OR_DATASET",
+            help=".txt or .jsonl file, dataset (NAME or NAME:SUBSET), or self: what the model "
+            "writes. [self]",
+        ),
+    ] = "",
+    test: Annotated[
+        str, typer.Option(metavar="FILE_OR_DATASET", help="Text to measure on. [self]")
+    ] = "",
+    recover: Annotated[int, typer.Option(min=0, help="Steps of training afterwards.")] = 0,
+    evaluate: Annotated[
+        str, typer.Option(metavar="TASKS|none", help="lm-eval tasks, separated by commas.")
+    ] = "none",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
+    home: Home = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option("--save_recipe", "--save-recipe", help="File for the recipe that is run."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", "--dry-run", help="Only say what would be done.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make MODEL smaller: without a recipe, and without a text if there is none."""
+    from foldstack.flows.config.model_recipe import DEFAULT_METHOD, Wishes, sparsity_of
+
+    wishes = Wishes(
+        model=model,
+        revision=revision,
+        sparsity=sparsity_of(sparsity, to),
+        method=method or DEFAULT_METHOD,
+        calibration=calibration,
+        test=test,
+        recover=recover,
+        benchmarks=_names_in(evaluate) if evaluate != "none" else (),
+        dtype=dtype,
+        device=device,
+        home=home,
+    )
+    code = _compress(wishes, out, save_recipe, dry_run, as_json)
+    raise typer.Exit(code)
+
+
+def _compress(
+    wishes: "Wishes", out: Path | None, save_recipe: Path | None, dry_run: bool, as_json: bool
+) -> int:
+    """The exit code of `compress`."""
+    from foldstack.flows.cli.command_compress import check_out, print_recipe, recipe_command
+
+    check_out(out)
+    with _output_for_result() as output:
+        recipe = recipe_command(wishes, save_recipe)
+        if not as_json:
+            print_recipe(recipe, sys.stderr)
+        if dry_run:
+            _print_plan(recipe.config, as_json, output)
+            return 0
+        return _run_recipe(recipe, out, as_json, output)
+
+
+def _run_recipe(recipe: "Recipe", out: Path | None, as_json: bool, output: TextIO) -> int:
+    from foldstack.flows.running.prefect_server import TemporaryServer
+
+    with TemporaryServer() as server:
+        with importing():
+            from foldstack.flows.cli import command_compress as parts
+            from foldstack.flows.cli.command_run import exit_code, run_command
+            from foldstack.flows.comparison.terminal import print_result
+            from foldstack.flows.running.progress import console_on
+
+        comparison = run_command(recipe.config, server, _command_line())
+    code, row = exit_code(comparison), parts.compressed_row(comparison)
+    if row is None:
+        print_result(comparison, console_on(output))
+        return code
+    folder = Path(row.folder)
+    if out is not None:
+        parts.copy_out(folder, out)
+        folder = out.absolute()
+    if as_json:
+        facts = {"folder": str(folder), **parts.facts_of(comparison, row)}
+        use = parts.usage_of(row, folder)
+        told = comparison.model_dump(mode="json")
+        _print_json({**facts, "use": use, "recipe": recipe.text, "comparison": told}, output)
+    else:
+        parts.print_end(comparison, row, folder, recipe.config, console_on(output))
+    return code
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would do: sizes, what is in the store already, time and memory."""
     with _output_for_result() as output:
-        from foldstack.flows.planning.forecast import dry_run, print_dry_run
-        from foldstack.flows.running.progress import console_on
-
-        expected = dry_run(_load(config, overrides))
-        if as_json:
-            _print_json(expected.model_dump(mode="json"), output)
-        else:
-            print_dry_run(expected, console_on(output))
+        _print_plan(_load(config, overrides), as_json, output)
 
 
 @app.command()
@@ -103,12 +221,16 @@ def schema() -> None:
 @app.command("ls")
 def list_things(
     what: Annotated[str, typer.Argument(help="methods, architectures or recipes")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List what there is: methods, architectures or recipes."""
-    from foldstack.flows.cli.listing import listing
+    from foldstack.flows.cli.listing import listing, markdown_table
 
     entries = listing(what)
+    if markdown:
+        print("\n".join(markdown_table(what, entries)))
+        return
     if as_json:
         print(json.dumps(entries, indent=1))
         return
@@ -185,8 +307,9 @@ def evaluate(
     with _output_for_result() as output:
         from foldstack.flows.cli.command_measure import config_for, evaluate_command
 
-        benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
-        chosen = config_for(config, model, revision=revision, benchmarks=benchmarks, limit=limit)
+        chosen = config_for(
+            config, model, revision=revision, benchmarks=_names_in(tasks), limit=limit
+        )
         _print_facts(evaluate_command(chosen, against), output, as_json)
 
 
@@ -248,7 +371,7 @@ def compare(
         from foldstack.flows.running.progress import console_on
 
         choice = command_compare.Choice(
-            where or (), method or (), sparsity or (), _split(sort), _split(columns)
+            where or (), method or (), sparsity or (), _names_in(sort), _names_in(columns)
         )
         compared = command_compare.compare_command(what or (), home, choice)
         if out is not None:
@@ -289,8 +412,20 @@ def _load(config: str, overrides: list[str] | None) -> "RunConfig":
     return load_config(config, overrides or [])
 
 
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
+def _print_plan(config: "RunConfig", as_json: bool, output: TextIO) -> None:
+    from foldstack.flows.planning.forecast import dry_run, print_dry_run
+    from foldstack.flows.running.progress import console_on
+
+    expected = dry_run(config)
+    if as_json:
+        _print_json(expected.model_dump(mode="json"), output)
+    else:
+        print_dry_run(expected, console_on(output))
+
+
+def _names_in(text: str) -> list[str]:
+    """Names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _command_line() -> str:

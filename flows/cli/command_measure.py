@@ -1,5 +1,6 @@
 """`foldstack evaluate` and `foldstack bench`: one model, measured like those of a sweep."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from foldstack.tasks.evaluate_model import load_evaluation
 from foldstack.tasks.stage import ModelRef, Stage, run_stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.store.manifest import Facts
+
+logger = logging.getLogger(__name__)
 
 
 def config_for(
@@ -80,7 +83,10 @@ def bench_command(config: RunConfig, against: str) -> Facts:
 
 
 def _find(config: RunConfig, model: str, revision: str | None = None) -> ModelRef:
-    return find_model(_store(config), model, revision, config.model.dtype)
+    found = find_model(_store(config), model, revision, config.model.dtype)
+    if found.origin:
+        logger.warning("%s", found.origin)
+    return found
 
 
 def _store(config: RunConfig) -> ArtifactStore:

@@ -1,5 +1,7 @@
 """What `foldstack ls` prints: names, and a line about each."""
 
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -8,6 +10,8 @@ from foldstack.compression.errors import InputError
 from foldstack.flows.config.config_errors import did_you_mean
 from foldstack.flows.config.config_file import recipes
 
+ARXIV = re.compile(r"(?<![\d.])\d{4}\.\d{5}(?![\d.])")
+"""A paper's number."""
 KINDS = ("methods", "architectures", "recipes")
 
 
@@ -31,6 +35,23 @@ def listing(what: str) -> dict[str, str]:
             }
     hint = did_you_mean(what, KINDS)
     raise InputError(f"`ls` lists {', '.join(KINDS)}, got {what}{hint}")
+
+
+def markdown_table(what: str, entries: Mapping[str, str]) -> Iterator[str]:
+    """Lines of a Markdown table of a listing; that of methods has a column for their papers."""
+    if what != "methods":
+        yield f"| {what} | |"
+        yield "|---|---|"
+        yield from (f"| `{name}` | {meaning} |" for name, meaning in entries.items())
+        return
+    from foldstack.compression.methods import METHODS
+
+    yield "| method | what it does | source |"
+    yield "|---|---|---|"
+    for name, meaning in entries.items():
+        papers = dict.fromkeys(ARXIV.findall(METHODS[name].__doc__ or ""))
+        source = f"arXiv {', '.join(papers)}" if papers else ""
+        yield f"| `{name}` | {meaning} | {source} |"
 
 
 def _methods() -> dict[str, str]:

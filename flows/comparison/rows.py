@@ -1,6 +1,6 @@
 """From the artifacts of a branch to its row in the comparison."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from foldstack.compression.evaluation.beside_dense import beside_dense, bits_per_byte_difference
@@ -9,6 +9,7 @@ from foldstack.flows.running.branches import DENSE, Branch, Layout
 from foldstack.flows.running.stage_runs import Outcome
 from foldstack.tasks.evaluate_model import load_evaluation, load_perplexity
 from foldstack.tasks.models import MODEL_FOLDER
+from foldstack.tasks.stage import Stage
 from foldstack.tasks.store.artifacts import Artifact
 
 TRAINING = ("steps", "tokens", "seconds_training", "first_loss", "last_loss")
@@ -108,7 +109,8 @@ def _failure(
 ) -> tuple[str, Outcome | None]:
     """The first stage that failed, of those that the branch is made of or depends on."""
     shared = [*layout.windows, *layout.shards, layout.statistics, layout.ranking]
-    needed = [] if branch.variant is None else shared
+    text = [] if layout.evaluation_windows is None else [layout.evaluation_windows]
+    needed: Sequence[Stage] = text if branch.variant is None else shared
     for stage in [*needed, *branch.stages.values()]:
         outcome = outcomes.get(stage.fingerprint)
         if outcome is not None and outcome.kind == "failed":

@@ -1,5 +1,6 @@
 """The stages of a run, laid out before any has run: each one's artifact is known by then."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -29,6 +30,8 @@ from foldstack.tasks.recover_model import RecoverModel
 from foldstack.tasks.stage import ModelRef, Stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.write_windows import WriteWindows
+
+logger = logging.getLogger(__name__)
 
 DENSE = "dense"
 Purpose = Literal["calibration", "recovery"]
@@ -157,6 +160,8 @@ def lay_out(config: RunConfig) -> Layout:
     store = ArtifactStore(config.output.home / "store", config.output.store)
     chosen = config.model
     model = find_model(store, chosen.name, chosen.revision, chosen.dtype)
+    if model.origin:
+        logger.warning("%s", model.origin)
     # A worker of Dask's is told by its environment how many threads it may use.
     is_here = config.execution.engine == "processes"
     threads = max(1, cores() // num_workers(config)) if is_here else 0

@@ -1,4 +1,4 @@
-"""A model whose weights are quantised: dequantised once, and what it came from said each time."""
+"""A model whose weights are quantised: dequantised once, and what it came from is known."""
 
 import json
 import shutil
@@ -35,11 +35,12 @@ def quantized(folder: Path, **scheme: object) -> Path:
     return folder
 
 
-def test_a_quantised_model_is_made_plain_once_and_that_is_said_each_time(
+def test_a_quantised_model_is_made_plain_once_and_says_what_it_came_from(
     float8: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = ArtifactStore(tmp_path / "store")
     found = find_model(store, str(float8))
+    assert f"the weights of {float8} are dequantised now, once" in caplog.text
     assert found.folder.is_relative_to(store.root)
     name = "model.layers.0.self_attn.o_proj.weight"
     stored = load_file(float8 / "model.safetensors")[name].float()
@@ -49,7 +50,8 @@ def test_a_quantised_model_is_made_plain_once_and_that_is_said_each_time(
     copy = shutil.copytree(float8, tmp_path / "copy")
     again = find_model(store, str(copy))
     assert (again.fingerprint, again.folder) == (found.fingerprint, found.folder)
-    assert "is dequantised, from fp8 to float32" in caplog.text
+    assert "dequantised now" not in caplog.text
+    assert "is dequantised, from fp8 to float32" in again.origin
     half = find_model(store, str(float8), dtype="bfloat16")
     assert half.folder != found.folder
     assert half.fingerprint != found.fingerprint
