@@ -75,8 +75,9 @@ class Servers:
     def up(cls, home: Path) -> Iterator["Servers"]:
         sys.path.insert(0, str(DEPLOY))
         import local_stack
+        from stack import stack_in
 
-        stack = local_stack.stack_in(home)
+        stack = stack_in(home)
         with local_stack.up(stack) as parts:
             os.environ.update(stack.client)  # for the look at MLflow's runs
             yield cls(stack, parts)

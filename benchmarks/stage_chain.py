@@ -7,6 +7,7 @@ run finds again; every part that is computed is a line in the file COMPUTED. Wit
 without models a run takes a second, so that hundreds of kills can be tried.
 """
 
+import argparse
 import subprocess
 import sys
 import time
@@ -77,7 +78,11 @@ class StageChain(SmallSweep):
 
 
 def main() -> None:
-    store, computed = ArtifactStore(Path(sys.argv[1])), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("store", type=Path, help="folder of the store")
+    parser.add_argument("computed", type=Path, help="file to which each part adds a line")
+    arguments = parser.parse_args()
+    store, computed = ArtifactStore(arguments.store), arguments.computed
     before: tuple[Artifact, ...] = ()
     print("begun", flush=True)
     try:

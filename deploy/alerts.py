@@ -9,9 +9,11 @@ Teams, PagerDuty and so on, make that block by hand and set its id in a copy of 
 Set PREFECT_FLOWS_HEARTBEAT_FREQUENCY here as for the runs: how long one may be silent follows it.
 """
 
+import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,10 @@ def heartbeats_come_slower() -> float:
     return (get_current_settings().flows.heartbeat_frequency or usual) / usual
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    description = (__doc__ or "").splitlines()[0]
+    told = f"The address that notifications go to is read from {VARIABLE}."
+    argparse.ArgumentParser(description=description, epilog=told).parse_args(arguments)
     try:
         if not (url := os.environ.get(VARIABLE, "")):
             raise InputError(f"{VARIABLE} must hold the address that alerts are sent to")

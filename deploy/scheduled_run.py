@@ -28,10 +28,12 @@ from threading import Thread
 from typing import Any
 
 import alerts
-from local_stack import Stack, stack_in, temporary_or, up
+from local_stack import temporary_or, up
+from stack import Stack, stack_in
 
 from foldstack.compression.errors import InputError
-from foldstack.flows.cli.servers import Parts
+from foldstack.flows.cli.processes import Parts
+from foldstack.flows.cli.servers import ending_on_signals
 
 SMALL_CONFIG = {
     "name": "scheduled check",
@@ -296,10 +298,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.killed:
         os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_SECONDS)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     started = time.monotonic()
     try:
-        with temporary_or(arguments.home) as home, up(stack := stack_in(home)) as parts:
+        with (
+            ending_on_signals(),
+            temporary_or(arguments.home) as home,
+            up(stack := stack_in(home)) as parts,
+        ):
             up_seconds = time.monotonic() - started
             to_kill = parts if arguments.killed else None
             figures = {"up_seconds": up_seconds, **see_one_through(stack, to_kill)}

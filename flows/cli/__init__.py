@@ -1,6 +1,8 @@
 """The command line, command by command.
 
 - `app`: The command line: `foldstack run CONFIG [key=value ...]` and its neighbours.
+- `claims`: One group of servers per folder: who holds it is said, and what a killed one left is
+  ended.
 - `command_cache`: `foldstack cache ls | explain | gc`.
 - `command_compare`: `foldstack compare`: any number of sweeps as one table, filtered, sorted, shown
   and written.
@@ -10,7 +12,11 @@
   sweep.
 - `command_run`: What `foldstack run` does around the flow: a server, progress, Ctrl-C, and folders
   to find.
+- `held_models`: Which models in the store are the only copy of what an alias in MLflow's registry
+  points to.
 - `listing`: What `foldstack ls` prints: names, and a line about each.
+- `processes`: Processes that serve: started, logged, watched over, started again when they die, and
+  ended.
 - `quick_imports`: Import what a command needs without Python's garbage collector.
 - `servers`: `foldstack ui`: the Prefect and the MLflow server on loopback, until Ctrl-C.
 """

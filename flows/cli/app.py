@@ -273,6 +273,18 @@ def cache_gc(
         float | None,
         typer.Option("--max_gib", "--max-gib", min=0, help="More goes, until this is left."),
     ] = None,
+    upload: Annotated[
+        bool,
+        typer.Option(help="Hand weights that only the store has, and an alias needs, to MLflow."),
+    ] = False,
+    without_mlflow: Annotated[
+        bool,
+        typer.Option(
+            "--without_mlflow",
+            "--without-mlflow",
+            help="Do not ask MLflow what its aliases point to: such models may go as well.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry_run", "--dry-run", help="Only say what would go.")
     ] = False,
@@ -287,6 +299,8 @@ def cache_gc(
         keep_days=keep_days,
         keep=keep or [],
         max_gib=max_gib,
+        upload=upload,
+        without_mlflow=without_mlflow,
         dry_run=dry_run,
         as_json=as_json,
     )
@@ -393,6 +407,8 @@ def ui(
     home: Home = None,
 ) -> None:
     """Start the Prefect and the MLflow server on this machine, until Ctrl-C."""
+    from functools import partial
+
     from foldstack.flows.cli.servers import mlflow, prefect, serve
     from foldstack.tasks.environment.home import foldstack_home
     from foldstack.tasks.tracking.tracking_database import ARTIFACTS, follow_home, make_database
@@ -403,7 +419,7 @@ def ui(
     make_database(uri)  # whole: a sweep may open it while the server starts
     follow_home(uri, folder)
     servers = [prefect(prefect_port), mlflow(mlflow_port, uri, folder / ARTIFACTS)]
-    serve(servers, folder / "logs", print)
+    serve(servers, folder, partial(print, flush=True))
 
 
 def _load(config: str, overrides: list[str] | None) -> "RunConfig":

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from foldstack.compression.errors import InputError
+from foldstack.flows.cli.held_models import HeldModel, held_models, upload_held
 from foldstack.flows.comparison.files import load
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.tasks.environment.home import store_url
 from foldstack.tasks.running.explanation import Explanation, explain
 from foldstack.tasks.store.artifacts import ArtifactStore
-from foldstack.tasks.store.garbage import collect_garbage, list_artifacts, list_object_storage
+from foldstack.tasks.store.garbage import (
+    Removal,
+    collect_garbage,
+    list_artifacts,
+    list_object_storage,
+)
 
 
 def store_of(home: Path | None) -> ArtifactStore:
@@ -68,20 +74,28 @@ def gc_command(
     max_gib: float | None,
     dry_run: bool,
     as_json: bool,
+    upload: bool = False,
+    without_mlflow: bool = False,
 ) -> str:
     """Clean the store; says what went, or would go, and how full the disk is then.
 
     Raises:
-        InputError: `keep` names nothing in the home.
+        InputError: `keep` names nothing in the home, or MLflow does not answer.
     """
     store = store_of(home)
-    removals = collect_garbage(
-        store,
-        keep_days=keep_days,
-        keep=[name for what in keep for name in _fingerprints(store, what)],
-        max_bytes=None if max_gib is None else int(max_gib * 2**30),
-        dry_run=dry_run,
-    )
+    rule: dict[str, Any] = {
+        "keep_days": keep_days,
+        "keep": [name for what in keep for name in _fingerprints(store, what)],
+        "max_bytes": None if max_gib is None else int(max_gib * 2**30),
+    }
+    held = [] if without_mlflow else held_models(store.root.parent)
+    names = {model.fingerprint for model in held}
+    would_go = collect_garbage(store, dry_run=True, **rule) if held else []
+    stays = [each for each in would_go if each.path.name in names]
+    if upload and not dry_run and stays:
+        upload_held(store, held, list_artifacts(store))
+        names, stays = set(), []
+    removals = collect_garbage(store, held=names, dry_run=dry_run, **rule)
     total = sum(removal.size_bytes for removal in removals)
     left = sum(row.size_bytes for row in list_artifacts(store))
     free = shutil.disk_usage(_existing(store.root)).free
@@ -90,12 +104,31 @@ def gc_command(
             {"kind": r.kind, "path": str(r.path), "size_bytes": r.size_bytes, "label": r.label}
             for r in removals
         ]
-        report = {"dry_run": dry_run, "bytes": total, "bytes_left": left, "bytes_free": free}
-        return json.dumps(report | {"removed": entries}, indent=1)
+        report: dict[str, Any] = {
+            "dry_run": dry_run, "bytes": total, "bytes_left": left, "bytes_free": free,
+            "removed": entries, "held": [_held_entry(each, held) for each in stays],
+        }  # fmt: skip
+        return json.dumps(report, indent=1)
     lines = [f"{r.kind:<9} {r.size_bytes / 2**20:9.1f} MiB  {r.label}" for r in removals]
+    lines += [
+        f"{'stays':<9} {each.size_bytes / 2**20:9.1f} MiB  {each.label}: "
+        + ", ".join(_held_entry(each, held)["aliases"])
+        for each in stays
+    ]
+    if stays:
+        lines.append(
+            "what stays is the only copy of what these aliases of MLflow's point to; "
+            "`foldstack cache gc --upload` hands the weights to MLflow first"
+        )
     verb = "would go" if dry_run else "removed"
     holds = f"artifacts take {left / 2**20:.1f} MiB, {free / 2**30:.1f} GiB of the disk are free"
     return "\n".join([*lines, f"{len(removals)} things {verb}, {total / 2**20:.1f} MiB; {holds}"])
+
+
+def _held_entry(removal: Removal, held: Sequence[HeldModel]) -> dict[str, Any]:
+    """What must stay, and the aliases for whose sake."""
+    aliases = [str(model.entry) for model in held if model.fingerprint == removal.path.name]
+    return {"fingerprint": removal.path.name, "label": removal.label, "aliases": aliases}
 
 
 def _fingerprints(store: ArtifactStore, what: str) -> list[str]:

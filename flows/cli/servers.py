@@ -4,43 +4,16 @@ Secrets (a database's password, who may log in) reach a server by its environmen
 command line is read by everybody on the machine.
 """
 
-import os
 import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-from foldstack.compression.errors import InputError
+from foldstack.flows.cli.claims import claimed, note
+from foldstack.flows.cli.processes import Parts, Server, check_free
 from foldstack.flows.prefect_defaults import DEFAULTS as PREFECT_DEFAULTS
-
-START_SECONDS = 180.0
-STOP_SECONDS = 10.0
-RESTARTS = 10
-
-
-@dataclass(frozen=True)
-class Server:
-    """A program that serves, and how to know that it does."""
-
-    name: str
-    command: tuple[str, ...]
-    page: str
-    health: str
-    """Address that answers once it is up: http, or tcp where a connection is enough."""
-    defaults: Mapping[str, str] = field(default_factory=dict)
-    """Settings in its environment where the user has set nothing else."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """Settings in its environment, whatever the user has set."""
-    user: str | None = None
-    """Whom to run it as; None: the one who runs us."""
 
 
 def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
@@ -58,6 +31,7 @@ def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
             "PREFECT_UI_URL": address,  # links in alerts
         },
         settings=settings or {},
+        port_option="--prefect_port",
     )
 
 
@@ -88,162 +62,45 @@ def mlflow(
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes and 0.8 GB less
         },
         settings={"MLFLOW_BACKEND_STORE_URI": uri, **(settings or {})},
+        port_option="--mlflow_port",
     )
 
 
-def serve(servers: Sequence[Server], logs: Path, say: Callable[[str], None]) -> None:
-    """Start the servers, say where they are once they answer, and stop all of them at the end.
+def serve(servers: Sequence[Server], home: Path, say: Callable[[str], None]) -> None:
+    """Start the servers, say where they are once they answer, and end all of them at the end.
+
+    One that dies is started again. SIGTERM and a closed terminal end them as Ctrl-C does.
 
     Raises:
-        InputError: a server ends instead of answering.
+        InputError: they run already, a port is taken, a server ends instead of answering, or does
+            not come back.
         KeyboardInterrupt: the person has seen enough.
     """
-    with ExitStack() as stack:
-        processes = [stack.enter_context(_running(server, logs)) for server in servers]
-        for server, process in zip(servers, processes, strict=True):
-            _wait_for(server, process, logs)
-            say(f"{server.name}: {server.page}")
+    logs = home / "logs"
+    with (
+        ending_on_signals(),
+        claimed(home / "ui", "`foldstack ui`", say) as file,
+        Parts(logs, say, changed=lambda parts: note(file, parts)) as parts,
+    ):
+        for server in servers:  # refused before one is started
+            check_free(server)
+        for part in [parts.start(server) for server in servers]:
+            part.wait_until_it_answers()
+            say(f"{part.server.name}: {part.server.page}")
         say(f"logs are in {logs}; Ctrl-C stops them")
-        watch(servers, processes, logs)
-
-
-def watch(
-    servers: Sequence[Server], processes: Sequence["subprocess.Popen[bytes]"], logs: Path
-) -> None:
-    """Return never, unless a server ends.
-
-    Raises:
-        InputError: it did.
-    """
-    while True:
-        for server, process in zip(servers, processes, strict=True):
-            if process.poll() is not None:
-                raise InputError(_ended(server, process, logs))
-        time.sleep(0.5)
+        parts.watch()
 
 
 @contextmanager
-def running(server: Server, logs: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """The server while it is needed: it answers at the beginning and is gone at the end.
+def ending_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise SystemExit, so that whatever was started is ended."""
 
-    Raises:
-        InputError: it ends instead of answering.
-    """
-    with _running(server, logs) as process:
-        _wait_for(server, process, logs)
-        yield process
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
 
-
-@dataclass
-class Parts:
-    """The servers and their processes, in the order in which they were started."""
-
-    logs: Path
-    held: ExitStack
-    servers: list[Server] = field(default_factory=list)
-    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
-
-    def add(self, server: Server) -> None:
-        """Start it; it is stopped with the others, before those that were there first."""
-        self.processes.append(self.held.enter_context(running(server, self.logs)))
-        self.servers.append(server)
-
-    def watch(self) -> None:
-        """Return never, unless one ends.
-
-        Raises:
-            InputError: it did.
-        """
-        watch(self.servers, self.processes, self.logs)
-
-    def kill(self, name: str) -> None:
-        """End one at once, as a machine would that fails."""
-        process = self.processes[self._place(name)]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-    def restart(self, name: str) -> None:
-        """Start one again that has ended; Postgres refuses as long as its children are there.
-
-        Raises:
-            InputError: it does not start.
-        """
-        place = self._place(name)
-        for attempt in range(RESTARTS):
-            try:
-                started = self.held.enter_context(running(self.servers[place], self.logs))
-            except InputError:
-                if attempt == RESTARTS - 1:
-                    raise
-                time.sleep(1)
-            else:
-                self.processes[place] = started
-                return
-
-    def _place(self, name: str) -> int:
-        return [server.name for server in self.servers].index(name)
-
-
-class _running:
-    """The process group of a server, ended on exit: first asked to, then made to."""
-
-    def __init__(self, server: Server, logs: Path) -> None:
-        logs.mkdir(parents=True, exist_ok=True)
-        with _log(server, logs).open("w") as log:
-            self.process = subprocess.Popen(
-                server.command,
-                env={**server.defaults, **os.environ, **server.settings},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                user=server.user,
-                start_new_session=True,  # Ctrl-C is for us; we end them in order
-            )
-
-    def __enter__(self) -> "subprocess.Popen[bytes]":
-        return self.process
-
-    def __exit__(self, *error: object) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_SECONDS)
-                return
-
-
-def _wait_for(server: Server, process: "subprocess.Popen[bytes]", logs: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise InputError(_ended(server, process, logs))
-        with suppress(OSError, urllib.error.URLError):
-            _call(server.health)
-            return
-        time.sleep(0.2)
-    raise InputError(
-        f"{server.name} did not answer at {server.health} within {START_SECONDS:.0f} s; "
-        f"see {_log(server, logs)}"
-    )
-
-
-def _call(address: str) -> None:
-    """Raises OSError when nothing answers."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme == "tcp":
-        socket.create_connection((parts.hostname, parts.port), timeout=5).close()
-    else:
-        urllib.request.urlopen(address, timeout=5).close()
-
-
-def _ended(server: Server, process: "subprocess.Popen[bytes]", logs: Path) -> str:
-    lines = _log(server, logs).read_text(errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "it said nothing"
-    return (
-        f"{server.name} ended with code {process.returncode} ({last}); see {_log(server, logs)}, "
-        "or choose another port"
-    )
-
-
-def _log(server: Server, logs: Path) -> Path:
-    return logs / f"{server.name.lower()}.log"
+    before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,8 @@
 """What a sweep found: rows, tables, pictures, pages.
 
 - `block_rows`: What a plan looks like: the base model's blocks in a row, and what became of each.
+- `dataset_uses`: The texts of a sweep as MLflow's datasets: where each is from, and the digest of
+  its content.
 - `files`: The files of a sweep's comparison, and all the comparisons in a home.
 - `findings`: What a sweep found, in words: the sentences that end a run, and that begin its page.
 - `frame`: Rows as a pandas frame: typed columns, what is asked for of them, and formats of files.

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import yaml
 
 from foldstack.compression.storage.digest import digest_json
+from foldstack.flows.comparison.dataset_uses import dataset_uses
 from foldstack.flows.comparison.files import summary
 from foldstack.flows.comparison.result import QUALITY, Comparison, Row
 from foldstack.flows.comparison.rows import row_of
 from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.method_entries import sparsity_text
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.flows.running.branches import Branch, CollectWindows, Layout
+from foldstack.flows.running.branches import Branch, Layout
+from foldstack.flows.running.provenance import provenance
 from foldstack.flows.running.stage_runs import StageRuns
 from foldstack.tasks.environment.redaction import redacted
 from foldstack.tasks.models import MODEL_FOLDER
@@ -25,7 +27,7 @@ from foldstack.tasks.rank_blocks import PLOT_FILE, TABLE_FILE
 from foldstack.tasks.recover_model import load_history
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import MANIFEST
-from foldstack.tasks.tracking.run_record import PREFIX, DatasetUse, RunRecord, Status
+from foldstack.tasks.tracking.run_record import PREFIX, ModelFiles, RunRecord, Status
 from foldstack.tasks.tracking.tracker import Tracker
 from foldstack.tasks.tracking.tracking_database import ARTIFACTS
 
@@ -65,6 +67,7 @@ class SweepLog:
         config = layout.config
         if config.tracking.enabled:
             home = config.output.home.expanduser().resolve()
+            self._links |= provenance()
             self._tracker = Tracker(
                 tracking_uri(config), experiment_of(config), home / "tracking", home / ARTIFACTS
             )
@@ -86,9 +89,11 @@ class SweepLog:
         if tracker is None:
             return {}, []
         records: dict[str, RunRecord] = {}
+        uploaded = _to_upload(self._layout.config, comparison)
         for branch, row in zip(self._layout.branches, comparison.rows, strict=True):
             status: Status = "FINISHED" if row.state == "done" else "FAILED"
-            records[row.label] = self._record(branch, row, runs, status)
+            upload = row.label in uploaded
+            records[row.label] = self._record(branch, row, runs, status, upload=upload)
             tracker.log(records[row.label])
         tracker.log(self._sweep_record(comparison, files))
         if self._layout.config.tracking.register_best and not _is_complete(tracker, records):
@@ -96,7 +101,7 @@ class SweepLog:
                 alias = f"best-at-{sparsity_text(sparsity).replace('.', '-')}"
                 name = registered_name(self._layout.config)
                 told = f"{row.label}: {comparison.best_rule}"
-                tracker.register_best(name, records[row.label], alias, told)
+                tracker.register_best(name, records[row.label], alias, told, _figures(row))
         tracker.finish()
         links = {"mlflow": redacted(tracker.uri), "mlflow experiment": tracker.experiment}
         links |= tracker.pages([record.fingerprint for record in records.values()])
@@ -107,7 +112,9 @@ class SweepLog:
         if self._tracker is not None:
             self._tracker.finish()
 
-    def _record(self, branch: Branch, row: Row, runs: StageRuns, status: Status) -> RunRecord:
+    def _record(
+        self, branch: Branch, row: Row, runs: StageRuns, status: Status, *, upload: bool = False
+    ) -> RunRecord:
         layout = self._layout
         config = variant_config(layout.resolved_config, row)
         tags = {"kind": "variant", "method": row.method, "base_model": layout.model.name}
@@ -119,13 +126,14 @@ class SweepLog:
             if (artifact := runs.artifact(stage)) is not None
         }
         texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False)}
-        maker = artifacts.get("recover") or artifacts.get("compress")
+        maker, model = artifacts.get("recover") or artifacts.get("compress"), None
         if maker is not None:
             reference = model_reference(maker)
             texts[MODEL_REFERENCE] = json.dumps(reference, indent=1)
             texts["environment.json"] = json.dumps(_environment(maker), indent=1)
             tags |= {"grade": str(row.structure.get("grade")), "model_uri": str(reference["uri"])}
             tags["model_digest"] = str(reference["digest"])
+            model = ModelFiles(maker.folder / MODEL_FOLDER, tags["model_digest"], upload)
         return RunRecord(
             name=row.label,
             fingerprint=branch.fingerprint,
@@ -133,10 +141,13 @@ class SweepLog:
             metrics=metrics(row),
             series=_curves(artifacts.get("recover")),
             tags={PREFIX + name: value for name, value in tags.items() if value},
-            datasets=_datasets(layout),
+            datasets=dataset_uses(layout),
             files=_files(layout, runs, artifacts),
             texts=texts,
+            model=model,
             status=status,
+            started=_started(artifacts.values()),
+            seconds=sum(artifact.manifest().seconds for artifact in artifacts.values()),
             sweep=layout.sweep,
             links=self._links,
         )
@@ -214,6 +225,39 @@ def model_reference(maker: Artifact) -> dict[str, Any]:
     return {"uri": folder.as_uri(), "digest": digest_json(files), "sha256": files}
 
 
+def _to_upload(config: RunConfig, comparison: Comparison) -> set[str]:
+    """Labels of the rows whose weights MLflow is to hold."""
+    match config.tracking.upload_models:
+        case "all":
+            return {row.label for row in comparison.rows if not row.is_dense}
+        case "best":
+            return {row.label for row in comparison.best().values()}
+        case _:
+            return set()
+
+
+def _figures(row: Row) -> dict[str, str]:
+    """What a person who chooses among a model's versions wants to know of each."""
+    figures = {
+        "sparsity": row.sparsity,
+        "method": row.method,
+        "grade": row.structure.get("grade"),
+        "parameters": row.structure.get("parameters"),
+        QUALITY: row.number(QUALITY),
+        "decode_speedup": row.number("decode_speedup", "speed"),
+    }
+    return {name: _text(value) for name, value in figures.items() if value is not None}
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _started(artifacts: Iterable[Artifact]) -> float | None:
+    begun = [each.manifest().created.timestamp() - each.manifest().seconds for each in artifacts]
+    return min(begun, default=None)
+
+
 def _environment(maker: Artifact) -> dict[str, Any]:
     manifest = maker.manifest()
     return {"versions": manifest.versions, "hardware": manifest.hardware}
@@ -227,28 +271,6 @@ def _curves(recovered: Artifact | None) -> dict[str, list[tuple[int, float]]]:
         f"recovery/{name}": [(int(row["step"]), row[name]) for row in history if name in row]
         for name in CURVES
     }
-
-
-def _datasets(layout: Layout) -> list[DatasetUse]:
-    collected = [layout.calibration, layout.recovery_windows]
-    uses = [_dataset(stage, stage.purpose) for stage in collected if stage is not None]
-    source = layout.config.evaluation.perplexity.source
-    digest = layout.branches[0].before.source_digest
-    name = _dataset_name(source.corpus, "evaluation")
-    return [*uses, DatasetUse(name, digest, source.corpus, "evaluation")]
-
-
-def _dataset(stage: CollectWindows, purpose: str) -> DatasetUse:
-    spec = stage.windows.model_dump(mode="json")
-    profile = {name: value for name, value in spec.items() if value is not None}
-    corpus = stage.source.corpus
-    name = _dataset_name(corpus, purpose)
-    return DatasetUse(name, stage.source_digest, corpus, purpose, profile)
-
-
-def _dataset_name(corpus: str, purpose: str) -> str:
-    """MLflow keeps one use of a dataset per run, and knows datasets by name and digest."""
-    return f"{Path(corpus).name} for {purpose}"
 
 
 def _files(layout: Layout, runs: StageRuns, artifacts: Mapping[str, Artifact]) -> dict[str, Path]:

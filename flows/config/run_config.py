@@ -137,6 +137,9 @@ class Tracking(_Section):
     """When empty, foldstack/<model>."""
     register_best: bool = True
     """Register the best variant at each sparsity as a version of foldstack-<model>."""
+    upload_models: Literal["best", "all", "none"] = "best"
+    """Whose weights MLflow holds, so that `mlflow.transformers.load_model` finds them: the best
+    variant's at each sparsity, every variant's, or nobody's (then it knows where they lie)."""
 
     @field_validator("uri")
     @classmethod

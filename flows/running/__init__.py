@@ -8,6 +8,7 @@
 - `measures`: The stages that measure a model, as a config says: quality, and speed.
 - `prefect_server`: A Prefect API server for the time of one command, for those who run none.
 - `progress`: What a person sees in the terminal while a sweep runs.
+- `provenance`: Who ran which code, by the tags that MLflow's own pages show.
 - `stage_runs`: The task runs of one sweep: submitted with what they wait for, and what became of
   each.
 """

@@ -74,6 +74,7 @@ def collect_garbage(
     *,
     keep_days: float = 30,
     keep: Collection[str] = (),
+    held: Collection[str] = (),
     max_bytes: int | None = None,
     dry_run: bool = False,
 ) -> list[Removal]:
@@ -87,13 +88,14 @@ def collect_garbage(
         keep_days: age, counted from the last use, from which something goes.
         keep: fingerprints, or their beginnings, of artifacts that stay, with what they were made
             from.
+        held: fingerprints of artifacts that stay, and they alone.
         max_bytes: size of all artifacts together from which more of them go, those first that were
             not used for longest; what was used in the last day stays.
         dry_run: only say what would go.
     """
     before = now() - timedelta(days=keep_days)
     removals = [
-        *_old_artifacts(store, before, keep, max_bytes),
+        *_old_artifacts(store, before, keep, held, max_bytes),
         *_orphaned_work(store, before),
         *_leftovers(store),
         *(_removal("damaged", path) for path in (store.root / "damaged").glob("*")),
@@ -101,16 +103,20 @@ def collect_garbage(
     done = removals if dry_run else [removal for removal in removals if _remove(store, removal)]
     rest = [*_useless_records(store, done, before), *_useless_leases(store, before)]
     done += rest if dry_run else [removal for removal in rest if _remove(store, removal)]
-    return done + (_clean_object_storage(store, before, keep, dry_run) if store.url else [])
+    return done + (_clean_object_storage(store, before, keep, held, dry_run) if store.url else [])
 
 
 def _clean_object_storage(
-    store: ArtifactStore, before: datetime, keep: Collection[str], dry_run: bool
+    store: ArtifactStore,
+    before: datetime,
+    keep: Collection[str],
+    held: Collection[str],
+    dry_run: bool,
 ) -> list[Removal]:
     """Old artifacts there, and files that nobody's manifest speaks of."""
     storage, removals = object_storage(store.url), []
     rows = list_object_storage(store)
-    kept = _with_inputs(rows, keep)
+    kept = _with_inputs(rows, keep) | set(held)
     for row in rows:
         stage, fingerprint = row.artifact.stage, row.artifact.fingerprint
         if row.last_used < before and fingerprint not in kept:
@@ -127,11 +133,15 @@ def _clean_object_storage(
 
 
 def _old_artifacts(
-    store: ArtifactStore, before: datetime, keep: Collection[str], max_bytes: int | None
+    store: ArtifactStore,
+    before: datetime,
+    keep: Collection[str],
+    held: Collection[str],
+    max_bytes: int | None,
 ) -> Iterator[Removal]:
     """Those that are too old, then the oldest of the rest until it is small enough."""
     rows = list_artifacts(store)
-    kept = _with_inputs(rows, keep)
+    kept = _with_inputs(rows, keep) | set(held)
     size = sum(row.size_bytes for row in rows)
     recently = now() - timedelta(days=IN_USE_DAYS)
     for row in reversed(rows):

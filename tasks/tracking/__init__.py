@@ -1,5 +1,7 @@
 """What MLflow is told: here and nowhere else is it imported.
 
+- `logged_models`: Models as MLflow holds them: with their weights where that was asked for, else
+  with their place.
 - `mlflow_pages`: Addresses of MLflow's pages, and the columns in which its experiment page shows
   variants.
 - `quality_gate`: Whether a new result may take the place of the last accepted one, in MLflow's

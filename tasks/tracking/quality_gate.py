@@ -112,7 +112,8 @@ def apply_gate(
         verdict = judge(sparsity, run, _run_behind(client, model, alias), gate)
         client.set_tag(run.info.run_id, f"{PREFIX}gate", str(verdict))
         if verdict.outcome == "accepted":
-            version = version_of(client, model, run.info.run_id, str(verdict))
+            figures = {"sparsity": sparsity, "bits_per_byte": f"{verdict.bits_per_byte:.4f}"}
+            version = version_of(client, model, run.info.run_id, str(verdict), figures)
             client.set_registered_model_alias(model, alias, version.version)
         verdicts.append(verdict)
     return verdicts

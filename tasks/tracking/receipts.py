@@ -11,7 +11,7 @@ import sqlite3
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Receipts:
             return None
         if record.sweep and record.sweep not in entry["sweeps"]:
             return None
+        if record.uploads and not entry.get("uploaded"):
+            return None
         self._forget_lost_runs()
         return str(entry["run_id"]) if record.fingerprint in self._entries else None
 
@@ -49,12 +51,15 @@ class Receipts:
         return next((str(e["experiment_id"]) for e in self._entries.values()), None)
 
     def add(self, record: RunRecord, run_id: str, experiment_id: str) -> None:
-        known = self._entries.get(record.fingerprint, {}).get("sweeps", [])
+        before = self._entries.get(record.fingerprint, {})
+        known = before.get("sweeps", [])
         self._entries[record.fingerprint] = {
+            "uri": redacted(self.uri),
             "run_id": run_id,
             "experiment_id": experiment_id,
             "digest": record.digest,
             "sweeps": sorted({*known, record.sweep} - {""}),
+            "uploaded": record.uploads or before.get("uploaded", False),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".{os.getpid()}.tmp")
@@ -69,6 +74,15 @@ class Receipts:
         ids = {entry["run_id"] for entry in self._entries.values()}
         there = runs_still_there(self.uri, ids)
         self._entries = {k: v for k, v in self._entries.items() if v["run_id"] in there}
+
+
+def servers_in(folder: Path) -> set[str]:
+    """Addresses of the tracking servers that hold something of what was logged from a home."""
+    found = set()
+    for file in folder.glob("*.json"):
+        with suppress(OSError, ValueError, AttributeError):
+            found |= {entry.get("uri", "") for entry in json.loads(file.read_text()).values()}
+    return found - {""}
 
 
 def runs_still_there(uri: str, run_ids: set[str]) -> set[str]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 PREFIX = "foldstack."
 """What the names of our tags begin with."""
@@ -22,6 +22,21 @@ class DatasetUse:
     source: str
     context: str
     profile: Mapping[str, int | float | str] = field(default_factory=dict)
+    source_type: str = "local"
+    """One of MLflow's: local (then `source` is a path), hugging_face, code."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What MLflow's class of that type is made from; empty for a path."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that a run ended with."""
+
+    folder: Path
+    """Its Hugging Face directory."""
+    digest: str
+    upload: bool = False
+    """Whether MLflow is to hold the weights, and not only where they are."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +56,24 @@ class RunRecord:
     texts: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, Sequence[object]]] = field(default_factory=dict)
     """Columns of values, by the table's path inside the run: MLflow shows and compares them."""
+    model: ModelFiles | None = None
     status: Status = "FINISHED"
+    started: float | None = None
+    """When the first of its stages began, in seconds since 1970."""
+    seconds: float | None = None
+    """What all of its stages took; None: until now."""
     sweep: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
-    """Tags that change from run to run (addresses): written, but no reason to write again."""
+    """Tags that change from run to run (addresses, who ran it): no reason to write again."""
+
+    @property
+    def uploads(self) -> bool:
+        """True when MLflow is to hold the model's weights."""
+        return self.model is not None and self.model.upload
 
     @property
     def digest(self) -> str:
         """Changes when there is something new to log."""
         content = asdict(self) | {"links": {}, "sweep": "", "files": sorted(self.files)}
+        content["model"] = self.model.digest if self.model else ""  # wherever it lies by now
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

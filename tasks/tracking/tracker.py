@@ -16,14 +16,15 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from foldstack.tasks.environment.redaction import redacted
-from foldstack.tasks.tracking import mlflow_pages
+from foldstack.tasks.tracking import logged_models, mlflow_pages
+from foldstack.tasks.tracking.logged_models import FINGERPRINT_TAG
 from foldstack.tasks.tracking.receipts import Receipts
 from foldstack.tasks.tracking.registry import name_best
 from foldstack.tasks.tracking.run_record import PREFIX, DatasetUse, RunRecord
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FINGERPRINT_TAG = PREFIX + "fingerprint"
 # MLflow's own limits; it cuts a longer value silently, so that we cut it visibly.
 ITEMS_PER_BATCH = 100
 METRICS_PER_BATCH = 1000
@@ -45,6 +45,8 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 REACHABLE_SECONDS = 3.0
+SLOWEST_BYTES_PER_SECOND = 1 << 20
+"""At which a file of weights is still waited for."""
 
 
 class Tracker:
@@ -63,6 +65,7 @@ class Tracker:
         self._queue: queue.SimpleQueue[RunRecord | _Best | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._num_steps = 0  # that the thread has done, for whoever waits for it
+        self._more_patience = 0.0  # for the file that is sent just now
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = self._receipts.experiment_id
 
@@ -74,9 +77,16 @@ class Tracker:
             return
         self._enqueue(record)
 
-    def register_best(self, model: str, record: RunRecord, alias: str, description: str) -> None:
-        """Have the run of `record` named the best version of the registered `model`."""
-        self._enqueue(_Best(model, record.fingerprint, alias, description))
+    def register_best(
+        self,
+        model: str,
+        record: RunRecord,
+        alias: str,
+        description: str,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Have the model of `record` named the best version of the registered `model`."""
+        self._enqueue(_Best(model, record.fingerprint, alias, description, dict(tags or {})))
 
     @property
     def is_busy(self) -> bool:
@@ -89,10 +99,10 @@ class Tracker:
             return
         self._queue.put(None)
         while self._thread.is_alive():
-            before = self._num_steps
-            self._thread.join(patience_seconds)
+            before, patience = self._num_steps, patience_seconds + self._more_patience
+            self._thread.join(patience)
             if self._thread.is_alive() and self._num_steps == before:
-                self._warn(f"MLflow at {self.uri} did not answer within {patience_seconds:.0f} s")
+                self._warn(f"MLflow at {self.uri} did not answer within {patience:.0f} s")
                 break
         self._thread = None
 
@@ -117,7 +127,7 @@ class Tracker:
             if self.warnings:
                 continue
             try:
-                with _impatient_mlflow():
+                with impatient_mlflow():
                     self._write(item)
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -148,12 +158,18 @@ class Tracker:
                     item.alias,
                     self.run_ids[item.fingerprint],
                     item.description,
+                    item.tags,
                 )
             return
-        run_id = bring_up_to(self._client, self._experiment_id, item)
+        run_id = bring_up_to(self._client, self._experiment_id, item, self._about_to_send)
+        self._more_patience = 0.0
         self.run_ids[item.fingerprint] = run_id
         if item.status != "RUNNING":
             self._receipts.add(item, run_id, self._experiment_id)
+
+    def _about_to_send(self, size_bytes: int) -> None:
+        self._more_patience = size_bytes / SLOWEST_BYTES_PER_SECOND
+        self._num_steps += 1
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,7 @@ class _Best:
     fingerprint: str
     alias: str
     description: str
+    tags: Mapping[str, str]
 
 
 def check_reachable(uri: str) -> None:
@@ -175,7 +192,7 @@ def check_reachable(uri: str) -> None:
 
 
 @contextmanager
-def _impatient_mlflow() -> Iterator[None]:
+def impatient_mlflow() -> Iterator[None]:
     """MLflow retries for minutes by default; what the user set stays."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -214,14 +231,26 @@ def open_experiment(
     return client, found.experiment_id
 
 
-def bring_up_to(client: "MlflowClient", experiment_id: str, record: RunRecord) -> str:
-    """Find or make the run of `record` and add what it lacks; return its id."""
+def bring_up_to(
+    client: "MlflowClient",
+    experiment_id: str,
+    record: RunRecord,
+    about_to_send: Callable[[int], None] = lambda _: None,
+) -> str:
+    """Find or make the run of `record` and add what it lacks; return its id.
+
+    `about_to_send` is told the size in bytes of each file of weights before it is sent.
+    """
     run = find_run(client, experiment_id, record.fingerprint)
     if run is None:
         tags = {FINGERPRINT_TAG: record.fingerprint}
-        run = client.create_run(experiment_id, tags=tags, run_name=record.name)
+        started = None if record.started is None else int(record.started * 1000)
+        run = client.create_run(experiment_id, started, tags, record.name)
     run_id = str(run.info.run_id)
-    _add_values(client, run, record)
+    model_id = None
+    if record.model is not None:
+        model_id = logged_models.log_model(client, experiment_id, run_id, record, about_to_send)
+    _add_values(client, run, record, model_id)
     if record.datasets and not (run.inputs and run.inputs.dataset_inputs):
         _add_datasets(client, run_id, record.datasets)
     for place, path in record.files.items():
@@ -235,7 +264,10 @@ def bring_up_to(client: "MlflowClient", experiment_id: str, record: RunRecord) -
     for place, columns in record.tables.items():
         _log_table(client, run_id, columns, place)
     if record.status != "RUNNING":
-        client.set_terminated(run_id, record.status)
+        ended = None
+        if record.seconds is not None:  # what it took to compute, not to log
+            ended = run.info.start_time + int(record.seconds * 1000)
+        client.set_terminated(run_id, record.status, ended)
     return run_id
 
 
@@ -262,7 +294,9 @@ def find_run(client: "MlflowClient", experiment_id: str, fingerprint: str) -> "R
     return found[0] if found else None
 
 
-def _add_values(client: "MlflowClient", run: "Run", record: RunRecord) -> None:
+def _add_values(
+    client: "MlflowClient", run: "Run", record: RunRecord, model_id: str | None
+) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     run_id, now = run.info.run_id, int(time.time() * 1000)
@@ -274,7 +308,7 @@ def _add_values(client: "MlflowClient", run: "Run", record: RunRecord) -> None:
     curves = {key: points for key, points in record.series.items() if points}
     curves |= {key: [(0, value)] for key, value in record.metrics.items()}
     metrics = [
-        Metric(_name(key), float(value), now, step)
+        Metric(_name(key), float(value), now, step, model_id=model_id)
         for key, points in curves.items()
         if _name(key) not in run.data.metrics
         for step, value in points
@@ -303,8 +337,8 @@ def _add_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[Datase
                 Dataset(
                     name=use.name,
                     digest=use.digest[:DIGEST_CHARACTERS],
-                    source_type="local",
-                    source=json.dumps({"uri": use.source}),
+                    source_type=use.source_type,
+                    source=json.dumps(dict(use.origin) or {"uri": use.source}),
                     profile=json.dumps(dict(use.profile)),
                 ),
                 [InputTag(MLFLOW_DATASET_CONTEXT, use.context)],

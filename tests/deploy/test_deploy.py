@@ -43,8 +43,8 @@ def script(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def local_stack() -> ModuleType:
-    return script("local_stack")
+def stack() -> ModuleType:
+    return script("stack")
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +94,26 @@ def test_nightly_runs_on_a_schedule_and_never_twice_at_once() -> None:
 
 
 def test_missing_postgres_is_said_in_a_sentence(
-    local_stack: ModuleType, monkeypatch: pytest.MonkeyPatch
+    stack: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="apt-get install postgresql"):
-        local_stack.binary("no-such-program-of-postgres")
+        stack.binary("no-such-program-of-postgres")
 
 
-def test_secrets_are_made_once_and_for_their_owner_only(
-    local_stack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_secrets_are_for_their_owner_and_ports_stay(
+    stack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_stack, "binary", lambda name: name)
-    first, second = (local_stack.stack_in(tmp_path / "home") for _ in range(2))
+    monkeypatch.setattr(stack, "binary", lambda name: name)
+    first, second = (stack.stack_in(tmp_path / "home") for _ in range(2))
     assert (tmp_path / "home" / "secrets.json").stat().st_mode & 0o077 == 0
     assert first.secrets == second.secrets
     assert len(set(first.secrets.values())) == 4
-    servers = [*local_stack.web_servers(first), local_stack.postgres(first)]
-    for server in [*servers, local_stack.worker(first)]:
+    assert first.ports == second.ports
+    moved = stack.stack_in(tmp_path / "home", {"prefect": 4299, "mlflow": None})
+    assert moved.ports == first.ports | {"prefect": 4299}
+    assert stack.stack_in(tmp_path / "home").ports == moved.ports
+    servers = [*stack.web_servers(first), stack.postgres(first)]
+    for server in [*servers, stack.worker(first)]:
         assert not any(word in " ".join(server.command) for word in first.secrets.values())
 
 
@@ -228,4 +232,4 @@ def test_alerts_without_an_address_are_a_sentence(
 ) -> None:
     monkeypatch.delenv("FOLDSTACK_ALERT_URL", raising=False)
     with pytest.raises(SystemExit, match="FOLDSTACK_ALERT_URL must hold the address"):
-        alerts.main()
+        alerts.main([])

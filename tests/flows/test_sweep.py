@@ -3,6 +3,7 @@
 import errno
 import html
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,23 @@ def test_best_variant_is_registered(first: Comparison) -> None:
     version = client.get_model_version_by_alias("foldstack-tiny-llama", "best-at-0-15")
     run = client.get_run(version.run_id or "")
     assert run.info.run_name == first.best()[0.15].label
+    assert version.tags["bits_per_byte"] == f"{first.best()[0.15].number('bits_per_byte'):.4g}"
+
+
+def test_every_variant_has_a_model_and_mlflow_holds_the_best(first: Comparison) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=first.links["mlflow"])
+    experiment = client.get_experiment_by_name("foldstack/tiny-llama")
+    assert experiment is not None
+    models = {each.name: each for each in client.search_logged_models([experiment.experiment_id])}
+    assert set(models) == {"shortgpt-0-15", "svd_llm-0-15"}
+    uploaded = {name for name, each in models.items() if "foldstack.uploaded" in each.tags}
+    assert uploaded == {re.sub(r"[ .]", "-", first.best()[0.15].label)}
+    run = client.get_run(models["svd_llm-0-15"].source_run_id)
+    assert {"mlflow.user", "mlflow.source.name"} <= set(run.data.tags)
+    seconds = sum(first.rows[2].seconds.values())
+    assert run.info.end_time - run.info.start_time == pytest.approx(1000 * seconds, abs=5)
 
 
 def test_prefect_shows_ranking_and_comparison(first: Comparison) -> None:

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from foldstack.tasks.tracking.quality_gate import Gate, Verdict, apply_gate, refused
-from foldstack.tasks.tracking.run_record import DatasetUse, RunRecord
+from foldstack.tasks.tracking.run_record import DatasetUse, ModelFiles, RunRecord
 from foldstack.tasks.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.foreign_warnings
@@ -33,6 +33,7 @@ class Nights:
             params={"evaluation.perplexity.protocol.window_tokens": window, "method.name": "x"},
             metrics={"quality/bits_per_byte": bits},
             tags={"foldstack.base_fingerprint": dense},
+            model=ModelFiles(self._folder / "model", fingerprint),
             datasets=[DatasetUse("lines for evaluation", text, "lines.txt", "evaluation")],
         )
         tracker = Tracker(self.uri, EXPERIMENT, self._folder / "receipts", self._folder / "files")
@@ -47,14 +48,6 @@ class Nights:
         client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         version = client.get_model_version_by_alias(MODEL, f"accepted-at-{at}")
         return float(client.get_run(str(version.run_id)).data.metrics["quality/bits_per_byte"])
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A store whose tables exist: making them takes MLflow seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path.read_bytes()
 
 
 @pytest.fixture

@@ -9,28 +9,15 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.data.dataset_source_registry import get_dataset_source_from_json
+from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
 from mlflow.entities import Run
 
-from foldstack.tasks.tracking.run_record import DatasetUse, RunRecord
+from foldstack.tasks.tracking.run_record import DatasetUse, ModelFiles, RunRecord
 from foldstack.tasks.tracking.tracker import Tracker
 from foldstack.tasks.tracking.tracking_database import follow_home
 
 pytestmark = pytest.mark.foreign_warnings
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose tables exist: making them takes MLflow seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def uri(database: Path, tmp_path: Path) -> str:
-    copy = tmp_path / "mlflow.db"
-    copy.write_bytes(database.read_bytes())
-    return f"sqlite:///{copy}"
 
 
 @pytest.fixture
@@ -47,6 +34,7 @@ def record(tmp_path: Path) -> RunRecord:
         datasets=[DatasetUse("stories", "f" * 64, "stories.txt", "calibration")],
         files={"compress/plan.json": plan},
         texts={"environment.txt": "torch"},
+        model=ModelFiles(tmp_path / "store" / "model", "digest of the weights"),
         sweep="s1",
     )
 
@@ -295,3 +283,24 @@ class TestAHomeThatMoved:
         log(tracker_at(uri, second), record)
         follow_home(uri, first)
         assert runs(uri)[0].info.artifact_uri.startswith((second / "mlartifacts").as_uri())
+
+
+def test_a_run_lasts_as_long_as_its_stages(uri: str, tmp_path: Path, record: RunRecord) -> None:
+    log(tracker_at(uri, tmp_path), replace(record, started=1.7e9, seconds=42.0))
+    (run,) = runs(uri)
+    assert run.info.start_time == 1_700_000_000_000
+    assert run.info.end_time - run.info.start_time == 42_000
+
+
+def test_a_dataset_of_the_hub_is_one_for_mlflow_too(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    origin = {"path": "wikitext", "config_name": "wikitext-2-raw-v1", "split": "test"}
+    origin |= {"data_dir": None, "data_files": None, "revision": "abc"}
+    use = DatasetUse("text", "f" * 64, "wikitext", "evaluation", {}, "hugging_face", origin)
+    log(tracker_at(uri, tmp_path), replace(record, datasets=[use]))
+    (run,) = runs(uri)
+    (found,) = run.inputs.dataset_inputs
+    source = get_dataset_source_from_json(found.dataset.source, found.dataset.source_type)
+    assert isinstance(source, HuggingFaceDatasetSource)
+    assert (source.path, source.revision) == ("wikitext", "abc")
