@@ -1,8 +1,11 @@
 """Fixed-length token windows, drawn from documents."""
 
 import json
+import logging
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.text.text_tokens import bos_token
+from foldstack.compression.text.text_tokens import PIECE, bos_token, token_pieces
+
+logger = logging.getLogger(__name__)
 
 TOKENS_FILE = "windows.safetensors"
 RECORD_FILE = "windows.json"
@@ -36,6 +41,14 @@ class WindowSpec(BaseModel):
     """Decides which windows are drawn."""
     bos: Literal["none", "document", "window"] = "document"
     """Where a BOS token stands: nowhere, before each document, or at the start of each window."""
+
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "WindowSpec":
+        """The same where there is a BOS token, and without one for a tokenizer that has none: it
+        was trained on texts that begin without."""
+        if self.bos == "none" or tokenizer.bos_token_id is not None:
+            return self
+        logger.info("this tokenizer has no BOS token: bos is none and not %s", self.bos)
+        return self.model_copy(update={"bos": "none"})
 
 
 @dataclass(frozen=True)
@@ -92,12 +105,12 @@ def token_windows(
 
     The stream is cut into windows from its start on; what remains at its end is not used. Windows
     are drawn without replacement and kept in the order drawn, so that a smaller `num_windows`
-    gives the first of them.
+    gives the first of them. There is no BOS token where the tokenizer has none.
 
     Raises:
-        InputError: fewer windows fit into the text than are asked for, or a BOS token is asked of
-            a tokenizer that has none.
+        InputError: fewer windows fit into the text than are asked for.
     """
+    spec = spec.for_tokenizer(tokenizer)
     stream, starts = _pack(tokenizer, documents, bos=spec.bos == "document")
     width = spec.window_tokens - (spec.bos == "window")
     available = len(stream) // width
@@ -173,14 +186,30 @@ def _pack(
     lead = [bos_token(tokenizer)] if bos else []
     stream = array("i")
     starts: list[int] = []
-    # Some documents at a time: Python's integers take nine times what the stream does.
+    for ids in _encoded(tokenizer, documents):
+        if ids:
+            starts.append(len(stream))
+            stream.extend(lead)
+            stream.extend(ids)
+    return torch.tensor(memoryview(stream), dtype=torch.int32), starts
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Iterator[Sequence[int]]:
+    """The tokens of each document: of some at a time, and of a long one part after part, since
+    Python's integers take nine times what the stream does, and a tokenizer far more.
+    """
     for first in range(0, len(documents), DOCUMENTS_AT_ONCE):
         some = documents[first : first + DOCUMENTS_AT_ONCE]
-        encoded = tokenizer(
-            some, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        for ids in encoded:
-            if ids:
-                starts.append(len(stream))
-                stream.extend(lead + ids)
-    return torch.tensor(memoryview(stream), dtype=torch.int32), starts
+        short = [text for text in some if len(text) <= PIECE]
+        encoded = iter(
+            tokenizer(short, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+            if short
+            else []
+        )
+        for text in some:
+            if len(text) <= PIECE:
+                yield next(encoded)
+            else:
+                yield array("i", chain.from_iterable(p for p, _ in token_pieces(tokenizer, text)))

@@ -1,19 +1,25 @@
 """Text from where the user says: the standard library, a local file, or a dataset of the hub."""
 
 import hashlib
-import json
+import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from foldstack.compression.errors import InputError
+from foldstack.compression.errors import InputError, told
 from foldstack.compression.reference.stdlib_corpus import SPLITS, stdlib_split
+from foldstack.compression.text.text_files import FORMS, is_text_file, mended, read_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 PYTHON_STDLIB = "python-stdlib"
+DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+"""What the hub calls a dataset: the name of a folder may look alike."""
 SELF = "self"
 
 
@@ -23,17 +29,17 @@ class TextSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     corpus: str = PYTHON_STDLIB
-    """"python-stdlib" (comes with Python), a .txt or .jsonl file, the name of a dataset, or "self":
-    what the dense model of the run writes itself."""
+    """"python-stdlib" (comes with Python), a file with text, records or a table, the folder or the
+    name of a dataset, or "self": what the dense model of the run writes itself."""
     subset: str | None = None
     """Configuration of a dataset, such as "wikitext-2-raw-v1"; only for datasets."""
     split: str = "train"
     """Split of the standard library or of a dataset; a local file is whole under any name, and of
     "self" each split is drawn by itself."""
     text_field: str = "text"
-    """The field with the text, of a .jsonl file or a dataset."""
+    """The field with the text, of records, a table or a dataset."""
     separator: str | None = None
-    """What stands between two documents of a .txt file; without it the file is one document."""
+    """What stands between two documents of a plain text; without it the file is one document."""
     revision: str | None = None
     """Branch, tag or commit of a dataset on the hub; give a commit to pin its content."""
     temperature: float = Field(default=1.0, gt=0)
@@ -50,31 +56,42 @@ def documents(source: TextSource) -> list[str]:
     if source.corpus == SELF:
         raise InputError(
             f"corpus {SELF!r} is what the dense model of a run writes, and here is none: give "
-            f"{PYTHON_STDLIB!r}, a .txt or .jsonl file, or the name of a dataset"
+            f"{PYTHON_STDLIB!r}, a file with text, or the name of a dataset"
         )
-    if source.corpus == PYTHON_STDLIB:
-        texts = list(_stdlib_modules(source.split).values())
-    elif source.corpus.endswith((".txt", ".jsonl")):
-        texts = _read_file(Path(source.corpus), source)
-    else:
-        texts = _read_dataset(source)
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise InputError(f"a corpus must hold text, but {_described(source)} is blank")
-    return texts
+    return _read(source)[0]
 
 
 def source_digest(source: TextSource) -> str:
     """Give the SHA-256 of the documents: equal exactly where the text is equal.
 
+    What is to be known of how they were read goes into the log, once for each call.
+
     Raises:
         InputError: as for `documents`.
     """
     content = hashlib.sha256()
-    for text in documents(source):
-        data = text.encode("utf-8", "surrogatepass")
+    texts, notes = _read(source)
+    for note in notes:
+        logger.warning("%s", note)
+    for text in texts:
+        data = text.encode()
         content.update(len(data).to_bytes(8, "big") + data)
     return content.hexdigest()
+
+
+def _read(source: TextSource) -> tuple[list[str], list[str]]:
+    """The texts, and what a person should know of them."""
+    path = Path(source.corpus).expanduser()
+    if source.corpus == PYTHON_STDLIB:
+        texts, notes = list(_stdlib_modules(source.split).values()), list[str]()
+    elif path.is_file() or is_text_file(source.corpus):
+        texts, notes = read_texts(path, source.text_field, source.separator)
+    else:
+        texts, notes = _read_dataset(source)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise InputError(f"a corpus must hold text, but {_described(source)} is blank")
+    return texts, notes
 
 
 def stdlib_dataset(split: str) -> "Dataset":
@@ -95,65 +112,38 @@ def _stdlib_modules(split: str) -> dict[str, str]:
     try:
         return stdlib_split(split)
     except FileNotFoundError as error:
-        raise InputError(f"{error}: give a local .txt or .jsonl file as corpus") from error
+        raise InputError(f"{error}: give a local file as corpus") from error
 
 
-def _read_file(path: Path, source: TextSource) -> list[str]:
-    if not path.is_file():
-        raise InputError(f"a corpus file must exist, but there is no file {path.absolute()}")
-    try:
-        # newline="": the text as it is, so that its digest is that of the same bytes everywhere.
-        with path.open(encoding="utf-8", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"a corpus file must be readable as UTF-8, but {path}: {error}") from error
-    if path.suffix == ".jsonl":
-        return [
-            _field_of_line(line, f"line {number} of {path}", source.text_field)
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-    return text.split(source.separator) if source.separator else [text]
-
-
-def _field_of_line(line: str, place: str, field: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place} must be a JSON object, but {error}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{place} must be a JSON object, got {type(record).__name__}")
-    if field not in record:
-        raise InputError(
-            f"{place} has no field {field!r}: set text_field to one of {', '.join(record)}"
-        )
-    if not isinstance(record[field], str):
-        found = type(record[field]).__name__
-        raise InputError(f"field {field!r} must be text, but in {place} it is {found}")
-    return record[field]
-
-
-def _read_dataset(source: TextSource) -> list[str]:
+def _read_dataset(source: TextSource) -> tuple[list[str], list[str]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    folder, notes = Path(source.corpus).expanduser(), list[str]()
+    if folder.is_dir() and DATASET_NAME.fullmatch(source.corpus):
+        notes.append(
+            f"corpus {source.corpus} is the folder {folder.resolve()} and not the dataset of that "
+            f"name on the hub; ./{source.corpus} says so"
+        )
     try:
         dataset = load_dataset(
-            source.corpus, source.subset, split=source.split, revision=source.revision
+            str(folder) if folder.is_dir() else source.corpus,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
         )
     except DatasetNotFoundError as error:
         raise InputError(
-            f"no corpus {source.corpus!r}: give {PYTHON_STDLIB!r}, a .txt or .jsonl file, or the "
-            "name of a dataset that the hub shows you"
+            f"no corpus {source.corpus!r}: give {PYTHON_STDLIB!r}, a file ({FORMS}), or the name "
+            "of a dataset that the hub shows you"
         ) from error
     except ConnectionError as error:
         raise InputError(
             f"{source.corpus!r} is no local file, and the hub cannot be reached or is switched "
-            "off: connect, or give a local .txt or .jsonl file"
+            f"off: connect, or give a local file ({FORMS})"
         ) from error
-    except (ValueError, OSError, RuntimeError) as error:  # an unknown split or subset among them
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"dataset {source.corpus!r} cannot be loaded: {what}") from error
+    except Exception as error:  # an unknown split or subset, and whatever a damaged file brings
+        raise InputError(f"dataset {source.corpus!r} cannot be loaded: {told(error)}") from error
     if source.text_field not in dataset.column_names:
         raise InputError(
             f"{source.corpus} has no field {source.text_field!r}: "
@@ -165,7 +155,7 @@ def _read_dataset(source: TextSource) -> list[str]:
         raise InputError(
             f"field {source.text_field!r} must be text, in {source.corpus} it is {found}"
         )
-    return texts
+    return mended(texts, source.corpus, notes)
 
 
 def _described(source: TextSource) -> str:

@@ -48,11 +48,9 @@ def write_windows(
         temperature: what the logits are divided by.
         batch_size: windows side by side; only their time depends on it.
         progress: told of tokens written.
-
-    Raises:
-        InputError: a BOS token is asked of a tokenizer that has none.
     """
     chances = chances_of(spec, split)
+    spec = spec.for_tokenizer(tokenizer)
     bos = None if spec.bos == "none" else bos_token(tokenizer)
     first = _first_tokens(tokenizer, chances[:, 0], bos)
     writer = _Writer(

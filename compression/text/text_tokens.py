@@ -1,6 +1,7 @@
 """Documents as one stream of tokens that knows how many bytes of text each token stands for."""
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,10 @@ from foldstack.compression.errors import InputError
 Bos = Literal["none", "stream", "document", "window"]
 
 PREFIX = "▁"
+PIECE, OVERLAP = 1 << 17, 1 << 13
+"""Characters that are encoded at once of a long text, and more that the next ones are too."""
+AGREEING = 16
+"""Tokens on both sides of a seam that are the same."""
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -55,13 +60,16 @@ def encode_stream(
     """
     start = [bos_token(tokenizer)] if bos in ("stream", "document") else []
     per_document = start if bos == "document" else []
-    tokens, num_bytes = list(start) if bos == "stream" else [], [0] * (bos == "stream")
+    tokens, num_bytes = array("q", start if bos == "stream" else []), array("q")
+    num_bytes.extend([0] * len(tokens))
     for text in [joiner.join(documents)] if joiner else documents:
-        ids, sizes = _encode(tokenizer, text)
-        if not ids:
-            continue
-        tokens += per_document + ids
-        num_bytes += [0] * len(per_document) + sizes
+        lead = per_document
+        for ids, sizes in token_pieces(tokenizer, text):
+            tokens.extend(lead + ids)
+            num_bytes.extend([0] * len(lead) + sizes)
+            lead = []
+            if 0 < max_tokens <= len(tokens):
+                break
         if 0 < max_tokens <= len(tokens):
             break
     stop = max_tokens or len(tokens)
@@ -82,19 +90,107 @@ def bos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.bos_token_id)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    encoded = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=tokenizer.is_fast,
-        verbose=False,  # a text longer than the context is what windows are for
-    )
-    ids: list[int] = encoded["input_ids"]
-    if not ids or not tokenizer.is_fast:
-        return ids, [0] * len(ids)
-    names = tokenizer.convert_ids_to_tokens(ids)
-    return ids, bytes_per_token(text, encoded["offset_mapping"], names).tolist()
+def token_pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Tokens of a text and the bytes that each stands for, part after part, none of them empty.
+
+    They are those of the whole text: a part is encoded with what follows it, and ends where that
+    and the next part, which begins before, agree on the tokens around. A tokenizer takes hundreds
+    of bytes of memory for every byte that it encodes at once.
+    """
+    size = PIECE if tokenizer.is_fast else len(text)
+    first, begun = 0, 0  # characters: where the piece in hand begins, and what it is to give first
+    piece = _Piece.of(tokenizer, text, first, first + size + OVERLAP)
+    while True:
+        seam, following = len(text), None
+        if piece.stop < len(text):
+            following = _Piece.of(tokenizer, text, piece.stop - OVERLAP, piece.stop + size)
+            found = _seam(piece, following)
+            if found is None:  # one long thing without an inside: with more of it there may be one
+                size *= 2
+                piece = _Piece.of(tokenizer, text, piece.first, piece.stop + size)
+                continue
+            seam = found
+        if part := piece.between(begun, seam):
+            yield part
+        if following is None:
+            return
+        piece, begun, size = following, seam, PIECE
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a text, encoded by itself; places are characters of the whole text."""
+
+    text: str
+    first: int
+    stop: int
+    tokens: list[int]
+    names: list[str]
+    starts: Int[ndarray, " tokens"]
+    ends: Int[ndarray, " tokens"]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str, first: int, stop: int) -> "_Piece":
+        stop = min(stop, len(text))
+        encoded = tokenizer(
+            text[first:stop],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=tokenizer.is_fast,
+            verbose=False,  # a text longer than the context is what windows are for
+        )
+        tokens: list[int] = encoded["input_ids"]
+        if not tokenizer.is_fast:
+            return cls(text, first, stop, tokens, [], np.empty(0, int), np.empty(0, int))
+        places = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2) + first
+        names = list(tokenizer.convert_ids_to_tokens(tokens))
+        ends = np.maximum.accumulate(places[:, 1])
+        return cls(text, first, stop, tokens, names, places[:, 0], ends)
+
+    def between(self, begun: int, seam: int) -> tuple[list[int], list[int]] | None:
+        """The tokens between two places, and their bytes; None where there is none."""
+        if not self.names:
+            return (self.tokens, [0] * len(self.tokens)) if self.tokens else None
+        inside = slice(
+            0 if begun == 0 else int(np.searchsorted(self.ends, begun, side="right")),
+            len(self.ends) if seam == len(self.text)
+            else int(np.searchsorted(self.ends, seam, side="right")),
+        )  # fmt: skip
+        tokens = self.tokens[inside]
+        if not tokens:
+            return None
+        starts, ends = self.starts[inside] - begun, self.ends[inside] - begun
+        places = list(zip(starts.tolist(), ends.tolist(), strict=True))
+        sizes = bytes_per_token(self.text[begun:seam], places, self.names[inside])
+        return tokens, sizes.tolist()
+
+    def boundaries(self, after: int, before: int) -> dict[int, int]:
+        """Places where a token ends and none goes on, with that token's number."""
+        whole = np.flatnonzero((self.starts[1:] >= self.ends[:-1]) & (np.diff(self.ends) > 0))
+        ends = self.ends[whole]
+        chosen = (ends > after) & (ends < before)
+        return dict(zip(ends[chosen].tolist(), whole[chosen].tolist(), strict=True))
+
+    def around(self, token: int) -> tuple[list[int], list[int]] | None:
+        """The tokens on both sides of one's end, and where they end; None near the piece's own."""
+        if token + 1 < AGREEING or token + 1 + AGREEING > len(self.tokens):
+            return None
+        near = slice(token + 1 - AGREEING, token + 1 + AGREEING)
+        return self.tokens[near], self.ends[near].tolist()
+
+
+def _seam(piece: _Piece, following: _Piece) -> int | None:
+    """A place in what both encoded at which they agree, as near to its middle as there is one."""
+    mine = piece.boundaries(following.first, piece.stop)
+    theirs = following.boundaries(following.first, piece.stop)
+    middle = (following.first + piece.stop) / 2
+    for place in sorted(mine.keys() & theirs.keys(), key=lambda place: abs(place - middle)):
+        around = piece.around(mine[place])
+        if around is not None and around == following.around(theirs[place]):
+            return int(place)
+    return None
 
 
 def bytes_per_token(

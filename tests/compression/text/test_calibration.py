@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.text import calibration, text_tokens
 from foldstack.compression.text.calibration import (
     Windows,
     WindowSpec,
@@ -98,11 +99,20 @@ def test_too_short_a_text_says_how_many_windows_fit() -> None:
         cut(["1234567"], num_windows=3, window_tokens=4)
 
 
-def test_bos_is_asked_of_a_tokenizer_that_has_none() -> None:
+def test_a_tokenizer_without_bos_is_none_of_the_users_faults() -> None:
     for bos in ("document", "window"):
-        spec = WindowSpec(num_windows=1, window_tokens=2, bos=bos)
-        with pytest.raises(InputError, match="no BOS token"):
-            token_windows(digit_tokenizer(bos=False), ["1234"], spec)
+        spec = WindowSpec(num_windows=2, window_tokens=2, bos=bos)
+        windows = token_windows(digit_tokenizer(bos=False), ["1234"], spec)
+        assert rows(windows) == {(2, 3), (4, 5)}
+
+
+def test_a_document_longer_than_what_is_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["0123456789" * 9, "42", "9876543210" * 20, "7"]
+    whole = cut(texts, num_windows=20, window_tokens=4)
+    for module in (calibration, text_tokens):
+        monkeypatch.setattr(module, "PIECE", 40)
+    monkeypatch.setattr(text_tokens, "OVERLAP", 40)
+    assert torch.equal(cut(texts, num_windows=20, window_tokens=4).tokens, whole.tokens)
 
 
 def test_windows_survive_saving(tmp_path: Path) -> None:
