@@ -11,7 +11,7 @@ Relaxed, as in the papers: log t^2 follows the gradient of
     next-token loss + pull * sum of g_i (1 - g_i)
 
 whose pull, 0 at first, grows until every gate is at 0 or at 1. A block that is cheap to close by a
-part may be dear to close, so that these gates rank blocks wrongly (docs/methods.md has a case), and
+part may be dear to close, so that these gates rank blocks wrongly (docs/claims.md has a case), and
 so the sampled ones are there. To shrink all blocks alike costs next to nothing, since what follows
 them is a norm: only differences between gates tell. The gradient with respect to the gates is taken
 per window, and that of the open model on the same window is subtracted and its mean over all
