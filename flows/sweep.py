@@ -37,6 +37,7 @@ from foldstack.flows.running.engines import Engine, engine_for
 from foldstack.flows.running.prefect_server import note_flow_run
 from foldstack.flows.running.progress import Display, Silent
 from foldstack.flows.running.stage_runs import StageRuns
+from foldstack.tasks import score_variants
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
 from foldstack.tasks.running.worker_pool import PACKAGE_LOGGER, worker_processes
@@ -161,12 +162,14 @@ def _report(
     layout: Layout, comparison: Comparison, runs: StageRuns, folder: Path, config: str
 ) -> Path:
     ranked = runs.artifact(layout.ranking)
+    scored = [found for stage in layout.scores if (found := runs.artifact(stage)) is not None]
     evaluated = runs.artifact(layout.branches[0].before)
     manifest = None if evaluated is None else evaluated.manifest()
     return write_report(
         comparison,
         folder,
         ranking=None if ranked is None else load_ranking(ranked),
+        sensitivity=score_variants.load_sensitivity(tuple(scored)),
         config=config,
         origin={} if manifest is None else {"hardware": manifest.hardware, **manifest.versions},
     )
@@ -181,6 +184,11 @@ def _show_ranking(layout: Layout, runs: StageRuns) -> None:
     key = f"ranking-{layout.sweep}"
     _create(create_table_artifact, table=rows, key=key, description="Scores of the blocks")
     _show_picture(ranked.folder / PLOT_FILE, f"{key}-plot", "Scores of the blocks")
+    for stage in layout.scores:
+        scored = runs.artifact(stage)
+        if scored is not None and (file := scored.folder / score_variants.PLOT_FILE).is_file():
+            name = f"sensitivity-{stage.family}-{stage.shard.index}-{layout.sweep}"
+            _show_picture(file, name, stage.label.capitalize())
 
 
 def _show_comparison(comparison: Comparison, files: dict[str, Any]) -> None:

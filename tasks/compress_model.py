@@ -9,6 +9,7 @@ from foldstack.tasks.environment.execution import Dtype, Execution
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
 from foldstack.tasks.rank_blocks import load_ranking
 from foldstack.tasks.running.worker_pool import ComputedStage
+from foldstack.tasks.score_variants import load_sensitivity
 from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import Facts
@@ -28,6 +29,8 @@ class CompressModel(ComputedStage):
     calibration: Artifact
     statistics: Artifact
     ranking: Artifact
+    sensitivity: tuple[Artifact, ...] = ()
+    """Scores of the variants that the method asks for, a family or a shard of one each."""
     method: AnyMethod
     dtype: Dtype = "auto"
     execution: Execution = Execution()
@@ -66,6 +69,7 @@ class CompressModel(ComputedStage):
             calibration=Windows.load(self.calibration.open()).tokens,
             statistics=Statistics.load(self.statistics.open()),
             ranking=load_ranking(self.ranking),
+            sensitivity=load_sensitivity(self.sensitivity),
             work=work,
             progress=progress,
         )

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks.store",),
     ("tasks.environment",),
     ("compression.methods",),
+    ("compression.methods.search",),
     (
         "compression.methods.factoring",
         "compression.methods.narrowing",

@@ -11,6 +11,7 @@ the folder of its family, and one line in `Registered`.
 - `narrowing/`: Widths shrink.
 - `removal/`: Blocks go, or are merged into a neighbour.
 - `replacement/`: Something small stands in for a run of blocks.
+- `search/`: Which change where, chosen by what each costs in loss.
 - `sharing/`: Weights serve several blocks or heads.
 """
 
@@ -28,6 +29,7 @@ from foldstack.compression.methods.removal.shortgpt import ShortGpt
 from foldstack.compression.methods.removal.sleb import Sleb
 from foldstack.compression.methods.removal.uidl import Uidl
 from foldstack.compression.methods.replacement.llm_streamline import LlmStreamline
+from foldstack.compression.methods.search.search import Search
 from foldstack.compression.methods.sharing.block_sharing import BlockSharing
 from foldstack.compression.methods.sharing.direct_share import DirectShare
 from foldstack.compression.methods.sharing.flexigpt import FlexiGpt
@@ -51,6 +53,7 @@ Registered = (
     | Mka
     | BasisSharing
     | SliceGpt
+    | Search
     | Stack
     | DirectShare
     | PostShare

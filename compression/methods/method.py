@@ -16,6 +16,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.statistics.gathering import Statistics, gather
 from foldstack.compression.statistics.ranking import Ranking, rank_blocks
+from foldstack.compression.statistics.sensitivity import Family, Sensitivity
 from foldstack.compression.storage.spool import Spool
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import count_parameters, size_of_plan
@@ -43,6 +44,8 @@ class Evidence:
     calibration: Int[Tensor, "windows tokens"]
     statistics: Statistics
     ranking: Ranking
+    sensitivity: Sensitivity | None = None
+    """Scores of the variants that the method asks for."""
     work: Path | None = None
     """Folder for what a killed run resumes from."""
     progress: Callable[[str, int, int], None] = no_progress
@@ -59,7 +62,9 @@ class Evidence:
         statistics = gather(
             model, self.calibration, kinds, progress=self.progress, folder=folder, work=folder
         )
-        return replace(self, statistics=statistics, ranking=rank_blocks(statistics))
+        return replace(
+            self, statistics=statistics, ranking=rank_blocks(statistics), sensitivity=None
+        )
 
 
 class Method(BaseModel, ABC):
@@ -108,6 +113,11 @@ class Method(BaseModel, ABC):
         del model, num_tokens
         guess = 0.0 if self.goes_in_turn else GUESSED_PASSES
         return Arithmetic(passes=guess, heads=guess)
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        """Families of variants whose scores `compress` reads (`statistics.sensitivity`)."""
+        return frozenset()
 
     @abstractmethod
     def outline(self, model: PreTrainedModel) -> Plan:

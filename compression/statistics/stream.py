@@ -8,7 +8,7 @@ position ids) are what the model itself passes, recorded, so nothing here knows 
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,22 @@ def skipping(model: nn.Module, positions: Iterable[int]) -> Iterator[None]:
     skipped = [blocks[position] for position in positions]
     flags = [returns_tuple[position] for position in positions]
     with _replaced_forwards(skipped, _passing_through(flags)):
+        yield
+
+
+@contextmanager
+def replacing(model: nn.Module, others: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Inside, the block at each of these positions is run by another one, which returns what such a
+    block returns.
+
+    Uses nest, also with `starting_at` and `skipping`. Not for decoding from a cache.
+    """
+    blocks = architecture_of(model).blocks(model)
+    positions = sorted(others)
+    with _replaced_forwards(
+        [blocks[position] for position in positions],
+        lambda index: others[positions[index]].__call__,
+    ):
         yield
 
 

@@ -77,6 +77,25 @@ def block_parameters(config: PreTrainedConfig) -> list[int]:
     return [count_parameters(block) for block in architecture_of(model).blocks(model)]
 
 
+@dataclass(frozen=True)
+class BlockSize:
+    """What one block adds to the size of its model."""
+
+    parameters: int
+    flops_per_token: int
+    kv_bytes_per_token: int
+
+
+def size_of_block(model: PreTrainedModel, position: int) -> BlockSize:
+    """The size of the block at `position`, without what it borrows but with the FLOPs of that."""
+    block = architecture_of(model).blocks(model)[position]
+    return BlockSize(
+        parameters=count_parameters(block),
+        flops_per_token=2 * _executed_weights(block),
+        kv_bytes_per_token=_kv_elements_of(model.config, position) * model.dtype.itemsize,
+    )
+
+
 def _num_weights(linear: nn.Module) -> int:
     out_features, in_features = linear_shape(linear)
     return out_features * in_features
@@ -96,16 +115,17 @@ def _executed_weights(block: nn.Module) -> int:
 
 
 def _kv_elements_per_token(config: Any) -> int:
-    base = base_config_of(config)
+    return sum(_kv_elements_of(config, position) for position in range(len(plan_of(config).blocks)))
+
+
+def _kv_elements_of(config: Any, position: int) -> int:
+    base, plan = base_config_of(config), plan_of(config)
+    if not plan.blocks[position].has_attention:
+        return 0
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    plan = plan_of(config)
-    elements = 0
-    for position, block in enumerate(plan.blocks):
-        narrow = plan.blocks[plan.owner(position)].narrow_heads
-        widths = 2 * head_dim if narrow is None else narrow.qk_dim + narrow.v_dim
-        elements += heads * widths if block.has_attention else 0
-    return elements
+    narrow = plan.blocks[plan.owner(position)].narrow_heads
+    return int(heads * (2 * head_dim if narrow is None else narrow.qk_dim + narrow.v_dim))
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[tuple[int, str], tuple[int, int]]:

@@ -15,6 +15,7 @@ from foldstack.compression.checkpoints.checkpoint import PLAN_FILE, load_config
 from foldstack.compression.errors import InputError
 from foldstack.compression.statistics.ranking import Ranking, scores_figure
 from foldstack.compression.storage.durable import write_whole
+from foldstack.compression.statistics.sensitivity import Sensitivity, curves_figure
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import block_parameters
 from foldstack.flows.comparison import interactive, plots
@@ -62,6 +63,7 @@ def write_report(
     folder: Path,
     *,
     ranking: Ranking | None,
+    sensitivity: Sensitivity | None = None,
     config: str,
     origin: Mapping[str, str],
 ) -> Path:
@@ -71,11 +73,13 @@ def write_report(
         comparison: what the sweep found.
         folder: of its files.
         ranking: the dense model's blocks, drawn if it is there.
+        sensitivity: what changes of its sites cost, drawn if it is there.
         config: the resolved config as YAML.
         origin: versions and hardware that the numbers come from.
     """
     scores = None if ranking is None else _inline(scores_figure(ranking))
-    page = _render([comparison], scores=scores, config=config, origin=origin)
+    curves = None if sensitivity is None else _inline(curves_figure(sensitivity))
+    page = _render([comparison], scores=scores, curves=curves, config=config, origin=origin)
     file = folder / REPORT
     write_whole(file, page)
     return file
@@ -91,6 +95,7 @@ def _render(
     *,
     labels: Labels | None = None,
     scores: str | None = None,
+    curves: str | None = None,
     config: str = "",
     origin: Mapping[str, str] | None = None,
 ) -> str:
@@ -121,6 +126,7 @@ def _render(
         extra_rank=EXTRA_RANK,
         structures=[each for part in parts for each in _structures(part)],
         scores=scores,
+        curves=curves,
         use=[_use(row) for part in parts for row in part.rows if row.label in part.best],
         config=config,
         origin=origin,

@@ -21,6 +21,7 @@ from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.running.branches import Branch, Layout
 from foldstack.flows.running.provenance import provenance
 from foldstack.flows.running.stage_runs import StageRuns
+from foldstack.tasks import score_variants
 from foldstack.tasks.environment.redaction import redacted
 from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.rank_blocks import PLOT_FILE, TABLE_FILE
@@ -286,6 +287,15 @@ def _files(layout: Layout, runs: StageRuns, artifacts: Mapping[str, Artifact]) -
         ranked = runs.artifact(layout.ranking)
         if ranked is not None:
             files |= {f"ranking/{name}": ranked.folder / name for name in (TABLE_FILE, PLOT_FILE)}
+        for stage in layout.scores:
+            scored = runs.artifact(stage)
+            if scored is not None:
+                place = f"ranking/{stage.label.replace(' ', '-').replace('/', '-of-')}"
+                files |= {
+                    f"{place}/{name}": scored.folder / name
+                    for name in (score_variants.TABLE_FILE, score_variants.PLOT_FILE)
+                    if (scored.folder / name).is_file()
+                }
     return files
 
 

@@ -14,6 +14,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol
 from foldstack.compression.evaluation.speed import SpeedSpec
 from foldstack.compression.statistics.gathering import Kind
+from foldstack.compression.statistics.sensitivity import SCORE_TOKENS
 from foldstack.compression.text.calibration import WindowSpec
 from foldstack.compression.text.corpus import TextSource
 from foldstack.compression.training.recovery import Recovery
@@ -72,6 +73,15 @@ class StatisticsChoice(_Section):
     """Windows per forward pass."""
     shards: int = Field(default=1, ge=1)
     """Parts of the windows that are passed through the model side by side; their sums are added."""
+
+
+class SensitivityChoice(_Section):
+    """How variants are scored alone in the dense model, where a method asks for that."""
+
+    tokens: int = Field(default=SCORE_TOKENS, ge=1)
+    """Of the calibration windows, in whole windows from the first one."""
+    shards: int = Field(default=1, ge=1)
+    """Parts of the blocks that are scored side by side."""
 
 
 class RecoveryChoice(Recovery):
@@ -211,6 +221,7 @@ class RunConfig(_Section):
     model: ModelChoice = ModelChoice()
     calibration: Calibration = Calibration()
     statistics: StatisticsChoice = StatisticsChoice()
+    sensitivity: SensitivityChoice = SensitivityChoice()
     methods: tuple[AnyEntry, ...] = Field(min_length=1)
     """Each entry names a method and sets what is not to be its default."""
     sparsities: tuple[Sparsity, ...] = Field(default=(0.2,), min_length=1)

@@ -24,6 +24,7 @@ COMPARED_COPIES = 3
 KNOBS = {
     "write_windows": "lower calibration.window_tokens, or give a text",
     "gather_statistics": "lower statistics.batch_size or calibration.window_tokens",
+    "score_variants": "lower sensitivity.tokens, or set model.dtype or model.device",
     "compress_model": "set model.dtype to bfloat16, model.device to cpu, or take another method",
     "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
     "recover_model": "lower recovery.batch_size and raise recovery.gradient_accumulation",
@@ -147,6 +148,8 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
     tokens = chosen.calibration.num_windows * chosen.calibration.window_tokens
     if isinstance(stage, WriteWindows):
         return _of_writing(stage, shapes)
+    if stage.stage == "score_variants":
+        return Need(PROCESS_BYTES + _of_scoring(shapes, layout), 0)
     if stage.stage not in ("gather_statistics", "add_statistics"):
         return Need(PROCESS_BYTES, 4 * tokens)
     has_grams = "gram" in chosen.statistics.kinds
@@ -177,6 +180,24 @@ def _of_writing(stage: WriteWindows, shapes: _Shapes) -> Need:
     chances = shapes.vocabulary * 3 * FLOAT64_BYTES
     memory = shapes.dense_bytes + batch * (cache + chances) + shapes.activations(batch)
     return Need(PROCESS_BYTES + memory, 4 * spec.num_windows * spec.window_tokens)
+
+
+def _of_scoring(shapes: _Shapes, layout: Layout) -> int:
+    """Bytes of the model, what its distribution is kept of, and one batch's logits; on a CPU one of
+    half precision is scored as a copy in float32."""
+    from foldstack.compression.evaluation.candidate_loss import WINDOWS_AT_ONCE
+    from foldstack.compression.methods.search.scoring import LOGIT_BYTES, TOP
+
+    chosen = layout.config
+    in_float32 = max(1, 4 // shapes.element_bytes)
+    weights = shapes.dense_bytes * (1 if in_float32 == 1 else 1 + in_float32)
+    tokens = chosen.sensitivity.tokens
+    kept = 8 * tokens * min(TOP, shapes.vocabulary)
+    of_window = 4 * chosen.calibration.window_tokens * shapes.vocabulary
+    logits = 3 * max(of_window, min(LOGIT_BYTES, WINDOWS_AT_ONCE * of_window))
+    hidden = 3 * 4 * tokens * shapes.hidden
+    batch = in_float32 * shapes.activations(WINDOWS_AT_ONCE * chosen.calibration.window_tokens)
+    return weights + kept + logits + hidden + batch + FLOAT64_COPIES * 8 * shapes.widest**2
 
 
 def _of_measuring(

@@ -10,6 +10,7 @@ from foldstack.flows.planning.machine_rates import Rates, characters_per_second,
 from foldstack.flows.planning.needs import Need, autocast_of, stored_dtype
 from foldstack.flows.running.branches import Branch, Layout
 from foldstack.tasks.collect_calibration import CollectCalibration
+from foldstack.tasks.score_variants import ScoreVariants
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.write_windows import WriteWindows
 
@@ -61,6 +62,9 @@ class StageArithmetic:
                 products = GRAM_FACTOR * disk / 4 * tokens / rates.float32
                 passing = tokens * self._streamed_token
                 return OPENING_SECONDS + passing + products + disk / WRITE_RATE
+            case "score_variants":
+                assert isinstance(stage, ScoreVariants)
+                return OPENING_SECONDS + self._scoring(stage)
             case "compress_model":
                 return OPENING_SECONDS + self._checking(branch) + self._of_method(branch)
             case "recover_model":
@@ -93,6 +97,15 @@ class StageArithmetic:
         batches = -(-spec.num_windows // WRITING_BATCH)
         tokens = spec.num_windows * spec.window_tokens
         return self._passing(tokens) + self._decoding(batches * spec.window_tokens)
+
+    def _scoring(self, stage: ScoreVariants) -> float:
+        """Of every variant of a family from its block to the head, and of its tensors."""
+        from foldstack.compression.methods.search.scoring import scoring_arithmetic
+
+        tokens = min(stage.tokens, self._calibration)
+        work = scoring_arithmetic(self._meta, stage.family)
+        passing = tokens * (work.passes * self._token + work.heads * self._rates.head_seconds)
+        return (passing + work.float64 / self._rates.float64) / stage.shard.count
 
     def _passing(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens through the dense model or that of a branch, with its head, forward: less

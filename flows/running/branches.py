@@ -7,6 +7,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
+from foldstack.compression.statistics.sensitivity import FAMILIES
 from foldstack.compression.storage.digest import digest_json
 from foldstack.compression.text.calibration import WindowSpec
 from foldstack.compression.text.corpus import SELF, TextSource, source_digest
@@ -27,6 +28,7 @@ from foldstack.tasks.evaluate_model import EvaluateModel
 from foldstack.tasks.gather_statistics import AddStatistics, GatherStatistics, Shard
 from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.recover_model import RecoverModel
+from foldstack.tasks.score_variants import ScoreVariants
 from foldstack.tasks.stage import ModelRef, Stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.write_windows import WriteWindows
@@ -91,6 +93,8 @@ class Layout:
     statistics: GatherStatistics | AddStatistics
     """The only shard, or what adds them."""
     ranking: RankBlocks
+    scores: tuple[ScoreVariants, ...]
+    """Of the families of variants that a method asks for, in shards."""
     branches: tuple[Branch, ...]
     """The dense model's first."""
 
@@ -140,6 +144,7 @@ class Layout:
         yield from self.shards
         yield self.statistics
         yield self.ranking
+        yield from self.scores
         for parts in (
             ("compress",),
             ("recover", "evaluate_before"),
@@ -190,13 +195,14 @@ def lay_out(config: RunConfig) -> Layout:
     if len(shards) > 1:
         statistics = AddStatistics(shards=tuple(shard.artifact(store) for shard in shards))
     ranking = RankBlocks(statistics=statistics.artifact(store))
+    scores = _scores(config, model, calibration, statistics, store, shared)
     builder = _BranchBuilder(
-        config, store, model, calibration, recovery_windows, statistics, ranking, shared,
+        config, store, model, calibration, recovery_windows, statistics, ranking, scores, shared,
         evaluation_digests(config, written),
     )  # fmt: skip
     return Layout(
         config, store, model, calibration, recovery_windows, evaluation_windows, shards,
-        statistics, ranking,
+        statistics, ranking, scores,
         (builder.dense(), *(builder.of(variant) for variant in config.variants)),
     )  # fmt: skip
 
@@ -239,6 +245,34 @@ def _shards(
     )
 
 
+def _scores(
+    config: RunConfig,
+    model: ModelRef,
+    calibration: CollectWindows,
+    statistics: GatherStatistics | AddStatistics,
+    store: ArtifactStore,
+    execution: Execution,
+) -> tuple[ScoreVariants, ...]:
+    """Only what some method asks for."""
+    asked = {family for variant in config.variants for family in variant.method.scores}
+    count = config.sensitivity.shards
+    return tuple(
+        ScoreVariants(
+            model=model,
+            calibration=calibration.artifact(store),
+            statistics=statistics.artifact(store),
+            family=family,
+            tokens=config.sensitivity.tokens,
+            shard=Shard(index=index, count=count),
+            dtype=config.model.dtype,
+            execution=execution,
+        )
+        for family in FAMILIES
+        if family in asked
+        for index in range(count)
+    )
+
+
 def num_workers(config: RunConfig) -> int:
     """Stages that run at once.
 
@@ -267,6 +301,7 @@ class _BranchBuilder:
     recovery_windows: CollectWindows | None
     statistics: GatherStatistics | AddStatistics
     ranking: RankBlocks
+    scores: tuple[ScoreVariants, ...]
     execution: Execution
     evaluation_digests: EvaluationDigests
 
@@ -285,6 +320,11 @@ class _BranchBuilder:
             calibration=self.calibration.artifact(self.store),
             statistics=self.statistics.artifact(self.store),
             ranking=self.ranking.artifact(self.store),
+            sensitivity=tuple(
+                stage.artifact(self.store)
+                for stage in self.scores
+                if stage.family in variant.method.scores
+            ),
             method=variant.method,  # type: ignore[arg-type]  # a member of the union
             dtype=self.config.model.dtype,
             execution=self.execution,

@@ -159,7 +159,7 @@ class SvdLlm(Method):
         shapes = linear_shapes(model)
         losses: dict[tuple[str, tuple[int, int]], dict[Site, float]] = defaultdict(dict)
         for site, rank in uniform.items():
-            tail = self._svd(model, site, evidence).singular_values[rank:]
+            tail = self.decomposed(model, site, evidence).singular_values[rank:]
             losses[site[1], shapes[site]][site] = float(tail.norm())
             evidence.progress("svd_llm losses", sum(map(len, losses.values())), len(uniform))
         ranks: dict[Site, int] = {}
@@ -207,12 +207,13 @@ class SvdLlm(Method):
         self, model: PreTrainedModel, site: Site, rank: int, evidence: Evidence
     ) -> Factors:
         # A function of its own: the whole decomposition is gone before the next one begins.
-        svd = self._svd(model, site, evidence)
+        svd = self.decomposed(model, site, evidence)
         logger.debug("block %d %s: rank %d loses %.3g", *site, rank, tail_energy(svd, rank))
         factors = truncate(svd, rank)
         return as_held(factors, model) if self.update == "closed_form" else factors
 
-    def _svd(self, model: PreTrainedModel, site: Site, evidence: Evidence) -> WhitenedSVD:
+    def decomposed(self, model: PreTrainedModel, site: Site, evidence: Evidence) -> WhitenedSVD:
+        """The decomposition of a linear on its own inputs, before any rank is chosen."""
         architecture = architecture_of(model)
         position, name = site
         linear = architecture.blocks(model)[position].get_submodule(name)

@@ -1,0 +1,115 @@
+"""From scores to options: what is known at some widths of a site, read off at all of them."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from foldstack.compression.closed_forms.selection import Option
+from foldstack.compression.methods.search.library import Library
+from foldstack.compression.statistics.sensitivity import Score, Sensitivity, Slot, Variant
+
+FINEST = 0.05
+"""Share of a dimension between two of its widths that are told apart."""
+NO_LOSS = 1e-12
+"""Nats: below it a loss is none."""
+WHOLE = "whole"
+NATIVE_KINDS = ("absent", "mlp_width")
+"""Variants that a stock class knows: widths of MLPs only if all have one."""
+
+
+class LossCurve:
+    """The loss of a site as a function of what it saves, from a few of its scores.
+
+    Between two of them logarithm over logarithm, monotone and without overshoot (Fritsch and
+    Carlson 1980), as losses of widths rise by orders of magnitude; before the first one a straight
+    line from zero, which is no less than the truth where the curve bends upwards.
+    """
+
+    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
+        """Points (saved, loss) with something saved; a loss never falls as more is saved."""
+        known = sorted((saved, loss) for saved, loss in points if math.isfinite(loss) and saved > 0)
+        assert known, "a curve has at least one point"
+        self._saved = np.array([saved for saved, _ in known])
+        losses = np.maximum.accumulate([max(loss, NO_LOSS) for _, loss in known])
+        self._losses = losses
+        self._between = None
+        if len(known) > 1:
+            self._between = PchipInterpolator(np.log(self._saved), np.log(losses))
+
+    @property
+    def farthest(self) -> float:
+        """The most that is known to be saved."""
+        return float(self._saved[-1])
+
+    def __call__(self, saved: float) -> float:
+        """The loss where so much is saved, at most `farthest`."""
+        first = float(self._saved[0])
+        if saved <= first or self._between is None:
+            return float(self._losses[0]) * max(0.0, saved) / first
+        return float(np.exp(self._between(math.log(min(saved, self.farthest)))))
+
+
+def options_of(library: Library, sensitivity: Sensitivity) -> list[Option]:
+    """Everything that may stand in the model, the original of every slot among it."""
+    options = originals(library)
+    for (_, _, kind), scores in sensitivity.sites.items():
+        if kind.endswith("_width"):
+            (slot,) = scores[0].variant.slots
+            options += _of_widths(library, slot, scores)
+        else:
+            options += [option(library, score.variant, score.mean) for score in scores]
+    return options
+
+
+def of_one_mlp_width(options: Iterable[Option]) -> list[Option]:
+    """The options of which a stock class can have all that are chosen together."""
+    kept = []
+    for o in options:
+        if o.key:
+            if all(variant.kind in NATIVE_KINDS for variant in o.key):
+                kept.append(replace(o, of_class=o.key[0].level or None))
+        else:
+            is_mlp = any(isinstance(slot, tuple) and slot[1] == "mlp" for slot in o.slots)
+            kept.append(replace(o, of_class=WHOLE if is_mlp else None))
+    return kept
+
+
+def originals(library: Library) -> list[Option]:
+    """What is in the model, slot by slot."""
+    return [Option((), frozenset([slot]), 0.0) for slot in library.slots]
+
+
+def option(library: Library, variant: Variant, loss: float) -> Option:
+    """A variant as an option of the program; the key of an option are its variants."""
+    saved = {name: float(value) for name, value in library.saved(variant).model_dump().items()}
+    return Option((variant,), variant.slots, loss, saved)
+
+
+def widths_between(library: Library, slot: Slot, farthest: int) -> list[int]:
+    """Widths of a dimension from its widest narrower one down to `farthest`, no closer together
+    than `FINEST` of it."""
+    dimension = library.dimensions[slot]
+    shares = np.arange(FINEST, 1.0, FINEST)
+    widths = {dimension.floor((1 - share) * dimension.size) for share in shares}
+    return sorted((w for w in widths if farthest <= w < dimension.size), reverse=True)
+
+
+def _of_widths(library: Library, slot: Slot, scores: Sequence[Score]) -> list[Option]:
+    dimension = library.dimensions[slot]
+    scored: Mapping[int, Score] = {score.variant.level: score for score in scores}
+    points = [(dimension.removed(width), score.mean) for width, score in scored.items()]
+    usable = [(saved, loss) for saved, loss in points if saved > 0 and math.isfinite(loss)]
+    if not usable:
+        return []
+    curve = LossCurve(usable)
+    widths = {*widths_between(library, slot, min(scored)), *scored}
+    options = []
+    for width in sorted(widths, reverse=True):
+        saved = dimension.removed(width)
+        if 0 < saved <= curve.farthest:
+            loss = scored[width].mean if width in scored else curve(saved)
+            options.append(option(library, library.width(*slot, width), loss))
+    return options

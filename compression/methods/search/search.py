@@ -1,0 +1,212 @@
+"""Search: which change where, chosen by what each costs in loss."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from foldstack.compression.closed_forms.selection import Option, OutOfReach, select
+from foldstack.compression.errors import InputError
+from foldstack.compression.evaluation.candidate_loss import windows_of
+from foldstack.compression.methods.arithmetic import Arithmetic
+from foldstack.compression.methods.method import (
+    TOLERANCE,
+    Evidence,
+    Method,
+    check_evidence,
+    unreachable,
+)
+from foldstack.compression.methods.narrowing.modegpt import MoDeGpt
+from foldstack.compression.methods.search.assembly import Assembly
+from foldstack.compression.methods.search.curves import (
+    of_one_mlp_width,
+    option,
+    options_of,
+    originals,
+)
+from foldstack.compression.methods.search.library import Choice, Library, absent
+from foldstack.compression.methods.search.rounds import (
+    choice_of,
+    improved,
+)
+from foldstack.compression.methods.search.scoring import Scorer, score_variants
+from foldstack.compression.statistics.sensitivity import (
+    SCORE_TOKENS,
+    Family,
+    Sensitivity,
+)
+from foldstack.compression.structure.plan import Plan
+from foldstack.compression.structure.size import size_of
+from foldstack.compression.structure.surgery import Cut
+
+logger = logging.getLogger(__name__)
+
+Budget = Literal["parameters", "kv_bytes", "flops"]
+_MEASURED_BY: dict[str, str] = {
+    "parameters": "parameters",
+    "kv_bytes": "kv_bytes_per_token",
+    "flops": "flops_per_token",
+}
+
+
+class Search(Method):
+    """Choose for every site of the model what stands there, by the loss that each change costs.
+
+    A library of variants (widths of MLPs and heads, blocks absent, linears of a lower rank), each
+    with a score: KL(dense || changed) when it alone stands in the dense model. A binary program
+    chooses one for every site, with the least sum of scores, such that the model loses `sparsity`
+    of its parameters and keeps every other budget. Scores of single changes do not add up, so what
+    is near the choice is scored again with the rest of it in place, and chosen again (`rounds`), as
+    long as the loss on windows that no score has seen falls by more than its standard error.
+
+    Scoring blocks alone and choosing by a program: Puzzle (Bercovich et al. 2024, arXiv
+    2411.19146); corrected by what was chosen: EvoPress (Sieberling et al. 2024, arXiv 2410.14649)
+    for removal, here for all kinds at once and by the program. Tensors: MoDeGPT (2408.09632) for
+    widths, SVD-LLM (2403.07378) for ranks. The scores are evidence like the statistics: gathered
+    once, they serve every sparsity and budget, and every method that asks for them.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    steps_of: ClassVar[str] = "what its library has"
+    name: Literal["search"] = "search"
+    library: tuple[Family, ...] = Field(default=("widths", "removals"), min_length=1)
+    """What may become of a site: widths (narrower MLPs and heads), removals (blocks absent), ranks
+    (all linears of an MLP or of an attention in two factors)."""
+    target: Literal["portable", "native"] = "portable"
+    """native: only what the stock class loads, blocks absent and one width for all MLPs."""
+    budget: dict[Budget, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
+    """Fractions of the dense model that may be left, beside `sparsity`: parameters, kv_bytes (KV
+    cache per token), flops (of linears, per token)."""
+    rounds: int = Field(default=2, ge=0)
+    """How often what is near the choice is scored again and chosen from."""
+    mlp_multiple: int = Field(default=1, ge=1)
+    """MLP widths are multiples of this; 64 or 128 suit tensor cores."""
+    head_multiple: int = Field(default=1, ge=1)
+    """Head widths are multiples of this; 8 or 16 suit tensor cores."""
+    rank_multiple: int = Field(default=1, ge=1)
+    """Ranks are multiples of this; 64 suits tensor cores."""
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset(self.library)
+
+    def outline(self, model: PreTrainedModel) -> Plan:
+        # No loss is known yet: narrower is dearer, and the farther back a block the less it costs.
+        library = self.library_of(model)
+        depth = len(library.plan.blocks)
+        options = originals(library)
+        for variant in library.variants(self.library):
+            saved = library.saved(variant).parameters
+            steepness = 2.0 if variant.kind == "absent" else 1.0
+            loss = (saved * 1e-6) ** 2 * steepness * (1 + 0.01 * (depth - variant.first))
+            options.append(option(library, variant, loss))
+        choice = choice_of(self._solve(library, options))
+        return library.structure(choice)[0]
+
+    @property
+    def goes_in_turn(self) -> bool:
+        return False
+
+    def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
+        library = self.library_of(model)
+        moves = 2 * len(library.dimensions) + len(library.positions)
+        share = min(1.0, SCORE_TOKENS / num_tokens)
+        evaluations = self.rounds * (moves / 2 + 4)
+        return Arithmetic(passes=share * evaluations, heads=share * self.rounds * moves)
+
+    def library_of(self, model: PreTrainedModel) -> Library:
+        """What there is for a model."""
+        narrowing = MoDeGpt(
+            sparsity=0.5, mlp_multiple=self.mlp_multiple, head_multiple=self.head_multiple
+        )
+        return Library(model, narrowing=narrowing, rank_multiple=self.rank_multiple)
+
+    def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
+        check_evidence(model, evidence)
+        library = self.library_of(model)
+        assembly, spool = Assembly(library, evidence), evidence.spool()
+        sensitivity = self._sensitivity(assembly, evidence)
+        choice = self._chosen(assembly, sensitivity, evidence)
+        return assembly.cut(choice, spool, evidence.progress)
+
+    def _sensitivity(self, assembly: Assembly, evidence: Evidence) -> Sensitivity:
+        """The scores that were gathered, or gathered now."""
+        if evidence.sensitivity is not None:
+            return evidence.sensitivity.of(self.library)
+        return score_variants(
+            assembly,
+            windows_of(evidence.calibration, SCORE_TOKENS),
+            assembly.library.variants(self.library),
+            spool=evidence.spool(),
+            progress=evidence.progress,
+        )
+
+    def _chosen(self, assembly: Assembly, sensitivity: Sensitivity, evidence: Evidence) -> Choice:
+        library = assembly.library
+        solve = partial(self._solve, library)
+        choice = choice_of(solve(options_of(library, sensitivity)))
+        scored = sensitivity.num_windows
+        fresh = evidence.calibration[scored : 2 * scored]
+        if self.rounds == 0 or self.target == "native" or len(fresh) < 2:
+            return choice
+        scorer = Scorer(assembly, evidence.calibration[:scored], progress=evidence.progress)
+        known = {score.variant: score.mean for score in sensitivity.scores}
+        choice, _ = improved(
+            library,
+            scorer,
+            Scorer(assembly, fresh, progress=evidence.progress),
+            choice,
+            solve,
+            self.rounds,
+            evidence.spool(),
+            known,
+        )
+        return choice
+
+    def _solve(self, library: Library, options: Sequence[Option]) -> list[Option]:
+        """The options of least loss that keep the budgets.
+
+        Raises:
+            InputError: no choice keeps them.
+        """
+        if self.target == "native":
+            options = of_one_mlp_width(options)
+        whole = size_of(library.model).as_dict()
+        needs = {name: (1 - left) * whole[_MEASURED_BY[name]] for name, left in self.budget.items()}
+        asked = self.sparsity * whole["parameters"]
+        needs["parameters"] = max(needs.get("parameters", 0.0), asked)
+        try:
+            return select(options, needs, _not_all_gone(library, options))
+        except OutOfReach as error:
+            raise self._refusal(error, whole, needs) from None
+
+    def _refusal(
+        self, error: OutOfReach, whole: dict[str, int], needs: dict[str, float]
+    ) -> InputError:
+        by = f"a library of {' and '.join(self.library)} for a {self.target} model"
+        farthest = error.reach["parameters"] / whole["parameters"]
+        if farthest < self.sparsity - TOLERANCE and len(needs) == 1:
+            return InputError(unreachable(self, farthest, by))
+        reach = ", ".join(
+            f"{name} down to {1 - reach / whole[_MEASURED_BY[name]]:.1%}"
+            for name, reach in error.reach.items()
+        )
+        asked = ", ".join(
+            f"{name} {1 - need / whole[_MEASURED_BY[name]]:.1%}" for name, need in needs.items()
+        )
+        return InputError(
+            f"search cannot keep all budgets of this model at once with {by}: asked were {asked} "
+            f"of the dense model, and each alone goes {reach}; ask for less, or for a larger "
+            "library"
+        )
+
+
+def _not_all_gone(library: Library, options: Sequence[Option]) -> list[list[object]]:
+    """What must not be chosen together: the absence of every block."""
+    gone = [o for o in options if absent(o.key)]
+    everything = {p for o in gone for p in absent(o.key)} == set(library.positions)
+    return [[o.key for o in gone]] if everything else []
