@@ -6,4 +6,6 @@
   and out.
 - `low_rank`: Low-rank factors of a linear, best on its own inputs: closed forms, tensors in,
   tensors out.
+- `selection`: One option for every slot, with the least loss at a budget: a binary program, solved
+  exactly.
 """

@@ -82,25 +82,25 @@ def select(
     """
     options = [option for option in options if math.isfinite(option.loss)]
     needs = {name: need for name, need in needs.items() if need > 0}
-    losses = np.array([option.loss for option in options])
-    found = _solved(options, losses * _LOSS_SCALE, needs, not_again)
+    losses = [option.loss * _LOSS_SCALE for option in options]
+    found = _solved(options, losses, needs, not_again)
     if found is None:
-        reach = {name: _most(options, name) for name in needs}
+        reach = {name: _most(options, name, not_again) for name in needs}
         raise OutOfReach(reach, needs)
     return found
 
 
-def _most(options: Sequence[Option], budget: str) -> float:
+def _most(options: Sequence[Option], budget: str, not_again: Sequence[Collection[Any]]) -> float:
     """The most that can be saved of one budget."""
-    saved = np.array([float(option.saved.get(budget, 0.0)) for option in options])
-    scale = max(1.0, float(np.abs(saved).max(initial=0.0)))
-    found = _solved(options, -saved / scale, {}, ())
+    saved = [option.saved.get(budget, 0.0) for option in options]
+    scale = max([1.0, *map(abs, saved)])
+    found = _solved(options, [-amount / scale for amount in saved], {}, not_again)
     return math.fsum(option.saved.get(budget, 0.0) for option in found or ())
 
 
 def _solved(
     options: Sequence[Option],
-    objective: "np.ndarray[Any, Any]",
+    objective: Sequence[float],
     needs: Mapping[str, float],
     not_again: Sequence[Collection[Any]],
 ) -> list[Option] | None:
@@ -125,7 +125,7 @@ def _solved(
         members = [i for i, option in enumerate(options) if option.key in keys]
         rows.add(dict.fromkeys(members, 1.0), -math.inf, len(members) - 1.0)
     result = milp(
-        np.concatenate([objective, np.zeros(len(classes))]),
+        np.array([*objective, *[0.0] * len(classes)]),
         integrality=np.ones(rows.width),
         bounds=Bounds(0, 1),
         constraints=rows.constraint(),

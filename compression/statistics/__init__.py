@@ -11,6 +11,7 @@
 - `ranking`: Scores of blocks and of runs of blocks, from the similarity of hidden states.
 - `run_states`: What enters a run of blocks and what leaves it: kept in memory, or computed again
   when asked.
+- `sensitivity`: What the loss says of each change that may be made to a model, made alone.
 - `similarity`: How alike the hidden states of a token are at all pairs of boundaries between
   blocks.
 - `stream`: Run a model's blocks one after another over all windows, each block once for the whole

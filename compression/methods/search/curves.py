@@ -12,7 +12,9 @@ from foldstack.compression.methods.search.library import Library
 from foldstack.compression.statistics.sensitivity import Score, Sensitivity, Slot, Variant
 
 FINEST = 0.05
-"""Share of a dimension between two of its widths that are told apart."""
+"""Share of a dimension between two of its widths that are told apart, where it has more than
+`FEW_WIDTHS`."""
+FEW_WIDTHS = 64
 NO_LOSS = 1e-12
 """Nats: below it a loss is none."""
 WHOLE = "whole"
@@ -92,8 +94,9 @@ def widths_between(library: Library, slot: Slot, farthest: int) -> list[int]:
     """Widths of a dimension from its widest narrower one down to `farthest`, no closer together
     than `FINEST` of it."""
     dimension = library.dimensions[slot]
-    shares = np.arange(FINEST, 1.0, FINEST)
-    widths = {dimension.floor((1 - share) * dimension.size) for share in shares}
+    all_of_them = dimension.size // dimension.step
+    steps = all_of_them if all_of_them <= FEW_WIDTHS else round(1 / FINEST)
+    widths = {dimension.floor((1 - n / steps) * dimension.size) for n in range(1, steps)}
     return sorted((w for w in widths if farthest <= w < dimension.size), reverse=True)
 
 

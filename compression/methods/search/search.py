@@ -62,11 +62,14 @@ class Search(Method):
     is near the choice is scored again with the rest of it in place, and chosen again (`rounds`), as
     long as the loss on windows that no score has seen falls by more than its standard error.
 
-    Scoring blocks alone and choosing by a program: Puzzle (Bercovich et al. 2024, arXiv
-    2411.19146); corrected by what was chosen: EvoPress (Sieberling et al. 2024, arXiv 2410.14649)
+    Scoring blocks alone and choosing by a program: Puzzle (Bercovich et al. 2024, arXiv 2411.19146); corrected by what was chosen: EvoPress (Sieberling et al. 2024, arXiv 2410.14649)
     for removal, here for all kinds at once and by the program. Tensors: MoDeGPT (2408.09632) for
     widths, SVD-LLM (2403.07378) for ranks. The scores are evidence like the statistics: gathered
     once, they serve every sparsity and budget, and every method that asks for them.
+
+    Departs from the papers: nothing is trained for the library or in the search; scores are of
+    single sublayers' widths and of removals together, with their errors; between scored widths the
+    loss is read off a curve.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -176,7 +179,9 @@ class Search(Method):
         if self.target == "native":
             options = of_one_mlp_width(options)
         whole = size_of(library.model).as_dict()
-        needs = {name: (1 - left) * whole[_MEASURED_BY[name]] for name, left in self.budget.items()}
+        needs: dict[str, float] = {
+            name: (1 - left) * whole[_MEASURED_BY[name]] for name, left in self.budget.items()
+        }
         asked = self.sparsity * whole["parameters"]
         needs["parameters"] = max(needs.get("parameters", 0.0), asked)
         try:
