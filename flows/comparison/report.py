@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from foldstack.compression.checkpoints.checkpoint import PLAN_FILE, load_config
 from foldstack.compression.errors import InputError
 from foldstack.compression.statistics.ranking import Ranking, scores_figure
-from foldstack.compression.storage.durable import write_whole
 from foldstack.compression.statistics.sensitivity import Sensitivity, curves_figure
+from foldstack.compression.storage.durable import write_whole
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import block_parameters
 from foldstack.flows.comparison import interactive, plots

@@ -202,7 +202,7 @@ def _between(
     low, high = int(min(known)), int(max(known))
     step = max(dimension.step, round(STEP * dimension.size / 4 / dimension.step) * dimension.step)
     for other in sorted({*range(low, high + 1, step), *(int(w) for w, _ in points)}):
-        if other == width or dimension.floor(other) != other:
+        if other == width or dimension.floor(float(other)) != other:
             continue
         variant = library.width(*slot, other)
         key = () if other == dimension.size else (variant,)
