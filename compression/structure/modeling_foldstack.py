@@ -155,9 +155,6 @@ class FoldstackConfig(PreTrainedConfig):
         if is_common or not is_stock:
             super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FoldstackConfig) and vars(self) == vars(other)
-
     def to_dict(self) -> dict[str, Any]:
         """All entries side by side; `base_model_type` says whose they are."""
         own = super().to_dict()
@@ -171,18 +168,8 @@ class FoldstackConfig(PreTrainedConfig):
         return (self.plan or {}).get("blocks", [])
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """This config, as a KV cache must see it: attention-free blocks have no entry."""
-        if all(block["kind"] not in ATTENTION_FREE for block in self.block_plans):
-            return self
-        seen = object.__new__(_SeenByCache)
-        seen.__dict__ = self.__dict__  # a view: what is written into one is written into both
-        return seen
-
-
-class _SeenByCache(FoldstackConfig):
-    """A config of ours without its attention-free blocks; equal to it, for it shares its state."""
-
-    __eq__ = FoldstackConfig.__eq__  # a dataclass, which configs are, would compare classes too
+        """This config itself: one with another in it is taken for that of a multimodal model."""
+        return self
 
     @property
     def _attends(self) -> list[bool]:
@@ -190,13 +177,17 @@ class _SeenByCache(FoldstackConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        return sum(self._attends)
+        """How many blocks attend, which caches and engines count by; all without a plan. In JSON
+        and in `base_config` it is all executed blocks."""
+        attends = self._attends
+        return sum(attends) if attends else self.base_config.num_hidden_layers
 
     @property
     def layer_types(self) -> list[str] | None:
-        types = getattr(self.base_config, "layer_types", None)
-        if types is None:
-            return None
+        """The kinds of attention of the blocks that attend; stock configs without it have none."""
+        types = self.base_config.layer_types
+        if types is None or not self._attends:
+            return types
         return [kind for kind, attends in zip(types, self._attends, strict=True) if attends]
 
 
