@@ -1,5 +1,6 @@
 """The command line: `foldstack run CONFIG [key=value ...]` and its neighbours."""
 
+import io
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import typer
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.cli.quick_imports import importing
+from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 
 if TYPE_CHECKING:
@@ -467,7 +469,7 @@ def _output_for_result() -> Iterator[TextIO]:
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
-    with os.fdopen(kept, "w") as output:
+    with os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors="replace") as output:
         try:
             yield output
         finally:
@@ -484,6 +486,9 @@ def main() -> None:
     """Run the command line; a mistake of the user's is one sentence and exit code 2."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    own_environment()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a sign is no failure
     hide_in_logs()
     try:
         with without_secrets():

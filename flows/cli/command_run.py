@@ -12,7 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from foldstack.compression.errors import InputError
+from foldstack.compression.errors import InputError, told
 from foldstack.flows.cli.quick_imports import importing
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.config.run_config import RunConfig
@@ -51,6 +51,10 @@ def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Compa
                 comparison = run_sweep(layout, display)
             except SweepFailed as failure:
                 comparison = failure.comparison
+            except RuntimeError as error:
+                if "Failed to reach API" not in str(error):
+                    raise
+                raise InputError(f"Prefect cannot be worked with: {told(error)}") from error
     link_models(config, comparison)
     return comparison
 

@@ -14,6 +14,7 @@ from types import FrameType
 from foldstack.flows.cli.claims import claimed, note
 from foldstack.flows.cli.processes import Parts, Server, check_free
 from foldstack.flows.prefect_defaults import DEFAULTS as PREFECT_DEFAULTS
+from foldstack.flows.running.prefect_database import database_settings
 
 
 def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
@@ -26,6 +27,7 @@ def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
         page=address,
         health=f"{address}/api/health",
         defaults=PREFECT_DEFAULTS
+        | database_settings()
         | {
             "PREFECT_UI_API_URL": f"{address}/api",
             "PREFECT_UI_URL": address,  # links in alerts

@@ -8,6 +8,7 @@ from typing import Any
 
 from foldstack.compression.methods.method import Method
 from foldstack.flows.running.branches import Branch, Layout
+from foldstack.tasks.environment.cgroup import memory_left
 from foldstack.tasks.environment.home import disk_too_small
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.write_windows import WriteWindows
@@ -292,9 +293,11 @@ def available_memory(device: str) -> int | None:
 
     if device != "cpu" and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
+    left = memory_left()
     if not MEMORY_FILE.exists():
-        return None
+        return left
     for line in MEMORY_FILE.read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+            free = int(line.split()[1]) * 1024
+            return free if left is None else min(free, left)
+    return left

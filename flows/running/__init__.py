@@ -6,6 +6,8 @@
   not answer.
 - `engines`: What stages run on: processes of this machine, or the workers of a Dask scheduler.
 - `measures`: The stages that measure a model, as a config says: quality, and speed.
+- `prefect_database`: The database of a Prefect server of ours: never one that another version of
+  Prefect made.
 - `prefect_server`: A Prefect API server for the time of one command, for those who run none.
 - `progress`: What a person sees in the terminal while a sweep runs.
 - `provenance`: Who ran which code, by the tags that MLflow's own pages show.

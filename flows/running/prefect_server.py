@@ -8,7 +8,9 @@ libraries are still being imported, and ends with its parent however that ends.
 import argparse
 import base64
 import json
+import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,11 +20,23 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 
-from foldstack.compression.errors import InputError
+from foldstack.compression.errors import TOLD_CHARACTERS, InputError, refusing
 from foldstack.flows.prefect_defaults import AGAINST_OUTAGES  # before Prefect
+from foldstack.flows.running.prefect_database import (
+    FILE,
+    database_file,
+    database_settings,
+    is_chosen,
+    prefect_home,
+)
+from foldstack.tasks.environment.inherited import own_environment
+from foldstack.tasks.environment.redaction import redacted
+
+logger = logging.getLogger(__name__)
 
 SERVER_SETTINGS = {
     "PREFECT__SERVER_EPHEMERAL": "1",  # no scheduler: nobody deploys to a server that goes away
@@ -41,10 +55,6 @@ _current: dict[str, str] = {}
 MIGRATED = "foldstack-migrated-by"
 
 
-def prefect_home() -> Path:
-    return Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-
-
 class TemporaryServer:
     """Starts at once, in the background; `ready` waits for it and points Prefect at it.
 
@@ -55,7 +65,10 @@ class TemporaryServer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
+        self._database: Path | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (the server writes to it for long)
+        self._started = time.monotonic()
+        own_environment()
         if not os.environ.get("PREFECT_API_URL"):
             self._start()
 
@@ -77,10 +90,11 @@ class TemporaryServer:
             InputError: there is no server, and starting one is forbidden or failed; or the one that
             is configured does not answer.
         """
-        from prefect.context import refresh_global_settings_context
-        from prefect.settings import get_current_settings
+        with refusing("Prefect cannot read its settings (a profile, prefect.toml or .env)"):
+            from prefect.context import refresh_global_settings_context
+            from prefect.settings import get_current_settings
 
-        settings = get_current_settings()
+            settings = get_current_settings()
         if settings.api.url:
             self.stop()
             for name, value in AGAINST_OUTAGES.items():
@@ -99,7 +113,13 @@ class TemporaryServer:
         os.environ["PREFECT_API_URL"] = self._url
         refresh_global_settings_context()
         _current["api"] = self._url
-        _note_migration()
+        if self._database is not None:
+            _note_migration(self._database)
+            if self._database.name != FILE:
+                logger.warning(
+                    "%s was made by another version of Prefect and stays as it is: runs are kept "
+                    "in %s", prefect_home() / FILE, self._database,
+                )  # fmt: skip
         return self._url
 
     def stop(self) -> None:
@@ -127,10 +147,12 @@ class TemporaryServer:
     def _start(self) -> None:
         port = _free_port()
         self._url = f"http://127.0.0.1:{port}/api"
-        migrated = {"PREFECT_API_DATABASE_MIGRATE_ON_START": "false"} if _is_migrated() else {}
+        self._database = None if is_chosen() else database_file()
+        is_ready = self._database is not None and _is_migrated(self._database)
+        migrated = {"PREFECT_API_DATABASE_MIGRATE_ON_START": "false"} if is_ready else {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, "--port", str(port), "--parent", str(os.getpid())],
-            env={**os.environ, **SERVER_SETTINGS, **migrated},
+            env={**os.environ, **SERVER_SETTINGS, **database_settings(), **migrated},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -143,14 +165,28 @@ class TemporaryServer:
                 urllib.request.urlopen(f"{self._url}/health", timeout=5).close()
                 return
             time.sleep(0.05)
+        code = self._process.poll() if self._process else None
+        took = time.monotonic() - self._started
         self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        words = last_words(self._log.read().decode(errors="replace"))
         self.stop()
+        what = f"did not answer within {seconds} s"
+        if code is not None:
+            what = f"ended with code {code} after {took:.0f} s"
         raise InputError(
-            f"the temporary Prefect server did not start within {seconds} s "
-            f"({lines[-1] if lines else 'it said nothing'}); start one with `prefect server start` "
-            "and set PREFECT_API_URL"
+            f"the temporary Prefect server {what} ({words}); set PREFECT_HOME to an empty folder, "
+            "or start a server with `prefect server start` and set PREFECT_API_URL"
         )
+
+
+def last_words(log: str) -> str:
+    """What a program said of its end: the last line about an error, else the last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [
+        line for line in lines if re.search(r"error|exception|denied|can't|cannot", line, re.I)
+    ]
+    found = (errors or lines or ["it said nothing"])[-1]
+    return found if len(found) <= TOLD_CHARACTERS else f"{found[:TOLD_CHARACTERS]} ..."
 
 
 def note_flow_run(run_id: str) -> None:
@@ -189,16 +225,31 @@ def _login() -> dict[str, str]:
 
 
 def _check_answers(url: str) -> None:
-    """Raises InputError when nothing answers at a configured address."""
+    """Raises InputError when nothing answers at a configured address, or something else does."""
+    named = "PREFECT_API_URL" if os.environ.get("PREFECT_API_URL") else "the profile of Prefect"
     try:
-        urllib.request.urlopen(f"{url}/health", timeout=ANSWER_SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # somebody answers; what about is for Prefect to find out
+        status = _status(f"{url}/health")
+        if status == 404 and not url.rstrip("/").endswith("/api"):
+            is_page = _status(f"{url.rstrip('/')}/api/health") == 200
+            hint = "add /api to it" if is_page else "that of a Prefect server ends with /api"
+            raise InputError(f"{named} is {redacted(url)}, where no Prefect API answers: {hint}")
     except OSError as error:
+        way_out = (
+            "unset PREFECT_API_URL" if named.isupper() else "set PREFECT_PROFILE to another one"
+        )
         raise InputError(
-            f"the Prefect server at {url} does not answer ({error}); start it, or unset "
-            "PREFECT_API_URL to have a temporary one"
+            f"the Prefect server at {redacted(url)} ({named}) does not answer ({error}); start it, "
+            f"or {way_out} to have a temporary one"
         ) from None
+
+
+def _status(address: str) -> int:
+    """HTTP status of an answer; raises OSError where there is none."""
+    try:
+        with urllib.request.urlopen(address, timeout=ANSWER_SECONDS) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def deliver_what_waits() -> None:
@@ -219,29 +270,20 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _is_migrated() -> bool:
+def _is_migrated(file: Path) -> bool:
     """True when this version of Prefect has already prepared the database: that takes seconds."""
-    from importlib.metadata import version
-
-    home = prefect_home()
-    if os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL") or os.environ.get(
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL"
-    ):
-        return False
     try:
-        noted = (home / MIGRATED).read_text().split()
-        status = (home / "prefect.db").stat()
+        noted = (file.parent / MIGRATED).read_text().split()
+        status = file.stat()
     except OSError:
         return False
     return noted == [version("prefect"), str(status.st_ino)]
 
 
-def _note_migration() -> None:
-    from importlib.metadata import version
-
+def _note_migration(file: Path) -> None:
     with suppress(OSError):
-        status = (prefect_home() / "prefect.db").stat()
-        (prefect_home() / MIGRATED).write_text(f"{version('prefect')} {status.st_ino}\n")
+        noted = f"{version('prefect')} {file.stat().st_ino}\n"
+        (file.parent / MIGRATED).write_text(noted)
 
 
 def _end_with(parent: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError
+from foldstack.tasks.environment.cgroup import processors
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,8 @@ def torch_dtype(name: Dtype) -> "torch.dtype | None":
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Processor cores that this process may use, in a container as many as are its share."""
+    has_mask = hasattr(os, "sched_getaffinity")
+    allowed = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
+    share = processors()
+    return allowed if share is None else max(1, min(allowed, round(share)))

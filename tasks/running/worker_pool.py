@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs
 from foldstack.tasks.stage import Progress, Stage
 from foldstack.tasks.store.manifest import Facts
@@ -187,6 +188,7 @@ def _serve(connection: Connection, parent: int, level: int) -> None:
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
     hide_in_logs()
+    own_environment()
     sender = _Sender(connection)
     PACKAGE_LOGGER.setLevel(level)
     PACKAGE_LOGGER.addHandler(_LogSender(sender))

@@ -10,6 +10,9 @@ from threading import Thread
 
 import pytest
 
+from foldstack.compression.errors import InputError
+from foldstack.flows.running import prefect_server
+
 CALL = """
 from foldstack.flows.running.prefect_server import TemporaryServer
 from prefect.client.orchestration import get_client
@@ -71,3 +74,38 @@ def test_a_server_whose_database_is_away(address: str, chosen: dict[str, str], s
     )
     assert done.stdout == said, done.stderr
     assert (done.returncode == 0) == bool(said)
+
+
+class Page(BaseHTTPRequestHandler):
+    """The pages of a Prefect server: what it can do is below /api."""
+
+    has_api = True
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.has_api and self.path == "/api/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("has_api", "said"), [(True, "add /api to it"), (False, "a Prefect server ends with /api")]
+)
+def test_the_address_of_the_page_is_not_that_of_the_api(has_api: bool, said: str) -> None:
+    handler = type("FreshPage", (Page,), {"has_api": has_api})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(InputError, match=said):
+            prefect_server._check_answers(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def test_a_dead_address_of_a_profile_names_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(InputError, match=r"the profile of Prefect.*set PREFECT_PROFILE"):
+        prefect_server._check_answers("http://127.0.0.1:9/api")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with pytest.raises(InputError, match="unset PREFECT_API_URL"):
+        prefect_server._check_answers("http://127.0.0.1:9/api")

@@ -112,7 +112,7 @@ def test_closing_the_pool_ends_a_worker_that_still_computes(
 
     thread = threading.Thread(target=work)
     thread.start()
-    while not (tmp_path / "pid.txt").exists():
+    while not ((tmp_path / "pid.txt").exists() and (tmp_path / "pid.txt").read_text()):
         time.sleep(0.05)
     pool.kill()
     thread.join(20)
