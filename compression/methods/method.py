@@ -44,12 +44,12 @@ class Evidence:
     calibration: Int[Tensor, "windows tokens"]
     statistics: Statistics
     ranking: Ranking
-    sensitivity: Sensitivity | None = None
-    """Scores of the variants that the method asks for."""
     work: Path | None = None
     """Folder for what a killed run resumes from."""
     progress: Callable[[str, int, int], None] = no_progress
     """Called with what is being done, how much of it is done, and how much there is."""
+    sensitivity: Sensitivity | None = None
+    """Scores of the variants that the method asks for."""
 
     def spool(self) -> Spool:
         """Where a method that goes block by block keeps the tensors of those that are done."""

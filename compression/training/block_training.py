@@ -1,9 +1,9 @@
 """Train one block of a model and nothing else.
 
 LLM-Streamline (arXiv 2403.19135, section 3 and its released code): AdamW with a cosine from the
-learning rate to the least one, gradients clipped, the state with the lowest validation loss kept.
-Two losses: the regression of a replaced run's output from its input, and the next-token loss of the
-model around the block.
+learning rate to the least one, after a warm-up where one is asked for; gradients clipped, the state
+with the lowest validation loss kept. Two losses: the regression of a replaced run's output from its
+input, and the next-token loss of the model around the block.
 
 Unlike the released code the schedule counts optimizer steps (its last one has the least learning
 rate), the best state is a copy (the initial one counts too), and what trains is chosen by identity.
@@ -27,7 +27,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.statistics.run_states import RunStates, States
 from foldstack.compression.statistics.stream import starting_at
 from foldstack.compression.storage.digest import digest_json
-from foldstack.compression.training.training_loop import Checkpoints, History
+from foldstack.compression.training.training_loop import Checkpoints, History, warm_cosine
 
 BatchLoss = Callable[[Int[Tensor, " batch"]], Float[Tensor, ""]]
 """Mean loss of the windows with these indices."""
@@ -44,6 +44,8 @@ class Schedule(BaseModel):
     learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(ge=0)
     """Learning rate of the last step."""
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises to its peak."""
     weight_decay: float = Field(ge=0)
     gradient_clip: float = Field(gt=0)
     """Largest norm of the gradient."""
@@ -53,9 +55,8 @@ class Schedule(BaseModel):
 
     def rate(self, step: int, num_steps: int) -> float:
         """Learning rate of optimizer step `step` of `num_steps`, counted from 0."""
-        done = step / (num_steps - 1) if num_steps > 1 else 1.0
-        cosine = (1 + math.cos(math.pi * done)) / 2
-        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * cosine
+        least = self.min_learning_rate / self.learning_rate
+        return self.learning_rate * warm_cosine(step, num_steps, self.warmup_fraction, least)
 
 
 @dataclass

@@ -48,6 +48,18 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+def warm_cosine(step: int, steps: int, warmup_fraction: float, min_fraction: float) -> float:
+    """Linear warm-up to 1, then half a cosine that reaches `min_fraction` at the last step."""
+    warmup = min(round(warmup_fraction * steps), steps - 1)
+    if step >= steps - 1:
+        return min_fraction
+    if step < warmup:
+        return (step + 1) / warmup
+    top = max(warmup - 1, 0)
+    progress = (step - top) / (steps - 1 - top)
+    return min_fraction + (1 - min_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long, how fast and in which order to train; counted in optimizer steps."""
@@ -65,15 +77,8 @@ class Schedule:
         return self.batch_size * self.gradient_accumulation
 
     def learning_rate_fraction(self, step: int) -> float:
-        """Linear warm-up to 1, then half a cosine that reaches `min_fraction` at the last step."""
-        warmup = min(round(self.warmup_fraction * self.steps), self.steps - 1)
-        if step >= self.steps - 1:
-            return self.min_fraction
-        if step < warmup:
-            return (step + 1) / warmup
-        top = max(warmup - 1, 0)
-        progress = (step - top) / (self.steps - 1 - top)
-        return self.min_fraction + (1 - self.min_fraction) * (1 + math.cos(math.pi * progress)) / 2
+        """Share of the highest rate at `step`, counted from 0."""
+        return warm_cosine(step, self.steps, self.warmup_fraction, self.min_fraction)
 
     def windows_of(self, step: int, num_windows: int) -> Int[Tensor, "accumulation batch"]:
         """Indices of the step's windows: each pass over the data takes each once, shuffled."""

@@ -66,11 +66,12 @@ class LlmStreamline(Method):
     or, with loss llm, on the next-token loss of the model around it. n is the smallest number of
     blocks with n * P_block - P_h at least the asked share of all parameters.
 
-    Departs from the paper: h starts in closed form and trains at a rate that depends on the width
-    (initial paper and learning_rate 2e-4 are the released form); the layer is trained with the
-    causal mask it has at inference (the released MSE path forgets it); the last block's output is
-    taken before the final norm; the schedule counts optimizer steps and the best state is a copy;
-    the last block may not be part of the run unless `may_remove_last`.
+    Departs from the paper: h starts as in the paper and in closed form, and the better one stays;
+    it trains at a rate that depends on the width, after a warm-up (initial paper, learning_rate
+    2e-4 and warmup_fraction 0 are the released form); the layer is trained with the causal mask it
+    has at inference (the released MSE path forgets it); the last block's output is taken before the
+    final norm; the schedule counts optimizer steps and the best state is a copy; the last block may
+    not be part of the run unless `may_remove_last`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
@@ -80,10 +81,11 @@ class LlmStreamline(Method):
     """What stands for the run; with none it is only removed."""
     loss: Literal["mse", "llm"] = "mse"
     """mse: regression of the run's output; llm: next-token loss of the model around the block."""
-    initial: Literal["paper", "least_squares"] = "least_squares"
+    initial: Literal["paper", "least_squares", "better"] = "better"
     """paper: random weights, and for a layer those of the run's first block. least_squares: from
     there, in closed form, an ffn becomes the linear map from X to Y and the output projections of a
-    layer or swiglu are fitted to Y; kept where it is nearer to Y on the validation windows."""
+    layer or swiglu are fitted to Y; kept where it is nearer to Y on the validation windows. better:
+    both are trained, and the one that ends with the lower loss on the validation windows stays."""
     may_remove_last: bool = False
     """Whether the run may contain the last block."""
     epochs: Annotated[int, Field(ge=0)] | Literal["by_loss"] = "by_loss"
@@ -93,6 +95,9 @@ class LlmStreamline(Method):
     the released 2e-4 at 4096; with llm a quarter of that, at least 2e-4."""
     min_learning_rate: float = Field(default=5e-5, ge=0)
     """Learning rate of the last optimizer step."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the optimizer steps in which the learning rate rises to its peak: without any, the
+    first steps can throw a start in closed form away."""
     weight_decay: float = Field(default=1e-3, ge=0)
     gradient_clip: float = Field(default=5.0, gt=0)
     """Largest norm of the gradient."""
@@ -239,6 +244,7 @@ class LlmStreamline(Method):
             batch_size=self.batch_size,
             learning_rate=rate,
             min_learning_rate=min(self.min_learning_rate, rate),
+            warmup_fraction=self.warmup_fraction,
             weight_decay=self.weight_decay,
             gradient_clip=self.gradient_clip,
             validation_fraction=self.validation_fraction,
@@ -260,24 +266,46 @@ class LlmStreamline(Method):
         )
         through = partial(states.through, student)
         regression = regression_loss(through, states.pair, model.device)
-        if self.initial == "least_squares":
+        starts = [copy.deepcopy(student.state_dict())] if self.initial != "least_squares" else []
+        if self.initial != "paper":
             split = split_windows(len(states), schedule)
-            before = copy.deepcopy(student.state_dict())
             error = mean_loss(regression, split.validation, self.batch_size)
+            before = copy.deepcopy(student.state_dict())
             self._start_in_closed_form(architecture_of(model), student, states, split.train)
-            if mean_loss(regression, split.validation, self.batch_size) > error:
-                student.load_state_dict(before)  # too few tokens for so many weights
-        checkpoints = None if evidence.work is None else evidence.work / "replacement"
-
-        def train_on(loss_of: BatchLoss) -> None:
-            progress = evidence.progress
-            fit(student, loss_of, len(states), schedule, checkpoints=checkpoints, progress=progress)
-
+            if mean_loss(regression, split.validation, self.batch_size) <= error:
+                starts.append(copy.deepcopy(student.state_dict()))
+            elif not starts:
+                starts.append(before)  # too few tokens for so many weights
         if self.loss == "llm":
             with next_token_loss(smaller, run[0], windows, states) as loss_of:
-                train_on(loss_of)
+                self._train_from(starts, student, loss_of, schedule, evidence)
             return
-        train_on(regression)
+        self._train_from(starts, student, regression, schedule, evidence)
+
+    def _train_from(
+        self,
+        starts: list[dict[str, Tensor]],
+        student: nn.Module,
+        loss_of: BatchLoss,
+        schedule: Schedule,
+        evidence: Evidence,
+    ) -> None:
+        """Train from each start, and leave in `student` what ends with the lowest loss."""
+        least, best = math.inf, starts[0]
+        for number, start in enumerate(starts):
+            student.load_state_dict(start)
+            name = "replacement" if number == 0 else f"replacement-{number}"
+            training = fit(
+                student,
+                loss_of,
+                len(evidence.calibration),
+                schedule,
+                checkpoints=None if evidence.work is None else evidence.work / name,
+                progress=evidence.progress,
+            )
+            if (loss := min(training.validation_losses)) < least:
+                least, best = loss, copy.deepcopy(student.state_dict())
+        student.load_state_dict(best)
 
     def _start_in_closed_form(
         self, architecture: Architecture, student: nn.Module, states: RunStates, train: Tensor

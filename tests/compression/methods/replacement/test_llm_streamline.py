@@ -352,6 +352,40 @@ def test_the_last_step_has_the_least_learning_rate(num_steps: int) -> None:
     assert num_steps == 1 or rates[0] == pytest.approx(0.1)
 
 
+def test_the_learning_rate_rises_to_its_peak_first() -> None:
+    schedule = Schedule(**SETTINGS | {"warmup_fraction": 0.25})
+    rates = [schedule.rate(step, 16) for step in range(16)]
+    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("replacement", ["layer", "ffn"])
+def test_the_better_of_both_starts_stays(tiny_model: Any, replacement: str) -> None:
+    """By the loss on the validation windows, after training."""
+    windows = torch.randint(97, (24, 20), generator=torch.Generator().manual_seed(1))
+    model = tiny_model("llama")
+    evidence = evidence_of(model, windows)
+    changes, losses = {}, {}
+    for initial in ("paper", "least_squares", "better"):
+        method = LlmStreamline(
+            sparsity=block_share(model), replacement=replacement, initial=initial, epochs=2
+        )
+        change = changes[initial] = method.compress(model, evidence)
+        position = next(p for p, b in enumerate(change.plan.blocks) if b.kind == replacement)
+        stop = change.plan.blocks[position].stands_for[-1] + 1
+        smaller = cut(model, change)
+        student = architecture_of(smaller).blocks(smaller)[position]
+        states = RunStates(model, windows, position, stop, batch_size=8, memory_gib=8.0)
+        x, y = states.pair(split_windows(len(windows), method._schedule(32)).validation)
+        with torch.no_grad():
+            losses[initial] = float((states.through(student, x) - y).square().mean())
+    best = min(("paper", "least_squares"), key=losses.__getitem__)
+    assert losses["paper"] != losses["least_squares"]
+    for name, tensor in changes["better"].tensors.items():
+        assert torch.equal(tensor, changes[best].tensors[name]), name
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
