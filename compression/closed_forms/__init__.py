@@ -6,6 +6,8 @@
   and out.
 - `low_rank`: Low-rank factors of a linear, best on its own inputs: closed forms, tensors in,
   tensors out.
+- `output_refit`: Linears that write into the residual stream, fitted again to a target: closed
+  forms, tensors in and out.
 - `selection`: One option for every slot, with the least loss at a budget: a binary program, solved
   exactly.
 """

@@ -3,7 +3,11 @@ the folder of its family, and one line in `Registered`.
 
 - `arithmetic`: What a method computes, counted beforehand: what the time and memory it takes are
   told from.
+- `in_order`: Blocks compressed in order, each with a look at what the compressed ones before it
+  produce.
 - `method`: What every method is: settings, an outline before any data is seen, and a cut after.
+- `refit`: Linears that write into the residual stream, fitted again on what the compressed model
+  computes.
 - `stack`: Several methods one after the other, budgeted to one sparsity.
 - `support`: Which method takes which family of models, and why not: asked of the methods
   themselves.
@@ -29,6 +33,7 @@ from foldstack.compression.methods.removal.shortgpt import ShortGpt
 from foldstack.compression.methods.removal.sleb import Sleb
 from foldstack.compression.methods.removal.uidl import Uidl
 from foldstack.compression.methods.replacement.llm_streamline import LlmStreamline
+from foldstack.compression.methods.replacement.replaceme import ReplaceMe
 from foldstack.compression.methods.search.search import Search
 from foldstack.compression.methods.sharing.block_sharing import BlockSharing
 from foldstack.compression.methods.sharing.direct_share import DirectShare
@@ -42,6 +47,7 @@ Registered = (
     ShortGpt
     | SvdLlm
     | LlmStreamline
+    | ReplaceMe
     | MoDeGpt
     | BlockSharing
     | FoldGpt

@@ -82,7 +82,7 @@ def summed_inputs(block: nn.Module, architecture: Architecture) -> Iterator[Inpu
             size, device = rows.shape[1], rows.device
             sums.grams[reads] = torch.zeros(size, size, dtype=torch.float64, device=device)
             sums.inputs[reads] = torch.zeros(size, dtype=torch.float64)
-        _add_upper_product(sums.grams[reads], rows)
+        add_upper_product(sums.grams[reads], rows)
         sums.inputs[reads] += rows.sum(0, dtype=torch.float64).cpu()
 
     try:
@@ -90,7 +90,7 @@ def summed_inputs(block: nn.Module, architecture: Architecture) -> Iterator[Inpu
             yield sums
     finally:
         for reads, upper in sums.grams.items():
-            sums.grams[reads] = _mirrored(upper.to(precision))
+            sums.grams[reads] = mirrored(upper.to(precision))
 
 
 @contextmanager
@@ -113,26 +113,26 @@ def paired_inputs(block: nn.Module, architecture: Architecture) -> Iterator[Pair
             for total in (sums.grams, sums.shifts):
                 size = rows.shape[1], rows.shape[1]
                 total[reads] = torch.zeros(size, dtype=torch.float64, device=rows.device)
-        _add_upper_product(sums.grams[reads], rows)
-        _add_product(sums.shifts[reads], first.pop(reads) - rows, rows)
+        add_upper_product(sums.grams[reads], rows)
+        add_product(sums.shifts[reads], first.pop(reads) - rows, rows)
 
     try:
         with _input_hooks(block, architecture, add):
             yield sums
     finally:
         for reads, upper in sums.grams.items():
-            sums.grams[reads] = _mirrored(upper)
+            sums.grams[reads] = mirrored(upper)
 
 
-def _add_upper_product(total: Float64[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
+def add_upper_product(total: Float64[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
     """Add X^T X to `total`, above the diagonal and in the square on it of every strip."""
     for start in range(0, len(total), STRIP_ROWS):
         strip = slice(start, start + STRIP_ROWS)
         total[strip, start:] += _product(rows[:, strip].T, rows[:, start:])
 
 
-def _add_product(
-    total: Float64[Tensor, "n n"], left: Float[Tensor, "tokens n"], rows: Float[Tensor, "tokens n"]
+def add_product(
+    total: Float64[Tensor, "n m"], left: Float[Tensor, "tokens n"], rows: Float[Tensor, "tokens m"]
 ) -> None:
     """Add L^T X to `total`, a strip at a time: the whole product would be half of it again."""
     for start in range(0, len(total), STRIP_ROWS):
@@ -152,7 +152,7 @@ def _multiplies_exactly(rows: Tensor) -> bool:
     return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
 
 
-def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     for start in range(0, len(upper), STRIP_ROWS):
         stop = start + STRIP_ROWS
         upper[stop:, start:stop] = upper[start:stop, stop:].T

@@ -37,6 +37,13 @@ class _PrefixDone(Exception):
     """Ends a forward pass once the blocks have received their arguments."""
 
 
+class _Reached(Exception):
+    """Ends a block's forward pass behind the module that was asked for."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
 class BlockStream:
     """All windows, standing before block `position`.
 
@@ -120,19 +127,33 @@ class BlockStream:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def outputs(self, block: nn.Module | None = None) -> Iterator[Hidden]:
-        """The block's output for every batch in turn; the stream stays where it is."""
+    def outputs(
+        self, block: nn.Module | None = None, *, until: nn.Module | None = None
+    ) -> Iterator[Hidden]:
+        """The block's output for every batch in turn; the stream stays where it is.
+
+        With `until`, a module inside the block, it is that module's output, and what comes behind
+        it is not computed.
+        """
         block = self.blocks[self.position] if block is None else block
-        with _computing_in(block, self._dtype):
+        with _computing_in(block, self._dtype), _ending_at(until):
             for hidden in self.batches():
                 with torch.no_grad():
-                    output = self.call(block, hidden)
+                    try:
+                        output = self.call(block, hidden)
+                    except _Reached as reached:
+                        output = reached.output
                 yield output
 
     def advance(
-        self, block: nn.Module | None = None, *, beside: "BlockStream | None" = None
+        self,
+        block: nn.Module | None = None,
+        *,
+        beside: "BlockStream | None" = None,
+        to: int | None = None,
     ) -> None:
-        """Pass the block at `position`, or `block` in its place, and stand before the next one.
+        """Pass the block at `position`, or `block` in its place, and stand before the next one, or
+        before block `to` where those between are gone.
 
         `beside`, another stream of the same windows that stands before the same block, runs each
         batch through it right after this one has, and stays where it is.
@@ -140,8 +161,9 @@ class BlockStream:
         outputs = self.outputs(block)
         if beside is not None:
             outputs = (out for out, _ in zip(outputs, beside.outputs(block), strict=True))
-        self.states = self._kept(outputs, self.position + 1)
-        self.position += 1
+        to = self.position + 1 if to is None else to
+        self.states = self._kept(outputs, to)
+        self.position = to
 
     def put(self, batches: Iterable[Hidden], position: int = 0) -> None:
         """Stand before block `position` with these hidden states, in the order of the windows."""
@@ -220,6 +242,23 @@ def _computing_in(block: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
     finally:
         for key, data in stored.items():
             tensors[key].data = data
+
+
+@contextmanager
+def _ending_at(module: nn.Module | None) -> Iterator[None]:
+    """Inside, a pass through `module` ends behind it."""
+    if module is None:
+        yield
+        return
+
+    def end(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = module.register_forward_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import copy
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,6 +188,43 @@ def cut(model: PreTrainedModel, change: Cut, *, share_memory: bool = False) -> P
     return smaller.requires_grad_(True).eval()
 
 
+class BlockByBlock:
+    """A compressed model of which one block at a time has memory, while the tensors of those behind
+    it are still to be found."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, inherits: Sequence[int | None]) -> None:
+        """Plan and positions as in a `Cut` of `model`."""
+        self._architecture = architecture_of(model)
+        self._source = _Inherited(model, self._architecture)
+        self._target = stock_of(build_on_meta(config_for(model.config, plan)))
+        self._inherits, self._device = inherits, model.device
+        self.blocks = self._architecture.blocks(self._target)
+
+    def fill(self, position: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The block at `position` with those of `tensors` that are its own and what it inherits,
+        where the model computes; it shares memory with both where it can.
+
+        The blocks whose linears it uses are to be filled, too, before it runs.
+        """
+        block, state = self.blocks[position], {}
+        for inside, placeholder in block.state_dict().items():
+            place = _Place(position, inside)
+            if (tensor := tensors.get(place.name)) is None:
+                name = f"{self._architecture.blocks_path}.{position}.{inside}"
+                inherited = self._source.in_block(self._inherits[position], place)
+                tensor = _own_slices(self._target, name, inherited)
+            assert tensor.shape == placeholder.shape
+            dtype = self._source.dtype if tensor.is_floating_point() else tensor.dtype
+            state[inside] = tensor.detach().to(self._device, dtype)
+        block.load_state_dict(state, assign=True)
+        _compute_buffers(self._target, block)
+        return block.to(self._device).eval()
+
+    def empty(self, position: int) -> None:
+        """Give back the memory of a block that no other one uses any more."""
+        self.blocks[position].to("meta")
+
+
 def storage_of(model: PreTrainedModel) -> torch.device:
     """Where the weights of a model's blocks are: not where it computes, if they go there in turn
     (`block_residency`)."""
@@ -285,12 +322,14 @@ class _Inherited:
             yield form.basis_of
 
 
-def _compute_buffers(target: Any) -> None:
-    """What is in no checkpoint (rotary frequencies, scales of embeddings), as a load computes it.
+def _compute_buffers(target: Any, within: nn.Module | None = None) -> None:
+    """What is in no checkpoint (rotary frequencies, scales of embeddings), as a load computes it;
+    of the whole model, or of a part of it.
 
     The input model's may have been cast with its weights, or scaled by a long input that it saw.
     """
-    for module in target.modules():
+    part: Any = target if within is None else within
+    for module in part.modules():
         absent = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
         for name, buffer in absent.items():
             empty = torch.empty_like(buffer, device="cpu")

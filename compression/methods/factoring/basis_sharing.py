@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,6 +37,7 @@ from foldstack.compression.methods.method import (
     check_evidence,
     unreachable,
 )
+from foldstack.compression.methods.refit import IN_ORDER, Refit, refit_arithmetic
 from foldstack.compression.statistics.block_residency import run_blocks_in_turn
 from foldstack.compression.statistics.gathering import Statistics, gather
 from foldstack.compression.storage.mapped_memory import release
@@ -114,11 +115,20 @@ class BasisSharing(Method):
     dense_target: float = Field(default=0.4, ge=0, le=1)
     """Share of the dense model's own outputs in what the layerwise update fits; 0: only what the
     dense weights make of the compressed model's inputs."""
+    refit: Refit = "none"
+    """What the linears that write into the residual stream are fitted to once more in the layerwise
+    update: what the dense model's add, or the dense model's stream (`refit`)."""
     allocation: Literal["exact", "paper"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone."""
 
     rank_multiple: int = Field(default=1, ge=1)
     """Ranks are multiples of this; 64 suits tensor cores."""
+
+    @model_validator(mode="after")
+    def _refits_in_order(self) -> "BasisSharing":
+        if self.refit != "none" and self.update != "layerwise":
+            raise ValueError(IN_ORDER.format(needed="layerwise", given=self.update))
+        return self
 
     def outline(self, model: PreTrainedModel) -> Plan:
         return _factored(plan_of(model), self._groups(model))
@@ -141,7 +151,10 @@ class BasisSharing(Method):
         if self.update == "none":
             return work
         target = self.dense_target if self.update == "layerwise" else 0.0
-        return work + fitting_arithmetic(model, ranks, num_tokens, target)
+        work += fitting_arithmetic(model, ranks, num_tokens, target)
+        if self.refit == "none":
+            return work
+        return work + refit_arithmetic(model, plan_of(model), num_tokens)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
@@ -256,7 +269,10 @@ class BasisSharing(Method):
                             ready[member, group.name] = as_held(pair, model)
             return {group.name: ready.pop((position, group.name)) for group in mine}
 
-        tensors = fitted_in_order(model, factors_of, evidence, self.name, self.dense_target)
+        plan = _factored(plan_of(model), groups)
+        tensors = fitted_in_order(
+            model, plan, factors_of, evidence, self.name, self.dense_target, self.refit
+        )
         for group in groups:
             for position in group.positions[1:]:
                 del tensors[f"{_place(position, group)}.first.weight"]

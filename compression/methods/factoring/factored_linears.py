@@ -1,10 +1,7 @@
 """Factored linears of a model: the inputs they are fitted to, and their tensors in a cut."""
 
-import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +12,14 @@ from foldstack.compression.closed_forms.low_rank import (
     updated_directions_operations,
 )
 from foldstack.compression.methods.arithmetic import Arithmetic
+from foldstack.compression.methods.in_order import Streams, compressed_in_order
 from foldstack.compression.methods.method import Evidence
+from foldstack.compression.methods.refit import Refit
 from foldstack.compression.statistics.gathering import Statistics
-from foldstack.compression.statistics.grams import paired_inputs, summed_inputs
-from foldstack.compression.statistics.hidden_states import MEMORY_BYTES
-from foldstack.compression.statistics.kept_pass import KeptPass
-from foldstack.compression.statistics.stream import BlockStream, cpu_precision, tensors_of
-from foldstack.compression.storage.mapped_memory import release, trim
 from foldstack.compression.structure.architectures import architecture_of
-from foldstack.compression.structure.modeling_foldstack import AdaptedLinear, LowRankLinear
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import linear_shapes
 from foldstack.compression.structure.surgery import plan_of
-
-DEVIATED, DENSE = "deviated", "dense"
-TOKENS_AT_ONCE = 1024
-"""That pass a block beside the sums, which are most of what is in memory then."""
 
 Site = tuple[int, str]
 """Position and name of a linear that is stored there."""
@@ -75,10 +64,12 @@ def named_factors(
 
 def fitted_in_order(
     model: PreTrainedModel,
+    plan: Plan,
     factors_of: Callable[[int], Mapping[str, Factors]],
     evidence: Evidence,
     what: str,
     dense_target: float,
+    refit: Refit,
 ) -> dict[str, Tensor]:
     """Tensors of the factors of all blocks, each second factor fitted again by least squares on
     the inputs that the compressed blocks before it produce.
@@ -90,32 +81,31 @@ def fitted_in_order(
         W ((1 - a) x' + a x),   a = `dense_target`
 
     so that a linear repairs a part of what those before it have spoilt (as layer-wise quantisation
-    does, arXiv 2504.09629); at 0 it is the released code's.
+    does, arXiv 2504.09629); at 0 it is the released code's. `refit` then moves those that write
+    into the residual stream.
 
     Linears that several blocks use are fitted when the first of them is reached; the others count
     with their inputs in the dense model, since what compression makes of those is not known yet.
 
     Args:
+        plan: the structure with the factors in it.
         factors_of: the factors of the linears stored at a position, by their name in the block,
             `as_held`; called once for each, and not for those that a killed run has left.
         what: whose progress this is.
     """
-    plan, spool = plan_of(model), evidence.spool()
-    streams = _Streams(model, evidence, dense_target)
-    streams.resume(lambda position: spool.has(f"block-{plan.owner(position)}"))
-    fitted: dict[int, dict[str, LowRankLinear]] = {}
-    for position, block in enumerate(streams.deviated.blocks):
-        owner = plan.owner(position)
-        if owner not in fitted:
-            fit = partial(_fitted, model, streams, factors_of, evidence)
-            tensors = spool.part(f"block-{owner}", fit)
-            fitted[owner] = _thin_linears(tensors, owner, model.device)
-        if streams.deviated.position == position:
-            streams.advance(_with_linears(block, fitted[owner]))
-        release(tensors_of(block))
-        release(t for linear in fitted[owner].values() for t in linear.parameters())
-        evidence.progress(what, position + 1, len(streams.deviated.blocks))
-    return spool.tensors
+
+    def fitted(owner: int, streams: Streams) -> dict[str, Tensor]:
+        factors = factors_of(owner)
+        if not factors:
+            return {}
+        grams, shifts = streams.sums(pass_on=refit == "none")
+        for shift in () if shifts is None else shifts.values():
+            shift *= dense_target  # in place: they are the largest of what lives here
+        return _fitted(model, owner, streams.position, factors, (grams, shifts), evidence)
+
+    return compressed_in_order(
+        model, plan, fitted, evidence, what, refit=refit, beside_dense=dense_target > 0
+    )
 
 
 def fitting_arithmetic(
@@ -144,82 +134,25 @@ def fitting_arithmetic(
     )
 
 
-class _Streams:
-    """The compressed model's hidden states and, where the target asks for them, the dense one's;
-    kept where a killed run has left them."""
-
-    def __init__(self, model: PreTrainedModel, evidence: Evidence, dense_target: float) -> None:
-        kinds = (DEVIATED, DENSE) if dense_target > 0 else (DEVIATED,)
-        work = None if evidence.work is None else evidence.work / "streams"
-        self.kept = KeptPass(work, kinds)
-        open_stream = partial(
-            BlockStream,
-            model,
-            evidence.calibration,
-            batch_size=max(1, TOKENS_AT_ONCE // evidence.calibration.shape[1]),
-            dtype=cpu_precision(model),
-            memory_bytes=MEMORY_BYTES // len(kinds),
-            folder=work,
-        )
-        self.architecture = architecture_of(model)
-        self.dense_target = dense_target
-        self.deviated = open_stream(name=self.kept.name(DEVIATED))
-        self.dense = open_stream(name=self.kept.name(DENSE)) if dense_target > 0 else None
-
-    def resume(self, is_made: Callable[[int], bool]) -> None:
-        """Stand where a killed run has stood, if what it made of the blocks before is there."""
-        if not all(map(is_made, range(self.kept.position))):
-            self.kept.begin_anew()
-        for stream in (self.deviated, self.dense):
-            if stream is not None and self.kept.position > 0:
-                stream.resume(self.kept.position)
-
-    def sums(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """By what the linears of the block at hand read: the sums of x' x'^T, and unless a = 0
-        those of a (x - x') x'^T. The dense stream passes the block meanwhile."""
-        block = self.deviated.blocks[self.deviated.position]
-        if self.dense is None:
-            with summed_inputs(block, self.architecture) as seen:
-                for _ in self.deviated.outputs(block):
-                    pass
-            return seen.grams, None
-        with paired_inputs(block, self.architecture) as paired:
-            self.dense.advance(block, beside=self.deviated)
-        for shift in paired.shifts.values():
-            shift *= self.dense_target  # in place: they are the largest of what lives here
-        return paired.grams, paired.shifts
-
-    def advance(self, compressed: nn.Module) -> None:
-        """Pass the block, compressed; where nothing was fitted in it, the dense one as well."""
-        self.deviated.advance(compressed)
-        if self.dense is not None and self.dense.position < self.deviated.position:
-            self.dense.advance()
-        self.kept.checkpoint(self.deviated.position)
-
-
 def _fitted(
     model: PreTrainedModel,
-    streams: _Streams,
-    factors_of: Callable[[int], Mapping[str, Factors]],
+    owner: int,
+    position: int,
+    factors: Mapping[str, Factors],
+    sums: tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None],
     evidence: Evidence,
 ) -> dict[str, Tensor]:
-    """The factors that the block before which the streams stand uses, fitted on what they hold, as
-    a cut names them."""
-    architecture, plan = architecture_of(model), plan_of(model)
-    position, blocks = streams.deviated.position, streams.deviated.blocks
-    owner = plan.owner(position)
-    factors = factors_of(owner)
-    if not factors:
-        return {}
-    trim()  # after much that was large and is gone, and before the sums
-    grams, shifts = streams.sums()
+    """The factors stored at `owner`, fitted on the sums of what enters the linears at `position`,
+    as a cut names them."""
+    architecture, (grams, shifts) = architecture_of(model), sums
+    blocks = architecture.blocks(model)
     fitted: dict[str, Tensor] = {}
     for site in architecture.linears:
         if site.name not in factors:
             continue
         dense = blocks[owner].get_submodule(site.name)
         gram = grams[site.reads].double()
-        for user in users_of(plan, owner):
+        for user in users_of(plan_of(model), owner):
             if user != position:
                 gram = gram + evidence.statistics.gram(user, site.reads).to(gram.device)
         first, second = factors[site.name]
@@ -228,35 +161,3 @@ def _fitted(
         second = updated_directions(weight, first, second, gram, shift)
         fitted |= named_factors(owner, site.name, (first, second), dense)
     return fitted
-
-
-def _thin_linears(
-    tensors: Mapping[str, Tensor], position: int, device: torch.device
-) -> dict[str, LowRankLinear]:
-    """The factored linears of the block at `position` by their names, from the tensors of a cut."""
-    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        name, factor, attribute = key.removeprefix(f"blocks.{position}.").rsplit(".", 2)
-        states[name][f"{factor}.{attribute}"] = tensor.to(device)
-    linears = {}
-    for name, state in states.items():
-        rank, in_features = state["first.weight"].shape
-        with torch.device("meta"):
-            out_features, has_bias = len(state["second.weight"]), "second.bias" in state
-            linears[name] = LowRankLinear(in_features, out_features, rank, has_bias)
-        linears[name].load_state_dict(state, assign=True)
-    return linears
-
-
-def _with_linears(block: nn.Module, linears: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of the block with these linears in place; the block itself when there are none."""
-    if not linears:
-        return block
-    changed = copy.deepcopy(block)
-    for name, linear in linears.items():
-        replaced = changed.get_submodule(name)
-        if isinstance(replaced, AdaptedLinear):
-            name = f"{name}.borrowed"  # the adapter on it stays
-        parent_path, _, attribute = name.rpartition(".")
-        setattr(changed.get_submodule(parent_path), attribute, linear)
-    return changed

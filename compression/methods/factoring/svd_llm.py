@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +40,7 @@ from foldstack.compression.methods.method import (
     check_evidence,
     unreachable,
 )
+from foldstack.compression.methods.refit import IN_ORDER, Refit, refit_arithmetic
 from foldstack.compression.storage.mapped_memory import release
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.plan import Plan
@@ -89,6 +90,9 @@ class SvdLlm(Method):
     dense_target: float = Field(default=0.4, ge=0, le=1)
     """Share of the dense model's own outputs in what the update fits; 0: the released code's
     target, what the dense weights make of the compressed model's inputs."""
+    refit: Refit = "none"
+    """What the linears that write into the residual stream are fitted to once more in the update:
+    what the dense model's add, or the dense model's stream (`refit`)."""
     allocation: Literal["exact", "paper", "v2"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone; v2: as
     exact, then by loss among the linears of one name and shape."""
@@ -97,6 +101,12 @@ class SvdLlm(Method):
     whitening: Literal["projection", "eigen"] = "projection"
     """projection: onto the leading eigenvectors of W G W^T, without an inverse; eigen: V2's form,
     with the pseudo-inverse of G."""
+
+    @model_validator(mode="after")
+    def _refits_in_order(self) -> "SvdLlm":
+        if self.refit != "none" and self.update != "closed_form":
+            raise ValueError(IN_ORDER.format(needed="closed_form", given=self.update))
+        return self
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # v2 gives a type of linear as many ranks as the uniform allocation does, and so its size.
@@ -112,7 +122,10 @@ class SvdLlm(Method):
         work = Arithmetic(float64=once * (2 if self.allocation == "v2" else 1))
         if self.update == "none":
             return work
-        return work + fitting_arithmetic(model, ranks, num_tokens, self.dense_target)
+        work += fitting_arithmetic(model, ranks, num_tokens, self.dense_target)
+        if self.refit == "none":
+            return work
+        return work + refit_arithmetic(model, plan_of(model), num_tokens)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
@@ -123,10 +136,12 @@ class SvdLlm(Method):
         if self.update == "closed_form":
             tensors = fitted_in_order(
                 model,
+                plan.factor(ranks),
                 lambda position: self._factors(model, position, ranks, evidence),
                 evidence,
                 self.name,
                 self.dense_target,
+                self.refit,
             )
         else:
             tensors = self._independent(model, ranks, evidence)

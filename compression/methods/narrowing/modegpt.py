@@ -27,6 +27,7 @@ from foldstack.compression.closed_forms.inner_pairs import (
 )
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.arithmetic import Arithmetic
+from foldstack.compression.methods.in_order import compressed_in_order
 from foldstack.compression.methods.method import (
     TOLERANCE,
     Evidence,
@@ -43,6 +44,7 @@ from foldstack.compression.methods.narrowing.inner_widths import (
     influence_sparsities,
     uniform_sparsities,
 )
+from foldstack.compression.methods.refit import Refit, refit_arithmetic
 from foldstack.compression.storage.mapped_memory import release
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.block_plan import BlockPlan, NarrowHeads
@@ -111,6 +113,10 @@ class MoDeGpt(Method):
     """Score of a rotary pair: product of its energies, or sum of its coordinates' scores."""
     value_subspace: Literal["stacked", "values"] = "stacked"
     """What the values' subspace is the best one for: all outputs of the group, or themselves."""
+    refit: Refit = "none"
+    """What the linears that write into the residual stream are fitted to, block by block on what
+    the compressed model computes: what the dense model's add, or the dense model's stream
+    (`refit`)."""
     mlp_multiple: int = Field(default=1, ge=1)
     """MLP widths are multiples of this; 64 or 128 suit tensor cores."""
     head_multiple: int = Field(default=1, ge=1)
@@ -138,23 +144,35 @@ class MoDeGpt(Method):
                     total += operations(rows, columns, block.mlp_width)
                 elif site.reads == "attention_input" and block.narrow_heads is not None:
                     total += 2.0 * rows * columns**2
-        return Arithmetic(float64=total)
+        work = Arithmetic(float64=total)
+        if self.refit == "none":
+            return work
+        return work + refit_arithmetic(model, plan_of(model), num_tokens)
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         dimensions = self.inner_dimensions(model)
         widths = self._widths(model, dimensions, self._block_sparsities(dimensions, evidence))
         plan = self.narrow_plan(model, widths)
-        blocks, spool = architecture_of(model).blocks(model), evidence.spool()
-        for position, block in enumerate(plan.blocks):
-            narrow_mlp = (position, "mlp") in widths
-            spool.part(
-                f"block-{position}",
-                partial(self.narrow_block, model, position, block, evidence, mlp=narrow_mlp),
+
+        def narrow(position: int, _streams: object = None) -> dict[str, Tensor]:
+            is_narrow = (position, "mlp") in widths
+            return self.narrow_block(
+                model, position, plan.blocks[position], evidence, mlp=is_narrow
             )
+
+        inherits = tuple(range(len(plan.blocks)))
+        if self.refit != "none":
+            tensors = compressed_in_order(
+                model, plan, narrow, evidence, "modegpt", refit=self.refit
+            )
+            return Cut(plan, inherits, tensors)
+        blocks, spool = architecture_of(model).blocks(model), evidence.spool()
+        for position in inherits:
+            spool.part(f"block-{position}", partial(narrow, position))
             release(blocks[position])
             evidence.progress("modegpt", position + 1, len(plan.blocks))
-        return Cut(plan, tuple(range(len(plan.blocks))), spool.tensors)
+        return Cut(plan, inherits, spool.tensors)
 
     def narrow_block(
         self,

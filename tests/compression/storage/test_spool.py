@@ -27,11 +27,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "basis_sharing at once": {"name": "basis_sharing", "update": "global"},
     "basis_sharing in order": {"name": "basis_sharing", "update": "layerwise"},
     "modegpt": {"name": "modegpt"},
+    "modegpt refitted": {"name": "modegpt", "refit": "residual"},
+    "svd_llm refitted": {"name": "svd_llm", "refit": "residual"},
     "slicegpt": {"name": "slicegpt", "round_interval": 1},
 }
 
 
-STREAMED = ("svd_llm in order", "basis_sharing in order", "slicegpt")
+STREAMED = (
+    "svd_llm in order",
+    "basis_sharing in order",
+    "slicegpt",
+    "modegpt refitted",
+    "svd_llm refitted",
+)
 """Those whose hidden states go along and are kept."""
 
 
