@@ -194,7 +194,10 @@ def _show_ranking(layout: Layout, runs: StageRuns) -> None:
 def _show_comparison(comparison: Comparison, files: dict[str, Any]) -> None:
     key = f"comparison-{comparison.sweep}"
     table = records(comparison.frame())
-    told = "\n".join(f"- {sentence}" for sentence in findings(comparison))
+    found = findings(comparison)
+    for sentence in found:
+        logger.info("%s", sentence)  # Prefect's page of logs is where many look first
+    told = "\n".join(f"- {sentence}" for sentence in found)
     _create(
         create_table_artifact, table=table, key=key, description=f"{comparison.title}\n\n{told}"
     )

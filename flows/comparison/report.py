@@ -263,7 +263,7 @@ def _table(
 
 
 def _cell(column: Column, record: Record, text: str, largest: float) -> dict[str, Any]:
-    value = record.get(column.source)
+    value = record.get(column.source) if text else None
     looks, share = ["text"] * column.is_text + ["extra"] * (column.rank > EXTRA_RANK), None
     if column.name == "speed" and value is not None:
         looks += ["slower"] * (value < SLOWER) + ["faster"] * (value > FASTER)

@@ -132,11 +132,14 @@ def markdown(frame: "pandas.DataFrame", shown: Sequence[Column] | None = None) -
 
 
 def texts(record: Record, shown: Sequence[Column]) -> list[str]:
-    """One row of the table; of a model that failed only which one it is."""
-    cells = [column.text(record) for column in shown]
-    if record.get("state") == "failed":
-        places = [i for i, column in enumerate(shown) if not column.is_text] or [len(cells) - 1]
-        cells[places[0]] = "failed"
+    """One row of the table. Of a model that failed it says which one, and that: what was measured
+    of it before is no result.
+    """
+    if record.get("state") != "failed":
+        return [column.text(record) for column in shown]
+    cells = [column.text(record) if column.is_text else "" for column in shown]
+    places = [i for i, column in enumerate(shown) if not column.is_text] or [len(cells) - 1]
+    cells[places[0]] = "failed"
     return cells
 
 

@@ -107,6 +107,14 @@ def test_markdown_escapes_and_marks_failures(comparison: Comparison) -> None:
     assert "| mka\\|0.30 | failed |" in text
 
 
+def test_what_failed_after_it_was_measured_shows_no_figures(comparison: Comparison) -> None:
+    best = comparison.rows[5].model_copy(update={"state": "failed", "cause": "recover: no memory"})
+    rows = (*comparison.rows[:5], best)
+    text = markdown(comparison.model_copy(update={"rows": rows}).frame())
+    assert text.splitlines()[-1].startswith("| modegpt 0.30 | failed |  |")
+    assert "1.100" not in text.splitlines()[-1]
+
+
 def test_records_hold_numbers_and_no_texts_of_numbers(comparison: Comparison) -> None:
     best = next(row for row in records(comparison.frame()) if row["model"] == "modegpt 0.30")
     assert best["bits/byte"] == 1.1
