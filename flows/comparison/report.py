@@ -46,8 +46,8 @@ PICTURES: dict[Against, str] = {
 }
 MANY_BLOCKS = 18
 """From so many on a box has no room for its widths."""
-EXTRA_RANK = 9
-"""Columns of higher ranks are not printed on paper."""
+HIDDEN = {"more": 6, "extra": 9}
+"""Columns of higher ranks than these are left out on phones, and on paper."""
 SLOWER, FASTER = 0.97, 1.03
 LOADS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,7 +123,7 @@ def _render(
                for size in sorted(set(frame["sparsity"].dropna()))],
         best_rule=first.best_rule,
         looks=LOOKS,
-        extra_rank=EXTRA_RANK,
+        look_of=_look,
         structures=[each for part in parts for each in _structures(part)],
         scores=scores,
         curves=curves,
@@ -262,16 +262,21 @@ def _table(
     ]  # fmt: skip
 
 
+def _look(column: Column) -> str:
+    looks = [name for name, rank in HIDDEN.items() if column.rank > rank]
+    return " ".join(["text"] * column.is_text + looks)
+
+
 def _cell(column: Column, record: Record, text: str, largest: float) -> dict[str, Any]:
     value = record.get(column.source) if text else None
-    looks, share = ["text"] * column.is_text + ["extra"] * (column.rank > EXTRA_RANK), None
+    looks, share = [_look(column)], None
     if column.name == "speed" and value is not None:
         looks += ["slower"] * (value < SLOWER) + ["faster"] * (value > FASTER)
     if column.name == "difference" and value is not None and largest:
         looks.append("bar")
         share = round(100 * abs(value) / largest, 1)
     return {
-        "text": text, "look": " ".join(looks), "share": share,
+        "text": text, "look": " ".join(filter(None, looks)), "share": share,
         "value": "" if value is None else value,
     }  # fmt: skip
 
