@@ -218,9 +218,12 @@ def test_mlflow_has_a_run_per_model_and_one_of_the_sweep(first: Comparison) -> N
     assert {"plan.json", "config.yaml", "ranking", "recover", "environment.json"} <= files
 
 
-def test_mlflow_shows_the_comparison_as_a_table(first: Comparison) -> None:
+def test_mlflow_shows_the_comparison_as_a_table(
+    first: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", first.links["mlflow"])  # what load_table asks
     client = MlflowClient(tracking_uri=first.links["mlflow"])
     (experiment,) = client.search_experiments(filter_string="name = 'foldstack/tiny-llama'")
     runs = client.search_runs([experiment.experiment_id], "tags.`foldstack.kind` = 'sweep'")
