@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer
 from foldstack.compression.checkpoints.model_folder import resolve
 from foldstack.compression.methods import METHODS
-from foldstack.compression.methods.method import Evidence, no_progress
+from foldstack.compression.methods.method import Evidence, Method, no_progress
+from foldstack.compression.methods.search.scoring import scored
 from foldstack.compression.statistics.gathering import KINDS, gather
 from foldstack.compression.statistics.ranking import rank_blocks
 from foldstack.compression.structure.plan import Plan
@@ -205,6 +206,12 @@ class Bench:
         found = gather(self.model, self.calibration, KINDS)
         return Evidence(self.calibration, found, rank_blocks(found), progress=self._tell)
 
+    def evidence_for(self, method: Method) -> Evidence:
+        """The same with the scores that a method asks for, made once."""
+        if method.scores:
+            self.evidence = scored(self.evidence, self.model, method.scores)
+        return self.evidence
+
     def perplexity(self, model: PreTrainedModel) -> float:
         return math.exp(cross_entropy(model, self.test))
 
@@ -213,7 +220,7 @@ class Bench:
     ) -> tuple[PreTrainedModel, Plan]:
         """What a method makes of the model."""
         method = METHODS[name](sparsity=sparsity, seed=seed, **settings)
-        change = method.compress(self.model, self.evidence)
+        change = method.compress(self.model, self.evidence_for(method))
         return cut(self.model, change), change.plan
 
     def recovered(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -150,8 +150,9 @@ class Comparison:
 
     def _cut(self, method: Method) -> tuple[PreTrainedModel, float]:
         if self._last is None or self._last[0] != method:
+            evidence = self.bench.evidence_for(method)
             started = time.perf_counter()
-            smaller = cut(self.bench.model, method.compress(self.bench.model, self.bench.evidence))
+            smaller = cut(self.bench.model, method.compress(self.bench.model, evidence))
             self._last = method, smaller, time.perf_counter() - started
         return self._last[1], self._last[2]
 

@@ -66,7 +66,7 @@ class Assembly:
         blocks = architecture_of(self.model).blocks(self.model)
         for new, position in enumerate(survivors):
             here = of_position(choice, position)
-            spool.part(f"block-{position}", partial(self._moved, position, new, here))
+            spool.part(f"chosen-{position}", partial(self._moved, position, new, here))
             release(blocks[position])
             self.forget()
             progress("search", new + 1, len(survivors))

@@ -63,7 +63,9 @@ class Library:
     model: PreTrainedModel
     grid: Sequence[float] = GRID
     rank_grid: Sequence[float] = RANK_GRID
-    narrowing: MoDeGpt = field(default_factory=lambda: MoDeGpt(sparsity=0.5))
+    narrowing: MoDeGpt = field(
+        default_factory=lambda: MoDeGpt(sparsity=0.5, mlp_selection="greedy")
+    )
     rank_multiple: int = 1
 
     def variants(self, families: Iterable[str] = FAMILIES) -> list[Variant]:

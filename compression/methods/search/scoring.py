@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,12 +22,19 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.closed_forms.inner_pairs import narrowing_operations
 from foldstack.compression.closed_forms.low_rank import whitened_svd_operations
-from foldstack.compression.evaluation.candidate_loss import WINDOWS_AT_ONCE
+from foldstack.compression.evaluation.candidate_loss import WINDOWS_AT_ONCE, windows_of
 from foldstack.compression.methods.arithmetic import Arithmetic
-from foldstack.compression.methods.method import no_progress
+from foldstack.compression.methods.method import Evidence, no_progress
 from foldstack.compression.methods.search.assembly import Assembly
 from foldstack.compression.methods.search.library import DENSE, Choice, Library, absent
-from foldstack.compression.statistics.sensitivity import Family, Score, Sensitivity, Variant
+from foldstack.compression.statistics.sensitivity import (
+    FAMILY_OF,
+    SCORE_TOKENS,
+    Family,
+    Score,
+    Sensitivity,
+    Variant,
+)
 from foldstack.compression.statistics.stream import (
     BlockStream,
     cpu_precision,
@@ -260,6 +267,23 @@ def score_variants(
             for variant, kl in zip(variants, losses, strict=True)
         ),
     )
+
+
+def scored(evidence: Evidence, model: PreTrainedModel, families: Iterable[str]) -> Evidence:
+    """Evidence with the scores of these families of variants: as they were gathered, or gathered
+    now on the first `SCORE_TOKENS` of the calibration."""
+    families = set(families)
+    known = () if evidence.sensitivity is None else evidence.sensitivity.scores
+    if families <= {FAMILY_OF[score.variant.kind] for score in known}:
+        return evidence
+    sensitivity = score_variants(
+        Assembly(Library(model), evidence),
+        windows_of(evidence.calibration, SCORE_TOKENS),
+        Library(model).variants(families),
+        spool=evidence.spool(),
+        progress=evidence.progress,
+    )
+    return replace(evidence, sensitivity=sensitivity)
 
 
 def scoring_arithmetic(model: PreTrainedModel, family: Family) -> Arithmetic:

@@ -1,7 +1,7 @@
 """Search: which change where, chosen by what each costs in loss."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.closed_forms.selection import Option, OutOfReach, select
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.candidate_loss import windows_of
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.method import (
     TOLERANCE,
@@ -32,7 +31,7 @@ from foldstack.compression.methods.search.rounds import (
     choice_of,
     improved,
 )
-from foldstack.compression.methods.search.scoring import Scorer, score_variants
+from foldstack.compression.methods.search.scoring import Scorer, scored
 from foldstack.compression.statistics.sensitivity import (
     SCORE_TOKENS,
     Family,
@@ -87,6 +86,8 @@ class Search(Method):
     cache per token), flops (of linears, per token)."""
     rounds: int = Field(default=2, ge=0)
     """How often what is near the choice is scored again and chosen from."""
+    mlp_selection: Literal["greedy", "leverage"] = "greedy"
+    """Which channels narrower MLPs keep: see `modegpt`."""
     mlp_multiple: int = Field(default=1, ge=1)
     """MLP widths are multiples of this; 64 or 128 suit tensor cores."""
     head_multiple: int = Field(default=1, ge=1)
@@ -125,7 +126,10 @@ class Search(Method):
     def library_of(self, model: PreTrainedModel) -> Library:
         """What there is for a model."""
         narrowing = MoDeGpt(
-            sparsity=0.5, mlp_multiple=self.mlp_multiple, head_multiple=self.head_multiple
+            sparsity=0.5,
+            mlp_selection=self.mlp_selection,
+            mlp_multiple=self.mlp_multiple,
+            head_multiple=self.head_multiple,
         )
         return Library(model, narrowing=narrowing, rank_multiple=self.rank_multiple)
 
@@ -133,43 +137,47 @@ class Search(Method):
         check_evidence(model, evidence)
         library = self.library_of(model)
         assembly, spool = Assembly(library, evidence), evidence.spool()
-        sensitivity = self._sensitivity(assembly, evidence)
+        evidence = scored(evidence, model, self.scores)
+        assert evidence.sensitivity is not None
+        sensitivity = evidence.sensitivity.of(self.library)
         choice = self._chosen(assembly, sensitivity, evidence)
         return assembly.cut(choice, spool, evidence.progress)
-
-    def _sensitivity(self, assembly: Assembly, evidence: Evidence) -> Sensitivity:
-        """The scores that were gathered, or gathered now."""
-        if evidence.sensitivity is not None:
-            return evidence.sensitivity.of(self.library)
-        return score_variants(
-            assembly,
-            windows_of(evidence.calibration, SCORE_TOKENS),
-            assembly.library.variants(self.library),
-            spool=evidence.spool(),
-            progress=evidence.progress,
-        )
 
     def _chosen(self, assembly: Assembly, sensitivity: Sensitivity, evidence: Evidence) -> Choice:
         library = assembly.library
         solve = partial(self._solve, library)
         choice = choice_of(solve(options_of(library, sensitivity)))
-        scored = sensitivity.num_windows
-        fresh = evidence.calibration[scored : 2 * scored]
-        if self.rounds == 0 or self.target == "native" or len(fresh) < 2:
+        scored_on = evidence.calibration[: sensitivity.num_windows]
+        fresh = evidence.calibration[len(scored_on) : 2 * len(scored_on)]
+        if self.rounds == 0 or self.target == "native":
             return choice
-        scorer = Scorer(assembly, evidence.calibration[:scored], progress=evidence.progress)
+        scorer = Scorer(assembly, scored_on, progress=evidence.progress)
+        if set(self.library) == {"removals"}:
+            choice = self._removed(library, scorer, sensitivity, choice)
+        if len(fresh) < 2:
+            return choice
         known = {score.variant: score.mean for score in sensitivity.scores}
+        judge = Scorer(assembly, fresh, progress=evidence.progress)
         choice, _ = improved(
-            library,
-            scorer,
-            Scorer(assembly, fresh, progress=evidence.progress),
-            choice,
-            solve,
-            self.rounds,
-            evidence.spool(),
-            known,
+            library, scorer, judge, choice, solve, self.rounds, evidence.spool(), known
         )
         return choice
+
+    def _removed(
+        self, library: Library, scorer: Scorer, sensitivity: Sensitivity, choice: Choice
+    ) -> Choice:
+        """Where only blocks can go, sums of single scores choose worst: the better of the choice
+        and of the blocks that go one after the other."""
+        needs = self._needs(size_of(library.model).as_dict())
+
+        def is_enough(gone: Choice) -> bool:
+            saved = [library.saved(variant).model_dump() for variant in gone]
+            return all(sum(s[name] for s in saved) >= need for name, need in needs.items())
+
+        candidates = [score.variant for score in sensitivity.scores]
+        in_turn = removed_in_turn(library, scorer, candidates, is_enough)
+        losses = {c: float(scorer.loss(c).mean()) for c in (choice, in_turn) if c is not None}
+        return min(losses, key=losses.__getitem__)
 
     def _solve(self, library: Library, options: Sequence[Option]) -> list[Option]:
         """The options of least loss that keep the budgets.
@@ -180,15 +188,19 @@ class Search(Method):
         if self.target == "native":
             options = of_one_mlp_width(options)
         whole = size_of(library.model).as_dict()
-        needs: dict[str, float] = {
-            name: (1 - left) * whole[_MEASURED_BY[name]] for name, left in self.budget.items()
-        }
-        asked = self.sparsity * whole["parameters"]
-        needs["parameters"] = max(needs.get("parameters", 0.0), asked)
+        needs = self._needs(whole)
         try:
             return select(options, needs, _not_all_gone(library, options))
         except OutOfReach as error:
             raise self._refusal(error, whole, needs) from None
+
+    def _needs(self, whole: Mapping[str, int]) -> dict[str, float]:
+        """What is to be saved, by the name of a budget."""
+        needs: dict[str, float] = {
+            name: (1 - left) * whole[_MEASURED_BY[name]] for name, left in self.budget.items()
+        }
+        needs["parameters"] = max(needs.get("parameters", 0.0), self.sparsity * whole["parameters"])
+        return needs
 
     def _refusal(
         self, error: OutOfReach, whole: dict[str, int], needs: dict[str, float]

@@ -1,0 +1,209 @@
+"""The search on models of which it is known what can go, and what it must never do worse."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.methods.method import Evidence
+from foldstack.compression.methods.removal.shortgpt import ShortGpt
+from foldstack.compression.methods.removal.sleb import Sleb
+from foldstack.compression.methods.search.assembly import Assembly
+from foldstack.compression.methods.search.curves import LossCurve, options_of
+from foldstack.compression.methods.search.library import Library
+from foldstack.compression.methods.search.scoring import Scorer, scored
+from foldstack.compression.methods.search.search import Search
+from foldstack.compression.statistics.gathering import KINDS, gather
+from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.structure.size import size_of
+from foldstack.compression.structure.surgery import cut, plan_of
+
+OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(97, (8, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def evidence_of(windows: Tensor) -> Callable[[Any], Evidence]:
+    def of(model: Any) -> Evidence:
+        statistics = gather(model, windows, KINDS)
+        evidence = Evidence(windows, statistics, rank_blocks(statistics))
+        # Half of the windows are for the rounds.
+        half = replace(evidence, calibration=windows[:4])
+        return replace(
+            evidence, sensitivity=scored(half, model, Search(sparsity=0.5).scores).sensitivity
+        )
+
+    return of
+
+
+def divergence(model: Any, smaller: Any, windows: Tensor) -> float:
+    with torch.no_grad():
+        log_p, log_q = (m(windows).logits.double().log_softmax(-1) for m in (model, smaller))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def test_a_block_that_does_nothing_goes_first_and_costs_nothing(
+    tiny_model: Any, windows: Tensor, evidence_of: Any
+) -> None:
+    model = tiny_model("llama")
+    block = dict(model.model.layers[2].named_parameters())
+    with torch.no_grad():
+        for name in OUTPUTS:
+            block[name].zero_()
+    change = Search(sparsity=0.18).compress(model, evidence_of(model))
+    smaller = cut(model, change)
+    assert divergence(model, smaller, windows) < 1e-6
+    of_block = size_of(model).parameters - size_of(cut(model, change)).parameters
+    assert of_block >= 0.18 * size_of(model).parameters - 1
+
+
+def test_copies_of_channels_and_unused_values_go_before_anything_else(
+    tiny_model: Any, windows: Tensor, evidence_of: Any
+) -> None:
+    """Half of one MLP's channels are copies of the other half, and half of the coordinates of one
+    block's values are not read."""
+    model = tiny_model("llama")
+    mlp, attention = model.model.layers[1].mlp, model.model.layers[3].self_attn
+    with torch.no_grad():
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight[28:] = linear.weight[:28]
+        heads = attention.o_proj.weight.view(32, 4, 8)
+        heads[:, :, 4:] = 0
+    dense = size_of(model).parameters
+    nothing = 28 * 96 + 4 * (4 + 2) * 32
+    change = Search(sparsity=0.99 * nothing / dense, rounds=0).compress(model, evidence_of(model))
+    assert divergence(model, cut(model, change), windows) < 1e-6
+    widths = [block.mlp_width for block in change.plan.blocks]
+    assert widths[1] is not None
+    assert widths[:1] + widths[2:] == [None, None, None]
+    assert [b.narrow_heads is not None for b in change.plan.blocks] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_depth_alone_is_never_worse_than_the_methods_that_remove_blocks(
+    tiny_model: Any, windows: Tensor, evidence_of: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = tiny_model("llama", num_hidden_layers=6)
+    with torch.no_grad():  # blocks that need one another
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    evidence = evidence_of(model)
+    one = (
+        size_of(model).parameters
+        - size_of(cut(model, ShortGpt(sparsity=0.01).compress(model, evidence))).parameters
+    )
+    sparsity = 2.9 * one / size_of(model).parameters
+    losses = {}
+    for method in (
+        Search(sparsity=sparsity, library=("removals",)),
+        ShortGpt(sparsity=sparsity),
+        Sleb(sparsity=sparsity, early_barrier=0, latter_barrier=0),
+    ):
+        smaller = cut(model, method.compress(model, evidence))
+        assert len(plan_of(smaller).blocks) == 3
+        losses[method.name] = divergence(model, smaller, windows[:4])
+    assert losses["search"] <= losses["shortgpt"] + 1e-6
+    assert losses["search"] <= losses["sleb"] + 1e-6
+
+
+def test_rounds_never_end_worse_on_windows_that_no_score_has_seen(
+    tiny_model: Any, windows: Tensor, evidence_of: Any
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(3)
+    evidence = evidence_of(model)
+    losses = [
+        divergence(
+            model,
+            cut(model, Search(sparsity=0.3, rounds=n).compress(model, evidence)),
+            windows[4:],
+        )
+        for n in (0, 3)
+    ]
+    assert losses[1] <= losses[0] + 1e-9
+
+
+def test_the_same_scores_give_the_same_choice(tiny_model: Any, evidence_of: Any) -> None:
+    model = tiny_model("qwen2")
+    evidence = evidence_of(model)
+    first, second = (Search(sparsity=0.3, rounds=1).compress(model, evidence) for _ in range(2))
+    assert first.plan == second.plan
+    assert all(torch.equal(second.tensors[name], t) for name, t in first.tensors.items())
+
+
+def test_two_budgets_are_both_kept(tiny_model: Any, evidence_of: Any) -> None:
+    model = tiny_model("llama")
+    dense = size_of(model)
+    method = Search(sparsity=0.2, budget={"kv_bytes": 0.5, "flops": 0.75}, rounds=1)
+    smaller = size_of(cut(model, method.compress(model, evidence_of(model))))
+    assert smaller.parameters <= 0.8 * dense.parameters + 1
+    assert smaller.kv_bytes_per_token <= 0.5 * dense.kv_bytes_per_token
+    assert smaller.flops_per_token <= 0.75 * dense.flops_per_token
+    outlined = method.outline(model)
+    assert len(outlined.blocks) <= 4
+
+
+def test_a_native_target_gives_a_stock_model(tiny_model: Any, evidence_of: Any) -> None:
+    model = tiny_model("llama")
+    evidence = evidence_of(model)
+    for sparsity in (0.1, 0.4):
+        change = Search(sparsity=sparsity, target="native").compress(model, evidence)
+        assert change.plan.is_native
+        removed = 1 - size_of(cut(model, change)).parameters / size_of(model).parameters
+        assert removed >= sparsity - 1e-9
+
+
+def test_budgets_out_of_reach_say_how_far_the_library_goes(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match=r"search can remove at most \d+\.\d% .* in \(0, 0\.\d+\]"):
+        Search(sparsity=0.95, library=("widths",)).outline(model)
+    both = Search(sparsity=0.1, budget={"kv_bytes": 0.05}, library=("widths",))
+    with pytest.raises(InputError, match=r"kv_bytes down to \d+\.\d%"):
+        both.outline(model)
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        Search(sparsity=0.1, budget={"kv_bytes": 1.5})
+
+
+def test_what_the_reported_rise_and_the_measured_one_are_is_of_one_kind(
+    tiny_model: Any, windows: Tensor, evidence_of: Any
+) -> None:
+    """At little sparsity, single scores add up to what the built model loses, or nearly."""
+    model = tiny_model("llama")
+    evidence = evidence_of(model)
+    assert evidence.sensitivity is not None
+    library = Library(model)
+    scores = {s.variant: s.mean for s in evidence.sensitivity.scores}
+    pair = [library.width(0, "mlp", library.variants(["widths"])[0].level)]
+    pair += [next(v for v in library.variants(["widths"]) if v.first == 3)]
+    loss = Scorer(Assembly(library, evidence), windows[:4]).loss(frozenset(pair))
+    assert float(loss.mean()) == pytest.approx(sum(scores[v] for v in pair), rel=0.3, abs=1e-7)
+
+
+def test_between_scored_widths_a_curve_rises_and_passes_through_all() -> None:
+    points = [(10.0, 1e-5), (25.0, 3e-4), (40.0, 2e-2), (60.0, 0.5)]
+    curve = LossCurve(points)
+    assert [curve(saved) for saved, _ in points] == pytest.approx([loss for _, loss in points])
+    read = [curve(saved / 4) for saved in range(241)]
+    assert read == sorted(read)
+    assert curve(5.0) == pytest.approx(5e-6)
+    assert LossCurve([(10.0, 0.0)])(10.0) <= 1e-12
+
+
+def test_every_slot_has_its_original(tiny_model: Any, evidence_of: Any) -> None:
+    model = tiny_model("llama")
+    library = Library(model)
+    sensitivity = evidence_of(model).sensitivity
+    options = options_of(library, sensitivity)
+    assert {slot for o in options if not o.key for slot in o.slots} == set(library.slots)
+    assert all(o.saved["parameters"] > 0 for o in options if o.key)
