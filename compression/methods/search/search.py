@@ -27,10 +27,7 @@ from foldstack.compression.methods.search.curves import (
     originals,
 )
 from foldstack.compression.methods.search.library import Choice, Library, absent
-from foldstack.compression.methods.search.rounds import (
-    choice_of,
-    improved,
-)
+from foldstack.compression.methods.search.rounds import choice_of, improved, removed_in_turn
 from foldstack.compression.methods.search.scoring import Scorer, scored
 from foldstack.compression.statistics.sensitivity import (
     SCORE_TOKENS,
@@ -149,12 +146,10 @@ class Search(Method):
         choice = choice_of(solve(options_of(library, sensitivity)))
         scored_on = evidence.calibration[: sensitivity.num_windows]
         fresh = evidence.calibration[len(scored_on) : 2 * len(scored_on)]
-        if self.rounds == 0 or self.target == "native":
-            return choice
         scorer = Scorer(assembly, scored_on, progress=evidence.progress)
         if set(self.library) == {"removals"}:
             choice = self._removed(library, scorer, sensitivity, choice)
-        if len(fresh) < 2:
+        if self.rounds == 0 or self.target == "native" or len(fresh) < 2:
             return choice
         known = {score.variant: score.mean for score in sensitivity.scores}
         judge = Scorer(assembly, fresh, progress=evidence.progress)

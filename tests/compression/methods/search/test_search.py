@@ -104,7 +104,7 @@ def test_depth_alone_is_never_worse_than_the_methods_that_remove_blocks(
     sparsity = 2.9 * one / size_of(model).parameters
     losses = {}
     for method in (
-        Search(sparsity=sparsity, library=("removals",)),
+        Search(sparsity=sparsity, library=("removals",), rounds=0),
         ShortGpt(sparsity=sparsity),
         Sleb(sparsity=sparsity, early_barrier=0, latter_barrier=0),
     ):
