@@ -115,6 +115,12 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def gguf_of_nothing(folder: Path) -> None:
+    """Weights as a GGUF file that holds nothing."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+
 def remove(*names: str) -> Callable[[Path], Any]:
     """The damage of missing files."""
     return lambda folder: [(folder / name).unlink() for name in names]
@@ -140,6 +146,10 @@ def damaged_models(folder: Path) -> list[Case]:
         "weights as a pickle": pickle_weights,
         "config.json is no JSON": lambda copy: (copy / "config.json").write_text("{"),
         "no config.json": remove("config.json"),
+        "weights that cannot be dequantised": with_config(
+            quantization_config={"quant_method": "gptq", "bits": 4}
+        ),
+        "a GGUF file that is none": gguf_of_nothing,
         "no tokenizer": remove("tokenizer.json", "tokenizer_config.json"),
         "a tokenizer with more tokens than the model": with_config(vocab_size=100),
     }

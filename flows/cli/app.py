@@ -115,8 +115,8 @@ def compress(
         str,
         typer.Option(
             metavar="FILE_OR_DATASET",
-            help=".txt or .jsonl file, dataset (NAME or NAME:SUBSET), or self: what the model "
-            "writes. [self]",
+            help="File with text, dataset (NAME or NAME:SUBSET), or self: what the model writes. "
+            "[self]",
         ),
     ] = "",
     test: Annotated[
@@ -311,7 +311,7 @@ def cache_gc(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Directory, hub id, or reference.")],
+    model: Annotated[str, typer.Argument(help="Directory, GGUF file, hub id, or reference.")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
     against: Annotated[str, typer.Option(help="Dense model, compared item by item.")] = "",
     config: Annotated[str, typer.Option(help="Config whose evaluation section counts.")] = "demo",
@@ -331,7 +331,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="Directory, hub id, or reference.")],
+    model: Annotated[str, typer.Argument(help="Directory, GGUF file, hub id, or reference.")],
     against: Annotated[str, typer.Option(help="Dense model, measured in turn with it.")] = "",
     config: Annotated[str, typer.Option(help="Config whose speed section counts.")] = "demo",
     as_json: AsJson = False,

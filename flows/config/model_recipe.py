@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from foldstack.compression.checkpoints.model_folder import REFERENCE
 from foldstack.compression.errors import InputError
 from foldstack.compression.text.corpus import PYTHON_STDLIB, SELF, TextSource, documents
+from foldstack.compression.text.text_files import is_text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,12 +61,15 @@ def sparsity_of(sparsity: float | None, to: float | None) -> float:
 
 
 def source_named(text: str, split: str) -> dict[str, Any]:
-    """The text source that a word on the command line stands for: "self", "python-stdlib", a .txt
-    or .jsonl file, or a dataset as NAME or NAME:SUBSET."""
+    """The text source that a word on the command line stands for: "self", "python-stdlib", a file
+    with text, or a dataset: its folder, NAME or NAME:SUBSET."""
     if text in (SELF, PYTHON_STDLIB):
         return {"corpus": text, "split": split}
-    if text.endswith((".txt", ".jsonl")):
-        return {"corpus": str(Path(text).expanduser().absolute())}
+    path = Path(text).expanduser()
+    if path.is_file() or is_text_file(text):
+        return {"corpus": str(path.absolute())}
+    if path.is_dir():
+        return {"corpus": str(path.absolute()), "split": split}
     name, _, subset = text.partition(":")
     return {"corpus": name, **({"subset": subset} if subset else {}), "split": split}
 
