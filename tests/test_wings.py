@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compression.methods.in_order",),
     ("compression.methods.refit", "compression.methods.method"),
     ("compression.methods.arithmetic",),
-    ("compression.evaluation",),
+    ("compression.evaluation", "compression.export"),
     ("compression.training",),
     ("compression.statistics",),
     ("compression.checkpoints",),

@@ -32,7 +32,7 @@ def _shared_basis(model: Any, plan: Plan) -> Plan:
 
 def _narrow_heads(model: Any, plan: Plan) -> Plan:
     rotary = 0 if model.config.model_type in ("gpt2", "opt") else 4
-    heads = NarrowHeads(qk_dim=5, v_dim=7, rotary_dim=rotary)
+    heads = NarrowHeads(qk_dim=rotary or 5, v_dim=7, rotary_dim=rotary)
     return plan.narrow(heads={1: heads, 3: heads})
 
 
