@@ -75,8 +75,15 @@ $(OVERLAYS): $(INSTALLED) compression/structure/modeling_foldstack.py
 	$(UV) pip install --quiet --upgrade --python $(@D)/bin/python '$(WANTED)'
 	@touch $@
 
-test-engines: $(OVERLAYS) ## Load every structure under the newest and the oldest transformers (needs the network)
+LLAMA_CPP := $(ENGINES)/llama_cpp/.made
+$(LLAMA_CPP): $(INSTALLED)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(UV) pip install --quiet --python $(@D)/bin/python llama-cpp-python
+	@touch $@
+
+test-engines: $(OVERLAYS) $(LLAMA_CPP) ## Load every structure in other versions of transformers and in llama.cpp (needs the network)
 	FOLDSTACK_PYTHONS='$(abspath $(ENGINES)/newest/bin/python) $(abspath $(ENGINES)/oldest/bin/python)' \
+	  FOLDSTACK_LLAMA_CPP_PYTHON='$(abspath $(ENGINES)/llama_cpp/bin/python)' \
 	  $(BIN)/pytest -n 0 -m engines tests
 	$(ENGINES)/newest/bin/python -m pytest -n 0 -q tests/compression/structure tests/compression/checkpoints \
 	  tests/compression/methods/test_method_contract.py

@@ -8,6 +8,7 @@
   and written.
 - `command_compress`: `foldstack compress`: one model made smaller, without a recipe; the same flow
   underneath.
+- `command_export`: `foldstack export`: a model folder in the form that another program loads.
 - `command_measure`: `foldstack evaluate` and `foldstack bench`: one model, measured like those of a
   sweep.
 - `command_run`: What `foldstack run` does around the flow: a server, progress, Ctrl-C, and folders

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -327,6 +328,38 @@ def evaluate(
             config, model, revision=revision, benchmarks=_names_in(tasks), limit=limit
         )
         _print_facts(evaluate_command(chosen, against), output, as_json)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Directory, hub id, or reference.")],
+    to: Annotated[str, typer.Option(help="stock (the family's own class) or gguf (llama.cpp).")],
+    out: Annotated[Path | None, typer.Option(help="New folder. [exports/NAME-TO]")] = None,
+    quantise: Annotated[
+        str, typer.Option(metavar="SCHEME", help="With gguf: q8_0, q4_k_m, ... by llama.cpp.")
+    ] = "",
+    engine_python: Annotated[
+        str,
+        typer.Option(
+            "--engine_python",
+            "--engine-python",
+            metavar="FILE",
+            help="A Python that has llama-cpp-python. [this one]",
+        ),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write a model in the form of another program, load it there, and compare."""
+    with _output_for_result() as output:
+        with importing():
+            from foldstack.flows.cli.command_export import export_command, sentences
+
+        folder = out or Path("exports") / f"{Path(model).name}-{to}"
+        report = export_command(model, to, folder, quantise or None, engine_python or None)
+        if as_json:
+            _print_json(asdict(report), output)
+        else:
+            print(*sentences(report, folder), sep="\n", file=output)
 
 
 @app.command()

@@ -1,0 +1,211 @@
+"""A model as a GGUF file for llama.cpp, written with the `gguf` package.
+
+Structures are multiplied out (`multiplied_out`); where MLPs have widths of their own and the family
+is Llama-shaped, the file is of the architecture `deci`, which keeps them.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGUFWriter
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.export.gguf_tokenizer import read_vocabulary, write_vocabulary
+from foldstack.compression.export.multiplied_out import multiplied_out
+from foldstack.compression.structure.architectures import architecture_of
+from foldstack.compression.structure.modeling_foldstack import MLP_DOWN_NAMES, MLP_UP_NAMES
+from foldstack.compression.structure.plan import Plan
+from foldstack.compression.structure.surgery import plan_of
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
+"""llama.cpp's name for a family."""
+LLAMA_SHAPED = ("llama", "mistral", "qwen2")
+"""Families whose blocks `deci` computes, which has a width for each."""
+WIDTH_PER_BLOCK = "deci"
+ROTATED_IN_PAIRS = ("llama", WIDTH_PER_BLOCK)
+"""They rotate neighbouring coordinates, where transformers rotates i with i + half."""
+GEMMA = ("gemma", "gemma2", "gemma3")
+
+
+def why_not_gguf(model: PreTrainedModel) -> str | None:
+    """What keeps llama.cpp from the model's family, in words; None where nothing does."""
+    family = architecture_of(model).model_type
+    if family in ARCHITECTURES:
+        return None
+    return f"GGUF files are written for {', '.join(sorted(ARCHITECTURES))}, and not for {family}"
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    tokenizer_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    name: str,
+) -> str:
+    """Write the model as a GGUF file of its own precision; returns the architecture's name in it.
+
+    Raises:
+        InputError: llama.cpp has no such architecture or tokenizer, or the structure cannot be
+            multiplied out.
+    """
+    if (reason := why_not_gguf(model)) is not None:
+        raise InputError(reason)
+    stock = multiplied_out(model)
+    config: Any = stock.config
+    vocabulary = read_vocabulary(tokenizer_folder, config.vocab_size)
+    widths = _mlp_widths(plan_of(model), config.intermediate_size)
+    is_own = len(set(widths)) > 1 and config.model_type in LLAMA_SHAPED
+    arch = WIDTH_PER_BLOCK if is_own else ARCHITECTURES[config.model_type]
+    if not is_own:
+        widths = [config.intermediate_size] * len(widths)
+    writer = GGUFWriter(file, arch)
+    writer.add_name(name)
+    _write_settings(writer, config, arch, widths)
+    write_vocabulary(writer, vocabulary, tokenizer)
+    for tensor_name, tensor in _tensors(stock, arch, widths):
+        _add(writer, tensor_name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return arch
+
+
+def _mlp_widths(plan: Plan, full: int) -> list[int]:
+    owners = [plan.blocks[plan.owner(position)] for position in range(len(plan.blocks))]
+    return [full if block.mlp_width is None else block.mlp_width for block in owners]
+
+
+def _add(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.ndim == 1 or tensor.dtype == torch.float32:
+        writer.add_tensor(name, tensor.float().numpy())
+    elif tensor.dtype == torch.float16:
+        writer.add_tensor(name, tensor.numpy())
+    else:
+        raw = tensor.bfloat16().view(torch.int16).numpy().view("uint8")
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+
+def _write_settings(writer: GGUFWriter, config: Any, arch: str, widths: list[int]) -> None:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(widths if arch == WIDTH_PER_BLOCK else widths[0])
+    blocks = config.num_hidden_layers
+    kv_heads = config.num_key_value_heads
+    writer.add_head_count([heads] * blocks if arch == WIDTH_PER_BLOCK else heads)
+    writer.add_head_count_kv([kv_heads] * blocks if arch == WIDTH_PER_BLOCK else kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _write_rotary(writer, config)
+    if arch in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+        # What was pruned in depth no longer alternates as the family does.
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        writer.add_sliding_window_pattern(slides)
+    elif getattr(config, "sliding_window", None) and _slides(config):
+        raise InputError(
+            f"llama.cpp's {arch} has no sliding windows: its text beyond {config.sliding_window} "
+            "tokens would be read otherwise"
+        )
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _slides(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    within = config.max_position_embeddings <= config.sliding_window
+    return not within and (types is None or "sliding_attention" in types)
+
+
+def _write_rotary(writer: GGUFWriter, config: Any) -> None:
+    rope = config.rope_parameters
+    if "full_attention" in rope:
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind not in ("default", "llama3"):
+        raise InputError(f"rotary settings of the kind {kind!r} are not written to GGUF files yet")
+
+
+def _tensors(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under llama.cpp's name, as llama.cpp computes with it."""
+    config: Any = stock.config
+    architecture = architecture_of(stock)
+    (kind,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    is_tied = stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
+    for name, stored in stock.state_dict().items():
+        if is_tied and name == "lm_head.weight":
+            continue
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise InputError(f"llama.cpp's {arch} has no place for {name}")
+        tensor = stored
+        if name.startswith(f"{architecture.blocks_path}."):
+            position, inside = name.removeprefix(f"{architecture.blocks_path}.").split(".", 1)
+            tensor = _as_computed(tensor, inside, widths[int(position)], arch, config)
+        if arch in GEMMA and name.endswith("norm.weight"):
+            tensor = tensor.float() + 1
+        if arch in ("gemma2", "gemma3"):
+            tensor = _scaled_queries(tensor, name, arch, config)
+        yield found, tensor
+    if config.rope_parameters.get("rope_type") == "llama3":
+        yield "rope_freqs.weight", _llama3_factors(config)
+
+
+def _as_computed(tensor: Tensor, inside: str, width: int, arch: str, config: Any) -> Tensor:
+    linear = inside.rpartition(".")[0]
+    if linear in MLP_UP_NAMES:
+        return tensor[:width]
+    if linear in MLP_DOWN_NAMES and tensor.ndim > 1:
+        return tensor[:, :width]
+    if arch in ROTATED_IN_PAIRS and linear in ("self_attn.q_proj", "self_attn.k_proj"):
+        is_query = linear.endswith("q_proj")
+        heads = config.num_attention_heads if is_query else config.num_key_value_heads
+        return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return tensor
+
+
+def _scaled_queries(tensor: Tensor, name: str, arch: str, config: Any) -> Tensor:
+    """llama.cpp divides scores by sqrt(head_dim); these families by sqrt(query_pre_attn_scalar)."""
+    scale = math.sqrt(config.head_dim / config.query_pre_attn_scalar)
+    last = ".self_attn.q_proj.weight" if arch == "gemma2" else ".self_attn.q_norm.weight"
+    return tensor * scale if name.endswith(last) and scale != 1 else tensor
+
+
+def _llama3_factors(config: Any) -> Tensor:
+    """By what each rotary frequency is divided (transformers' `_compute_llama3_parameters`)."""
+    rope = config.rope_parameters
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    powers = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    wavelength = 2 * math.pi * rope["rope_theta"] ** powers
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    old = rope["original_max_position_embeddings"]
+    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

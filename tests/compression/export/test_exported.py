@@ -1,0 +1,189 @@
+"""GGUF files and stock folders hold the model that they were made from."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from foldstack.compression.checkpoints.checkpoint import load_model, save_model
+from foldstack.compression.errors import InputError
+from foldstack.compression.export.exported import TEXTS, export_model
+from foldstack.compression.export.gguf_tokenizer import read_vocabulary
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.fixture
+def saved(
+    structured: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> Callable[..., tuple[Any, Path]]:
+    """Maker of a portable folder with a tokenizer, and the model in it."""
+
+    def make(structure: str, family: str, **overrides: Any) -> tuple[Any, Path]:
+        model = structured(structure, family, vocab_size=len(tokenizer) + 3, **overrides)
+        folder, of_tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+        tokenizer.save_pretrained(of_tokenizer)
+        save_model(model, folder, tokenizer_from=of_tokenizer)
+        return model, folder
+
+    return make
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.foreign_warnings
+@pytest.mark.parametrize("structure", ["shared_blocks", "narrow_heads"])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {}),
+        ("llama_tied", {"rope_parameters": LLAMA3}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma2", {}),
+        ("gemma3_text", {"query_pre_attn_scalar": 20}),
+    ],
+)
+def test_transformers_reads_the_same_model_back_from_the_file(
+    structure: str,
+    family: str,
+    overrides: Any,
+    saved: Callable[..., tuple[Any, Path]],
+    tmp_path: Path,
+) -> None:
+    """Its reader of GGUF files was written by others, for the files of llama.cpp's converter."""
+    if structure == "narrow_heads" and family in ("qwen3", "gemma3_text"):
+        return  # queries and keys are normed whole
+    model, folder = saved(structure, family, **overrides)
+    report = export_model(folder, "gguf", tmp_path / "out", engine_python=None)
+    assert report.checked_with is None
+    assert "pip install llama-cpp-python" in str(report.unchecked)
+    file = tmp_path / "out" / report.file
+    # Of what it does not read of these families' settings the config says it: heads and scales.
+    config = copy.deepcopy(model.config.base_config)
+    if family == "gemma3_text":
+        config.query_pre_attn_scalar = config.head_dim  # the only scale that llama.cpp has
+    again = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, config=config, attn_implementation="eager"
+    ).eval()
+    ids = torch.randint(2, 97, (1, 24), generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_mlps_keep_their_widths_in_a_file_of_their_own_architecture(
+    saved: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    model, folder = saved("narrow_mlps", "qwen2")
+    report = export_model(folder, "gguf", tmp_path / "out")
+    assert report.form == "deci"
+    assert report.parameters_after == report.parameters_before
+    reader = GGUFReader(tmp_path / "out" / report.file)
+    field = reader.fields["deci.feed_forward_length"]
+    assert [int(field.parts[place][0]) for place in field.data] == [24, 56, 40, 56]
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    block = model.stock.model.layers[2]
+    np.testing.assert_array_equal(
+        tensors["blk.2.ffn_down.weight"], block.mlp.down_proj.weight.detach()
+    )
+    # Rotated in neighbouring pairs there: coordinate i + half comes right behind coordinate i.
+    heads = block.self_attn.q_proj.weight.detach().unflatten(0, (4, 8))
+    order = [0, 4, 1, 5, 2, 6, 3, 7]
+    np.testing.assert_array_equal(tensors["blk.2.attn_q.weight"], heads[:, order].flatten(0, 1))
+
+
+def test_a_stock_folder_is_native_and_computes_the_same(
+    saved: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    model, folder = saved("shared_heads", "llama")
+    report = export_model(folder, "stock", tmp_path / "out")
+    assert report.form == "LlamaForCausalLM"
+    assert report.parameters_after > report.parameters_before
+    assert report.difference is not None
+    assert report.difference < 1e-5
+    assert report.greedy_is_equal
+    stored = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert stored["parameters_after"] == report.parameters_after
+    ids = torch.arange(2, 30)[None]
+    again = load_model(tmp_path / "out")
+    torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert "auto_map" not in config
+
+
+def test_what_cannot_be_written_is_said_before_anything_is(
+    saved: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _, folder = saved("light_block", "llama")
+    with pytest.raises(InputError, match="a light network stands where blocks were"):
+        export_model(folder, "stock", out)
+    assert not out.exists()
+    with pytest.raises(InputError, match=r"quantise is for --to gguf alone"):
+        export_model(folder, "stock", out, quantise="q8_0")
+    with pytest.raises(InputError, match="is there already"):
+        export_model(folder, "stock", folder)
+    _, other = saved("shared_blocks", "gpt2")
+    with pytest.raises(InputError, match=r"GGUF files are written for .*, and not for gpt2"):
+        export_model(other, "gguf", out)
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    stored = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    assert read_vocabulary(tokenizer_folder, 300).splitter == "gpt-2"
+    stored["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"splits text in a way that llama.cpp has no name for"):
+        read_vocabulary(tmp_path, 300)
+    stored["model"] = {"type": "WordPiece", "vocab": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="is a WordPiece; GGUF files are written for BPE"):
+        read_vocabulary(tmp_path, 300)
+
+
+@pytest.mark.foreign_warnings
+def test_the_vocabulary_reads_texts_as_the_tokenizer_does(
+    saved: Callable[..., tuple[Any, Path]], tokenizer: Any, tmp_path: Path
+) -> None:
+    _, folder = saved("shared_blocks", "llama")
+    report = export_model(folder, "gguf", tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=report.file)
+    for text in TEXTS:
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("structure", ["shared_blocks", "narrow_heads", "narrow_mlps", "factored"])
+def test_llama_cpp_computes_the_same(
+    structure: str, saved: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    python = os.environ.get("FOLDSTACK_LLAMA_CPP_PYTHON")
+    if not python:
+        pytest.skip("FOLDSTACK_LLAMA_CPP_PYTHON names no Python that has llama-cpp-python")
+    _, folder = saved(structure, "llama", head_dim=32, hidden_size=64)
+    report = export_model(folder, "gguf", tmp_path / "out", engine_python=python)
+    assert report.difference is not None
+    assert report.difference < 1e-4
+    assert report.greedy_is_equal
+    assert report.tokens_are_equal
