@@ -31,7 +31,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-engines lint format audit ui constraints clean
+.PHONY: service help install demo test test-engines lint format audit ui constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -103,6 +103,12 @@ audit: $(INSTALLED) ## Ask PyPI for known vulnerabilities of the pinned packages
 
 ui: $(INSTALLED) ## Start the Prefect and MLflow servers on this machine
 	$(BIN)/foldstack ui
+
+service: ## Install the local stack as a systemd service, with its backup and its retention (as root; see deploy/README.md)
+	id foldstack >/dev/null 2>&1 || useradd --system --home-dir /var/lib/foldstack --shell /usr/sbin/nologin foldstack
+	install -D -m 644 -t /etc/systemd/system deploy/systemd/*
+	systemctl daemon-reload
+	systemctl enable --now foldstack.service foldstack-backup.timer foldstack-gc.timer
 
 constraints: $(INSTALLED) ## Resolve constraints.txt again, to the newest versions that pyproject.toml allows
 	$(UV) pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-header pyproject.toml \

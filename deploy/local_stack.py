@@ -1,6 +1,7 @@
 """The deployment on one machine without containers: Postgres, both servers, a worker.
 
-    python deploy/local_stack.py [--home DIR]            # until Ctrl-C
+    python deploy/local_stack.py [--home DIR]                                # until Ctrl-C
+    python deploy/local_stack.py --home DIR --run foldstack cache gc         # as a client of it
 
 A part that dies is started again; a second start for the same home says where the first one is,
 and ends what a killed one has left. Ports are kept from start to start. `deploy/systemd/` makes a
@@ -12,10 +13,11 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -39,6 +41,8 @@ from foldstack.flows.cli.processes import Parts, last_words
 from foldstack.flows.cli.servers import ending_on_signals
 
 DEPLOY = Path(__file__).resolve().parent
+QUEUE, AT_A_TIME = "gpu", 1
+"""Where prefect.yaml sends what computes, and how many of it this machine takes at once."""
 UPGRADED = ("prefect", "mlflow")
 """Programs whose databases a new version may have to change."""
 UPGRADE_MLFLOW = (
@@ -79,6 +83,8 @@ def register(stack: Stack) -> None:
     """
     prefect_command(stack, "work-pool", "create", POOL, "--type", "process", "--overwrite")
     prefect_command(stack, "deploy", "--all", "--prefect-file", str(DEPLOY / "prefect.yaml"))
+    limit = ("set-concurrency-limit", QUEUE, str(AT_A_TIME), "--pool", POOL)
+    prefect_command(stack, "work-queue", *limit)
 
 
 def upgrade(stack: Stack, say: Callable[[str], None]) -> None:
@@ -151,11 +157,29 @@ def ports_of(arguments: argparse.Namespace) -> dict[str, int | None]:
     return {name: getattr(arguments, f"{name}_port") for name in PARTS}
 
 
+def run_as_client(home: Path | None, words: Sequence[str]) -> int | str:
+    """Exit code of a command that knows of the stack; the programs beside this Python come first.
+
+    A sentence where there is no stack, or no such program.
+    """
+    if home is None or not (home / "secrets.json").exists():
+        return f"local_stack: --run needs the --home of a stack, and {home} is none"
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | stack_in(home.resolve()).client | {"PATH": programs}
+    if (program := shutil.which(words[0], path=programs)) is None:
+        return f"local_stack: there is no program {words[0]}"
+    return subprocess.run([program, *words[1:]], env=environment).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--home", type=Path, help="where files are; by default a temporary folder")
     add_ports(parser)
+    told = "start nothing; run a command with the addresses and passwords of the stack in --home"
+    parser.add_argument("--run", nargs=argparse.REMAINDER, metavar="COMMAND", help=told)
     arguments = parser.parse_args()
+    if arguments.run:
+        sys.exit(run_as_client(arguments.home, arguments.run))
     say = partial(print, flush=True)
     try:
         with (

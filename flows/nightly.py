@@ -5,12 +5,16 @@ import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 # isort: split
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
-from prefect import flow, runtime, task
+from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.storage.digest import digest_json
@@ -21,8 +25,9 @@ from foldstack.flows.comparison.run_records import experiment_of, registered_nam
 from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.method_entries import sparsity_text
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.flows.sweep import sweep
+from foldstack.flows.sweep import SweepFailed, run_name, sweep
 from foldstack.tasks.environment.redaction import without_secrets
+from foldstack.tasks.running.worker_pool import end_workers
 from foldstack.tasks.tracking.quality_gate import Gate, Verdict, apply_gate, refused
 
 log = logging.getLogger(__name__)
@@ -33,33 +38,90 @@ class GateRefused(RuntimeError):
     """A model is worse than the accepted one by more than the gate allows."""
 
 
-def _title() -> str:
-    config = runtime.flow_run.parameters["config"]
-    title = config.title if isinstance(config, RunConfig) else "sweep"
-    return f"nightly {title}"
+class TookTooLong(RuntimeError):
+    """A night that would run into the next day was ended."""
 
 
-@flow(name="nightly", flow_run_name=_title, persist_result=False)
-def nightly(config: RunConfig, gate: Gate = DEFAULT_GATE) -> Comparison:
+def _name() -> str:
+    return run_name("nightly")
+
+
+@flow(name="nightly", flow_run_name=_name, persist_result=False)
+def nightly(
+    config: RunConfig, gate: Gate = DEFAULT_GATE, limit_hours: float | None = None
+) -> Comparison:
     """Run the sweep of `config`, and hold the best model at each sparsity against the accepted one.
+
+    Args:
+        config: the sweep.
+        gate: the rule by which the best models are judged.
+        limit_hours: the sweep is ended after so long; what is finished is kept.
 
     Raises:
         InputError: something in `config` cannot work, or there is no MLflow to ask.
         SweepFailed: some variants failed.
         GateRefused: a model is worse than the accepted one by more than `gate` allows.
+        TookTooLong: the sweep was ended after `limit_hours`.
     """
     if not config.tracking.enabled:
         raise InputError("tracking.enabled must be true for the gate: accepted models are MLflow's")
-    comparison = sweep(config)
+    with stages_ended_after(limit_hours) as was_ended:
+        try:
+            comparison = sweep(config)
+        except SweepFailed:
+            if not was_ended.is_set():
+                raise
+            raise TookTooLong(
+                f"the sweep was ended after {limit_hours:g} h; what is finished is kept, and the "
+                "next run goes on from there"
+            ) from None
     verdicts = quality_gate(config, comparison, gate)
     create_table_artifact(
         table=[verdict.model_dump() for verdict in verdicts],
         key=f"gate-{comparison.sweep}",
         description="The best model at each sparsity beside the accepted one",
     )
+    for verdict in verdicts:
+        announce(registered_name(config), verdict)
     if bad := refused(verdicts):
         raise GateRefused(f"{len(bad)} of {len(verdicts)} models refused, the first is {bad[0]}")
     return comparison
+
+
+@contextmanager
+def stages_ended_after(hours: float | None) -> Iterator[Event]:
+    """Inside, no stage computes any longer than that; the event says whether they were ended.
+
+    Not by `timeout_seconds` of Prefect's: that raises an error in a thread which waits for others,
+    and which hears of it when they have ended by themselves.
+    """
+    was_ended = Event()
+
+    def end() -> None:
+        was_ended.set()
+        end_workers()
+
+    timer = Timer(0 if hours is None else 3600 * hours, end)
+    timer.daemon = True
+    if hours is not None:
+        timer.start()
+    try:
+        yield was_ended
+    finally:
+        timer.cancel()
+
+
+def announce(model: str, verdict: Verdict) -> None:
+    """Emit `foldstack.model.accepted`, `.passed` or `.refused`: automations may deploy, or tell."""
+    emit_event(
+        event=f"foldstack.model.{verdict.outcome}",
+        resource={
+            "prefect.resource.id": f"foldstack.model.{model}.{verdict.sparsity}",
+            "prefect.resource.name": f"{model} at sparsity {verdict.sparsity}",
+            "foldstack.verdict": str(verdict),
+        },
+        payload=verdict.model_dump(mode="json"),
+    )
 
 
 @task(name="quality gate", task_run_name="quality gate", cache_policy=NO_CACHE)

@@ -31,11 +31,13 @@ from foldstack.flows.comparison.rows import rivals, row_of
 from foldstack.flows.comparison.run_records import SweepLog
 from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.run_config import RunConfig, to_yaml
+from foldstack.flows.planning.forecast import stage_limits
 from foldstack.flows.planning.preflight import check
 from foldstack.flows.running.branches import Layout, lay_out
 from foldstack.flows.running.engines import Engine, engine_for
 from foldstack.flows.running.prefect_server import note_flow_run
 from foldstack.flows.running.progress import Display, Silent
+from foldstack.flows.running.provenance import git_commit
 from foldstack.flows.running.stage_runs import StageRuns
 from foldstack.tasks import score_variants
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
@@ -63,12 +65,16 @@ class SweepFailed(RuntimeError):
         self.comparison = comparison
 
 
-def _title() -> str:
+def run_name(beginning: str = "") -> str:
+    """What a flow run is called: thirty nights of one sweep are thirty names."""
     config = runtime.flow_run.parameters["config"]
-    return config.title if isinstance(config, RunConfig) else "sweep"
+    title = config.title if isinstance(config, RunConfig) else "sweep"
+    moment = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
+    words = [beginning, title, moment.strftime("%Y-%m-%d %H:%M"), git_commit()[:7]]
+    return " ".join(word for word in words if word)
 
 
-@flow(name="sweep", flow_run_name=_title, persist_result=False)
+@flow(name="sweep", flow_run_name=run_name, persist_result=False)
 def sweep(config: RunConfig) -> Comparison:
     """Compress, recover, evaluate and compare, as `config` says.
 
@@ -96,7 +102,7 @@ def _run(config: RunConfig) -> Comparison:
 
 
 def _run_on(engine: Engine, layout: Layout, started: float) -> Comparison:
-    runs = StageRuns(layout, display.get(), engine)
+    runs = StageRuns(layout, display.get(), engine, stage_limits(layout))
     log = SweepLog(layout, _flow_run_tags())
     runs.require(layout.windows)
     for stage in layout.before_speeds:

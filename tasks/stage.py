@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -114,6 +114,13 @@ class Stage(BaseModel, ABC):
         """The artifacts and models that it is made from, "stage/fingerprint"."""
         fields = (getattr(self, name) for name in type(self).model_fields)
         return tuple(dict.fromkeys(_references(tuple(fields))))
+
+    def in_smaller_batches(self, halvings: int) -> Self:
+        """The same stage with less at once, where the size of a batch changes no result."""
+        size = getattr(self, "batch_size", 1)
+        if "batch_size" not in self.outside_fingerprint or halvings == 0:
+            return self
+        return self.model_copy(update={"batch_size": max(1, size >> halvings)})
 
     def artifact(self, store: ArtifactStore) -> Artifact:
         """Where its output is, or will be once it has run."""

@@ -198,6 +198,10 @@ class ExecutionChoice(_Section):
     address: str = ""
     """The Dask scheduler's, e.g. tcp://127.0.0.1:8786."""
 
+    patience: float | None = Field(default=None, gt=1)
+    """A stage that takes so many times what the plan expects of it, and ten minutes more, is ended
+    and tried again; null: it may take as long as it likes. Not of Dask's workers."""
+
     @model_validator(mode="after")
     def _address_belongs_to_dask(self) -> Self:
         if self.engine == "dask" and not re.fullmatch(r"(tcp|tls)://[^\s/@]+:\d+", self.address):

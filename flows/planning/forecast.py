@@ -18,6 +18,9 @@ from foldstack.flows.running.branches import Layout, lay_out
 from foldstack.tasks.store.garbage import list_artifacts
 from foldstack.tasks.store.manifest import Manifest
 
+GRACE_SECONDS = 600.0
+"""Beyond what is expected: for imports, for a busy machine, for a forecast of seconds."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -145,6 +148,19 @@ def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list
             )
         )  # fmt: skip
     return expected
+
+
+def stage_limits(layout: Layout) -> dict[str, float]:
+    """Seconds after which each stage is ended, by fingerprint; empty where none ever is."""
+    patience = layout.config.execution.patience
+    if patience is None:
+        return {}
+    expected = expected_stages(layout, expected_models(layout))
+    return {
+        stage.fingerprint: patience * each.seconds + GRACE_SECONDS
+        for stage, each in zip(layout.stages, expected, strict=True)
+        if not each.is_stored
+    }
 
 
 def _seconds_of_earlier_runs(layout: Layout) -> dict[tuple[str, str], list[float]]:

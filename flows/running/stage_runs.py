@@ -1,6 +1,6 @@
 """The task runs of one sweep: submitted with what they wait for, and what became of each."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,8 +37,16 @@ class Outcome:
 class StageRuns:
     """Submits stages as Prefect tasks, each once, and collects their outcomes."""
 
-    def __init__(self, layout: Layout, display: Display, engine: Engine) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        display: Display,
+        engine: Engine,
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        """`limits` has the seconds after which a stage is ended, by fingerprint."""
         self.layout = layout
+        self._limits = limits or {}
         self.outcomes: dict[str, Outcome] = {}
         """By the stage's fingerprint."""
         self._display = display
@@ -74,6 +82,7 @@ class StageRuns:
                 "store_root": self.layout.store.root,
                 "report": self._engine.report,
                 "store_url": self.layout.store.url,
+                "limit_seconds": self._limits.get(fingerprint),
             },
             wait_for=[self._futures[name] for name in inputs if name in self._futures],
         )

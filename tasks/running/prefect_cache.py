@@ -8,9 +8,10 @@ So the answer is the store's, also from another process, another server or anoth
 
 import logging
 import os
+import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 from prefect import Task, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
+from foldstack.tasks.running.worker_pool import ProcessDied, time_limit
 from foldstack.tasks.stage import Stage, run_stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 
@@ -33,6 +37,8 @@ Report = Callable[[Stage, str, int, int], None]
 """Told of a running stage what it does, how much is done, and how much there is."""
 
 SECONDS_BETWEEN_UPDATES = 10.0
+RETRY_SECONDS = (5.0, 30.0)
+"""Before each next try of a stage whose process died."""
 
 
 @dataclass
@@ -77,19 +83,44 @@ def _write_record(store: ArtifactStore, key: str, artifact: Artifact) -> None:
         written.replace(file)
 
 
+def died_without_its_own_fault(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Whether a stage that failed is worth another try: its process was ended from outside."""
+    return isinstance(state.result(raise_on_failure=False), ProcessDied | MemoryError)
+
+
 @task(
     cache_policy=StoreHoldsArtifact(),
     persist_result=True,
     result_serializer="json",
     task_run_name="{stage.label}",
+    retries=len(RETRY_SECONDS),
+    retry_delay_seconds=list(RETRY_SECONDS),
+    retry_condition_fn=died_without_its_own_fault,
 )
 def _stage_in_prefect(
-    stage: Stage, store_root: Path, report: Report | None = None, store_url: str = ""
+    stage: Stage,
+    store_root: Path,
+    report: Report | None = None,
+    store_url: str = "",
+    limit_seconds: float | None = None,
 ) -> Artifact:
     hide_in_logs()  # also in a worker of Dask's
-    with without_secrets():
+    context = TaskRunContext.get()
+    before = context.task_run.run_count - 1 if context else 0
+    progress = _Progress(stage, report)
+    with without_secrets(), limited(limit_seconds), progress:
         store = ArtifactStore(store_root, store_url)
-        return run_stage(stage, store, _Progress(stage, report))
+        return run_stage(stage.in_smaller_batches(before), store, progress)
+
+
+@contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """Inside, a stage that takes longer is ended."""
+    token = time_limit.set(seconds)
+    try:
+        yield
+    finally:
+        time_limit.reset(token)
 
 
 def stage_task(name: str, store: ArtifactStore, **options: Any) -> Task[..., Artifact]:
@@ -105,13 +136,18 @@ def stage_task(name: str, store: ArtifactStore, **options: Any) -> Task[..., Art
         store: where the stages that it runs find and put their artifacts.
         options: more options of Prefect tasks, e.g. tags.
     """
+    tags = [name, *options.pop("tags", ())]  # kinds can be limited, and found
     return _stage_in_prefect.with_options(
-        name=name, result_storage=records_folder(store), **options
+        name=name, result_storage=records_folder(store), tags=tags, **options
     )
 
 
 class _Progress:
-    """Passes progress on: at once to `report`, now and then to Prefect's page of the task run."""
+    """Passes progress on: at once to `report`, now and then to Prefect's page of the task run.
+
+    What it shows there ends at 100 %, or goes when the stage fails: a bar that stands still for
+    ever says nothing that is true.
+    """
 
     def __init__(self, stage: Stage, report: Report | None) -> None:
         self.stage = stage
@@ -119,6 +155,13 @@ class _Progress:
         # A short stage is over before the first update, and asks nothing of the server.
         self.last_update = time.monotonic()
         self.artifact: Any = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.artifact is not None:
+            self._try(self._complete if kind is None else self._remove)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self.report is not None:
@@ -128,15 +171,27 @@ class _Progress:
             return
         self.last_update = moment
         logger.info("%s: %s, %d of %d", self.stage.label, what, done, total)
+        self._try(lambda: self._show(what, 100.0 * done / max(total, 1)))
+
+    def _try(self, act: Callable[[], None]) -> None:
         try:
-            self._show(what, 100.0 * done / max(total, 1))
+            act()
         except Exception as error:  # a server that is away must not stop hours of work
             logger.debug("no progress on the Prefect page: %s", error)
 
     def _show(self, what: str, percent: float) -> None:
         if self.artifact is None:
-            key = f"{self.stage.stage.replace('_', '-')}-{self.stage.fingerprint[:8]}"
+            key = re.sub(r"[^a-z0-9]+", "-", self.stage.label.lower()).strip("-")
             description = f"{self.stage.label}: {what}"
             self.artifact = create_progress_artifact(percent, key=key, description=description)
         else:
             update_progress_artifact(artifact_id=self.artifact, progress=percent)
+
+    def _complete(self) -> None:
+        update_progress_artifact(
+            artifact_id=self.artifact, progress=100.0, description=self.stage.label
+        )
+
+    def _remove(self) -> None:
+        with get_client(sync_client=True) as client:
+            client.delete_artifact(self.artifact)

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,6 +34,16 @@ from foldstack.tasks.store.manifest import Facts
 SECONDS_BETWEEN_REPORTS = 0.2
 SECONDS_TO_LEAVE = 5.0
 PACKAGE_LOGGER = logging.getLogger("foldstack")
+
+
+class ProcessDied(RuntimeError):
+    """A stage's process was ended from outside: by the system for want of memory, by a person, or
+    because it took too long. The stage itself may be in order, so it is worth another try.
+    """
+
+
+time_limit: ContextVar[float | None] = ContextVar("time_limit", default=None)
+"""Seconds after which a stage that is begun in this context is ended."""
 
 
 class ComputedStage(Stage):
@@ -55,21 +66,27 @@ class WorkerPool:
         self._idle: list[_Worker] = []
         self._all: list[_Worker] = []
         self._lock = threading.Lock()
+        self._is_told_to_end = False
 
     def run(self, stage: ComputedStage, folder: Path, work: Path, progress: Progress) -> Facts:
         """The facts that `stage` computes in a worker process.
 
         Raises:
-            RuntimeError: the process was killed, for example for want of memory.
+            ProcessDied: the process was killed, for example for want of memory, or took too long.
             Exception: whatever the stage raises.
         """
+        if self._is_told_to_end:
+            raise RuntimeError(f"{stage.label}: the run was told to end")
         worker = self._idle_or_new()
         try:
             facts = worker.run(stage, folder, work, progress)
         except _WorkerDied as death:
             with self._lock:
-                self._all.remove(worker)
-            raise RuntimeError(f"{stage.label}: {death}") from None
+                if worker in self._all:
+                    self._all.remove(worker)
+            if self._is_told_to_end:  # not worth another try
+                raise RuntimeError(f"{stage.label}: the run was told to end") from None
+            raise ProcessDied(f"{stage.label}: {death}") from None
         except BaseException:
             self._rest(worker)
             raise
@@ -97,7 +114,8 @@ class WorkerPool:
             worker.end(SECONDS_TO_LEAVE)
 
     def kill(self) -> None:
-        """End every process, whatever it is doing."""
+        """End every process, whatever it is doing; nothing is tried again, and nothing begun."""
+        self._is_told_to_end = True
         for worker in list(self._all):
             worker.end(0)
 
@@ -147,7 +165,10 @@ class _Worker:
     def run(self, stage: ComputedStage, folder: Path, work: Path, progress: Progress) -> Facts:
         try:
             self._connection.send_bytes(pickle.dumps((stage, folder, work)))
+            limit = time_limit.get()
+            deadline = None if limit is None else time.monotonic() + limit
             while True:
+                self._wait_until(deadline, limit)
                 kind, content = self._connection.recv()
                 match kind:
                     case "progress":
@@ -166,6 +187,14 @@ class _Worker:
             reason = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
             raise _WorkerDied(f"its process ended with {reason}{hint}") from None
+
+    def _wait_until(self, deadline: float | None, limit: float | None) -> None:
+        """Return when something has come; ends the process at the deadline."""
+        if deadline is None:
+            return
+        if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+            self.end(0)
+            raise _WorkerDied(f"it was ended, as it took longer than {limit:.0f} s")
 
     def is_alive(self) -> bool:
         return self._process.is_alive()

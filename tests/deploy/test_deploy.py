@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -23,6 +23,7 @@ from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.templating import apply_values, find_placeholders
 
 from foldstack.compression.errors import InputError
+from foldstack.tasks.tracking.quality_gate import Verdict
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DEPLOYMENTS: dict[str, dict[str, Any]] = {
@@ -91,6 +92,9 @@ def test_nightly_runs_on_a_schedule_and_never_twice_at_once() -> None:
     nightly = DEPLOYMENTS["nightly"]
     assert [each["cron"] for each in nightly["schedules"]] == ["0 2 * * *"]
     assert nightly["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+    queues = {name: each["work_pool"].get("work_queue_name") for name, each in DEPLOYMENTS.items()}
+    assert queues["nightly"] == queues["on-demand"] == "gpu"  # they share the machine
+    assert nightly["parameters"]["limit_hours"] < 24
 
 
 def test_missing_postgres_is_said_in_a_sentence(
@@ -207,23 +211,26 @@ def test_a_job_gets_the_gpu_that_it_asks_for_and_the_store_of_all() -> None:
 
 def test_alerts_are_automations_that_prefect_knows() -> None:
     data = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
-    failed, gone = [AutomationCore.model_validate(each) for each in data]
+    failed, gone, decided = [AutomationCore.model_validate(each) for each in data]
     assert "prefect.flow-run.Failed" in failed.trigger.expect
     assert gone.actions[0].type == "change-flow-run-state"
+    outcomes = get_args(Verdict.model_fields["outcome"].annotation)
+    assert decided.trigger.expect == {f"foldstack.model.{outcome}" for outcome in outcomes}
     between = FlowsSettings.model_fields["heartbeat_frequency"].default
     assert gone.trigger.within.total_seconds() > 3 * between, "a run that is well would be ended"
 
 
 def test_alerts_go_to_the_block_of_their_address(alerts: ModuleType) -> None:
     block = "11111111-2222-3333-4444-555555555555"
-    failed, gone = alerts.automations(block)
+    failed, gone, decided = alerts.automations(block)
     assert failed["actions"][0]["block_document_id"] == block
+    assert decided["actions"][0]["block_document_id"] == block
     assert "block_document_id" not in gone["actions"][0]
 
 
 def test_a_run_may_be_silent_for_as_long_as_its_heartbeats_say(alerts: ModuleType) -> None:
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
-        _, gone = alerts.automations("11111111-2222-3333-4444-555555555555")
+        _, gone, _ = alerts.automations("11111111-2222-3333-4444-555555555555")
     assert AutomationCore.model_validate(gone).trigger.within.total_seconds() == 100
 
 

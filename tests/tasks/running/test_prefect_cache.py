@@ -22,12 +22,15 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 from foldstack.tasks.store.artifacts import ArtifactStore
 from foldstack.tasks.running.prefect_cache import stage_task
+from foldstack.tasks.running.worker_pool import ProcessDied
 from foldstack.tasks.stage import Stage
 
 class Shout(Stage):
     stage = "shout"
     packages = ()
+    outside_fingerprint = frozenset({"batch_size"})
     text: str
+    batch_size: int = 8
 
     def modules(self):
         return ("foldstack.compression.errors",)
@@ -40,13 +43,15 @@ class Shout(Stage):
         progress("letters", 1, 2)
         if self.text == "hoarse":
             raise OSError("no voice")
+        if self.text == "faint" and self.batch_size > 2:
+            raise ProcessDied("ended with signal 9")
         (folder / "text.txt").write_text(self.text.upper())
-        return {"letters": len(self.text)}
+        return {"letters": len(self.text), "batch_size": self.batch_size}
 
 @flow
 def shout_flow(text, root, report=None):
     store = ArtifactStore(root)
-    task = stage_task("shout", store)
+    task = stage_task("shout", store, retry_delay_seconds=0)
     return task(
         stage=Shout(text=text), store_root=store.root, report=report, return_state=True
     )
@@ -185,7 +190,7 @@ def test_stages_in_threads_form_a_graph(shouting: ModuleType, store: ArtifactSto
         ("shout one", "Completed"),
         ("shout two", "Completed"),
     ]
-    assert runs[0].tags == ["gpu"]
+    assert set(runs[0].tags) == {"gpu", "shout"}
     assert [str(source.id) for source in runs[1].task_inputs["wait_for"]] == [str(first)]
 
 
@@ -218,6 +223,32 @@ def test_person_sees_names_and_progress(
     with get_client(sync_client=True) as client:
         assert client.read_task_run(state.state_details.task_run_id).name == "shout progress"
         shown = [artifact for artifact in client.read_artifacts() if artifact.type == "progress"]
-    assert [(artifact.description, artifact.data) for artifact in shown] == [
-        ("shout progress: letters", 50.0)
+    assert [(artifact.key, artifact.description, artifact.data) for artifact in shown] == [
+        ("shout-progress", "shout progress", 100.0)
     ]
+
+    assert shouting.shout("hoarse", store.root, report).name == "Failed"
+    with get_client(sync_client=True) as client:
+        keys = {artifact.key for artifact in client.read_artifacts()}
+    assert "shout-hoarse" not in keys, "a bar that stands still"
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_stage_whose_process_died_is_tried_again_with_less_at_once(
+    shouting: ModuleType, store: ArtifactStore
+) -> None:
+    state = shouting.shout("faint", store.root)
+    assert state.is_completed()
+    assert state.result().manifest().facts["batch_size"] == 2  # 8 and 4 were too much
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_what_fails_by_its_own_fault_is_not_tried_again(
+    shouting: ModuleType, store: ArtifactStore
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    state = shouting.shout("hoarse", store.root)
+    with get_client(sync_client=True) as client:
+        run = client.read_task_run(state.state_details.task_run_id)
+    assert run.run_count == 1

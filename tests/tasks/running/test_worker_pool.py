@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from foldstack.compression.errors import InputError
-from foldstack.tasks.running.worker_pool import ComputedStage, WorkerPool, worker_processes
+from foldstack.tasks.running.prefect_cache import limited
+from foldstack.tasks.running.worker_pool import (
+    ComputedStage,
+    ProcessDied,
+    WorkerPool,
+    worker_processes,
+)
 from foldstack.tasks.stage import run_stage
 from foldstack.tasks.store.artifacts import ArtifactStore
 
@@ -117,6 +123,17 @@ def test_closing_the_pool_ends_a_worker_that_still_computes(
     pool.kill()
     thread.join(20)
     assert not thread.is_alive()
-    assert "its process ended" in errors[0]
+    assert "the run was told to end" in errors[0]  # and is not tried again
+    with pytest.raises(RuntimeError, match="told to end"):
+        pool.run(errand(what="a"), tmp_path, tmp_path, lambda *_: None)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid.txt").read_text()), 0)
+
+
+def test_a_stage_that_takes_too_long_is_ended_and_worth_another_try(
+    errand: type[ComputedStage], store: ArtifactStore
+) -> None:
+    with worker_processes():
+        with limited(1.0), pytest.raises(ProcessDied, match="took longer than 1 s"):
+            run_stage(errand(what="sleep"), store)
+        run_stage(errand(what="quick"), store)
