@@ -377,7 +377,8 @@ def bench(
 
 
 @app.command(
-    epilog="foldstack compare demo --sparsity 0.3 --sort -speed --out at30.csv   |   "
+    epilog="Examples:\n\n"
+    "foldstack compare demo --sparsity 0.3 --sort -speed --out at30.csv\n\n"
     "foldstack compare runs/sweeps/a runs/sweeps/b --where 'speed>1' --columns model,quality,speed"
 )
 def compare(
