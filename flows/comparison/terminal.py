@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.frame import plain_records
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pandas
 
 BEST_MARK = "*"
+SHORT_HEADING = 10
 PADDING = 3
 """Characters that a column takes beside its text, at most."""
 
@@ -50,19 +52,20 @@ def result_table(
     heads = _stacked if is_screen else _plain
     shown = chosen(frame, names) if names else fitting(columns(frame), rows, console.width, heads)
     table = Table(
-        title=title or None, title_justify="left", header_style="bold",
+        title=Text(title) if title else None, title_justify="left", header_style="bold",
         box=box.SIMPLE_HEAD if is_screen else box.MARKDOWN, pad_edge=not is_screen,
     )  # fmt: skip
     for column in shown:
         table.add_column(
-            heads(column),
+            Text(heads(column)),
             justify="left" if column.is_text else "right",
             overflow="fold",
         )
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         style = "red" if row["state"] == "failed" else "bold green" if row["is_best"] else None
         ends = following is None or _group(following) != _group(row)
-        table.add_row(*_marked(row, shown), style=style, end_section=ends and is_screen)
+        cells = map(Text, _marked(row, shown))  # what looks like rich's markup is none
+        table.add_row(*cells, style=style, end_section=ends and is_screen)
     return table
 
 
@@ -72,9 +75,9 @@ def _group(row: Record) -> tuple[object, object]:
 
 def _marked(row: Record, shown: Sequence[Column]) -> list[str]:
     cells = texts(row, shown)
-    if row["is_best"]:
-        place = next((i for i, column in enumerate(shown) if column.name == "model"), 0)
-        cells[place] += f" {BEST_MARK}"
+    for place, column in enumerate(shown):
+        if row["is_best"] and column.name == "model":
+            cells[place] += f" {BEST_MARK}"
     return cells
 
 
@@ -102,7 +105,9 @@ def _plain(column: Column) -> str:
 
 
 def _stacked(column: Column) -> str:
-    """A heading in two lines, so that it is not much wider than the figures below it."""
+    """A long heading in two lines, so that it is not much wider than the figures below it."""
+    if len(column.heading) <= SHORT_HEADING:
+        return column.heading
     first, space, rest = column.heading.partition(" ")
     return f"{first}\n{rest}" if space else first
 

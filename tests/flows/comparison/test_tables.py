@@ -76,6 +76,13 @@ def test_the_last_lines_say_what_was_found(comparison: Comparison) -> None:
     assert said.endswith("1 of 7 models failed: mka 0.30.")
 
 
+def test_names_are_no_markup(comparison: Comparison) -> None:
+    rows = [row.model_copy(update={"label": f"{row.label} [red]"}) for row in comparison.rows]
+    lines = shown(comparison.model_copy(update={"title": "[bold]", "rows": tuple(rows)}), 120)
+    assert lines[0].strip() == "[bold]"
+    assert sum("0.30 [red]" in line for line in lines[:20]) == 4
+
+
 def test_rows_are_read_by_size_and_quality(comparison: Comparison) -> None:
     assert list(arranged(comparison.frame())["label"]) == [
         "dense", "modegpt 0.10", "shortgpt 0.10", "modegpt 0.30", "shortgpt 0.30", "svd_llm 0.30",
