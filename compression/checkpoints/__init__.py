@@ -6,10 +6,13 @@
   anywhere.
 - `folder_files`: Small files of a model folder: JSON, read at one door that says what is wrong with
   it.
+- `hub`: Models of the Hugging Face hub: what is needed of one comes, once; no torch needed.
 - `model_card`: The model card (README.md) that travels with every compressed folder.
 - `model_folder`: Find the folder of a model, and say in one sentence what is wrong with it; no
   torch needed.
 - `older_readers`: Entries of a stock config.json under the names by which older programs read them.
+- `pickled_weights`: Weights that a repository of the hub has as pickles only, read as tensors and
+  written again.
 - `quantized_weights`: Quantised weights made plain again: GGUF files, and what transformers can
   dequantise.
 - `reload_check`: Load model folders in this process and compare each with what its maker saw.

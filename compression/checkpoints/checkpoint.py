@@ -33,6 +33,7 @@ from foldstack.compression.checkpoints.tokenizer_files import (
     TOKENIZER_FILES,
     check_same_tokens,
     copy_tokenizer,
+    missing_package,
     name_class,
     sample_text,
     tokens_of,
@@ -130,7 +131,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         InputError: there is none, or it needs code of its own.
     """
     config = _without_code(folder)
-    with refusing(f"{folder} holds no usable tokenizer"):
+    with refusing(f"{folder} holds no usable tokenizer{missing_package(folder)}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, config=config
         )

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from foldstack.compression.checkpoints import stored_weights
 from foldstack.compression.checkpoints.folder_files import check_json_files
+from foldstack.compression.checkpoints.hub import download
 from foldstack.compression.errors import InputError
 
 REFERENCE = "reference"
 GGUF = ".gguf"
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -39,7 +39,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     if path.is_dir() or (path.suffix == GGUF and path.is_file()):
         return path.resolve()
     if is_hub_id(model):
-        return _download(model, revision)
+        return download(model, revision)
     raise InputError(
         f"no model {model!r}: give a directory or a GGUF file that exists, a hub id such as "
         f"Qwen/Qwen3-0.6B, or {REFERENCE!r}"
@@ -83,22 +83,6 @@ def is_hub_id(model: str) -> bool:
     """True for owner/name where there is no such folder: what is meant is on the hub."""
     is_one = HUB_ID.fullmatch(model) is not None and not model.startswith((".", "/"))
     return is_one and not Path(model).exists()
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{model} is not a local directory, and the hub cannot be reached or is switched off: "
-            "connect, or download the model first and give its directory"
-        ) from error
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{model} cannot be fetched from the hub: {what}") from error
 
 
 def check_folder(folder: Path) -> None:

@@ -77,8 +77,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise InputError(
-            f"{folder} holds its weights as a pickle (.bin), which foldstack never loads: "
-            "convert it with transformers' save_pretrained, which writes safetensors"
+            f"{folder} holds its weights as a pickle (.bin), which foldstack never loads from a "
+            "folder: convert it with transformers' save_pretrained, which writes safetensors"
         )
     if (folder / "adapter_config.json").is_file():
         raise InputError(

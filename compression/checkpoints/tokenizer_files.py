@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """Patterns. A class may name others, which `tokenizer_files` finds too."""
+
+NEEDING_A_PACKAGE = {
+    "tekken.json": "mistral_common",
+    "*.tiktoken": "tiktoken",
+    "*.model": "sentencepiece",
+}
+"""Files that transformers reads by packages which are no dependencies."""
 
 PLAIN_TEXT = (
     "def fold(x):\n    return x[0] + 12_345.678  # naïve café, Größe; «да»; שלום; 中文の列",
@@ -40,6 +48,20 @@ def _named_by_class(folder: Path) -> list[str]:
         return []  # there is none, or none that transformers knows: loading it says so
     names = getattr(found, "vocab_files_names", None) or {}
     return [name for name in names.values() if "/" not in name]
+
+
+def missing_package(folder: Path) -> str:
+    """The words for a tokenizer that only a package can read which is not here; else none."""
+    if (folder / "tokenizer.json").is_file():
+        return ""
+    for pattern, package in NEEDING_A_PACKAGE.items():
+        files = sorted(folder.glob(pattern))
+        if files and find_spec(package) is None:
+            return (
+                f" ({files[0].name} needs the package {package}: where it is installed, save the "
+                "tokenizer once with transformers' save_pretrained, which writes tokenizer.json)"
+            )
+    return ""
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:

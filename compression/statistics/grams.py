@@ -52,14 +52,16 @@ def rank_bounds(grams: Mapping[str, Float[Tensor, "n n"]], num_tokens: int) -> d
 
 
 def report_ranks(bounds: Mapping[str, int]) -> None:
-    """One warning about all Grams of deficient rank, by name."""
+    """One warning about all Grams of deficient rank; their names and ranks are for the log."""
     if bounds:
-        ranks = ", ".join(f"{name}: {rank}" for name, rank in bounds.items())
+        least = min(bounds, key=bounds.__getitem__)
         logger.warning(
-            "inputs that do not span their space, for want of tokens or because channels are "
-            "always zero: what is fitted to them is no better than that (rank at most; %s)",
-            ranks,
-        )
+            "%d inputs of linears do not span their space, for want of tokens or because channels "
+            "are always zero: what is fitted to them is no better than that (the least is %s, rank "
+            "at most %d)",
+            len(bounds), least, bounds[least],
+        )  # fmt: skip
+        logger.info("rank at most: %s", ", ".join(f"{n}: {rank}" for n, rank in bounds.items()))
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Pictures of a comparison."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,8 +35,17 @@ def plot_quality(comparison: Comparison, path: Path) -> bool:
     figure = figure_of(comparison.rows, "size")
     if figure is not None:
         figure.axes[0].set_title(comparison.title)
-        figure.savefig(path, dpi=120)
+        with without_glyph_warnings():
+            figure.savefig(path, dpi=120)
     return figure is not None
+
+
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Of a name in letters that matplotlib's font lacks: boxes stand there, and that is all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ")
+        yield
 
 
 def figure_of(rows: Sequence[Row], against: Against) -> "Figure | None":

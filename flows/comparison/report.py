@@ -321,5 +321,6 @@ def _use(row: Row) -> dict[str, str]:
 def _inline(figure: "Figure") -> str:
     """The picture as an address that holds it."""
     svg = io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
+    with plots.without_glyph_warnings():
+        figure.savefig(svg, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"

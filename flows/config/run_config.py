@@ -112,6 +112,11 @@ class Evaluation(_Section):
     """Examples in the prompt; null leaves it to the benchmark."""
     batch_size: int = Field(default=8, ge=1)
 
+    @field_validator("include_paths")
+    @classmethod
+    def _know_the_users_home(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(path.expanduser() for path in value)
+
     @model_validator(mode="after")
     def _limits_are_of_benchmarks(self) -> Self:
         limited = self.limit if isinstance(self.limit, dict) else {}

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.flows.planning.needs import needs_of
+from foldstack.flows.planning.needs import needs_of, stored_dtype
 from foldstack.flows.planning.preflight import check, is_stored
 from foldstack.flows.planning.stage_arithmetic import StageArithmetic
 from foldstack.flows.running.branches import Layout, lay_out
@@ -102,15 +102,17 @@ def expected_models(layout: Layout) -> dict[str, ExpectedModel]:
     from foldstack.compression.checkpoints.checkpoint import load_config
     from foldstack.compression.structure.size import size_of, size_of_plan, sparsity_between
     from foldstack.compression.structure.surgery import build_on_meta
+    from foldstack.tasks.environment.execution import torch_dtype
 
     config = load_config(layout.model.folder)
     meta = build_on_meta(config)
-    dense = size_of(meta)
+    dtype = torch_dtype(layout.config.model.dtype) or stored_dtype(meta)
+    dense = size_of(meta, dtype)
     found: dict[str, ExpectedModel] = {}
     for branch in layout.branches:
         size, asked, realised = dense, None, None
         if branch.variant is not None:
-            size = size_of_plan(config, branch.variant.method.outline(meta))
+            size = size_of_plan(config, branch.variant.method.outline(meta), dtype)
             asked, realised = branch.variant.sparsity, sparsity_between(dense, size)
         found[branch.label] = ExpectedModel(
             label=branch.label,

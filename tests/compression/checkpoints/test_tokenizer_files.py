@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from foldstack.compression.checkpoints import tokenizer_files as tokenizer_files_module
 from foldstack.compression.checkpoints.checkpoint import (
     check_reload,
     check_tokenizer_travels,
@@ -134,3 +135,17 @@ def test_perplexity_counts_what_the_tokenizer_does_not_know(chinese_gpt2):
     protocol = PerplexityProtocol(window_tokens=32)
     with torch.inference_mode():
         assert measure_perplexity(model, tokenizer, [text], protocol).num_unknown == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("tekken.json", "mistral_common"), ("a.model", "sentencepiece")]
+)
+def test_a_tokenizer_that_needs_a_package_says_which(name, package, model_folder, monkeypatch):
+    folder = model_folder("llama")
+    for old in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / old).unlink()
+    (folder / name).write_bytes(b"{}")
+    monkeypatch.setattr(tokenizer_files_module, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=f"{name} needs the package {package}") as refusal:
+        load_tokenizer(folder)
+    assert "\n" not in str(refusal.value)

@@ -12,7 +12,7 @@ from torch import Tensor
 from foldstack.compression.errors import InputError
 from foldstack.compression.statistics import grams
 from foldstack.compression.statistics.gathering import Statistics, gather
-from foldstack.compression.statistics.grams import summed_inputs
+from foldstack.compression.statistics.grams import report_ranks, summed_inputs
 from foldstack.compression.statistics.similarity import summed_angles, summed_cosines
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.surgery import Cut, cut, plan_of
@@ -240,3 +240,15 @@ def test_inputs_that_do_not_span_their_space_are_named(
     caplog.clear()
     gather(model, windows[:1, :8], {"gram"})  # fewer tokens than channels
     assert "mlp_output of block 0: 8" in caplog.text
+
+
+def test_grams_of_deficient_rank_are_one_short_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    bounds = {f"blocks.{block}.mlp_output": 700 - block for block in range(17)}
+    with caplog.at_level("INFO"):
+        report_ranks(bounds)
+    warning, numbers = caplog.records
+    assert warning.levelname == "WARNING"
+    assert len(warning.getMessage()) < 250
+    assert "17 inputs" in warning.getMessage()
+    assert "blocks.16.mlp_output, rank at most 684" in warning.getMessage()
+    assert "blocks.3.mlp_output: 697" in numbers.getMessage()

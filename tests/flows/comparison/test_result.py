@@ -1,5 +1,10 @@
 """What a comparison concludes from its rows."""
 
+from pathlib import Path
+
+import pytest
+
+from foldstack.flows.comparison.plots import plot_quality
 from foldstack.flows.comparison.result import Comparison, Row
 
 
@@ -29,3 +34,17 @@ def test_what_the_dense_model_does_not_know_either_is_no_disadvantage() -> None:
     found = found.model_copy(update={"rows": (dense, *found.rows[1:])})
     assert found.best()[0.2].method == "one"
     assert "dense, one 0.20, other 0.20" in found.unread[0]
+
+
+def test_a_name_in_letters_that_the_font_lacks_is_no_news(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    facts = {"bits_per_byte": 2.0}
+    sizes = {"parameters": 1000}
+    rows = tuple(
+        Row(label=label, method=label, sparsity=sparsity, before=facts, structure=sizes)
+        for label, sparsity in (("dense", None), ("shortgpt", 0.2))
+    )
+    named = Comparison(title="\u6a21\u578b", sweep="s", model="m", rows=rows)
+    assert plot_quality(named, tmp_path / "plot.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -267,3 +267,14 @@ def test_a_full_disk_that_no_file_is_named_for_is_that_of_the_results(error: Exc
 def test_another_failure_stays_as_it_is() -> None:
     with pytest.raises(KeyError), telling_disk_full(Path("/data")):
         raise KeyError("no such row")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_every_model_is_counted_in_the_precision_that_it_will_have(
+    dtype: str, model_folder: Callable[..., Path], data: dict[str, Any]
+) -> None:
+    folder = Path(data["model"]["name"])
+    load_model(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    data["model"]["dtype"] = dtype
+    for model in expected_models(lay_out(parse_config(data))).values():
+        assert model.bytes == (2 if dtype == "auto" else 4) * model.parameters
