@@ -66,6 +66,8 @@ PAPER_FORMS = (
     "modegpt pair_score=sum",
     "modegpt value_subspace=values",
     "modegpt query_key_weight=1 pair_score=sum value_subspace=values",
+    "replaceme fitted=map",
+    "replaceme fitted=map weighting=equal",
     "llm_streamline replacement=none",
     "llm_streamline replacement=ffn",
     "llm_streamline replacement=layer loss=llm",

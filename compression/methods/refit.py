@@ -18,14 +18,14 @@ are put together from slices, stay, and so do those of blocks whose output is no
 behind the residual links, as in OPT-350M; scaled outputs; sliced residual streams).
 """
 
-import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -49,8 +49,6 @@ from foldstack.compression.structure.modeling_foldstack import (
 )
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import linear_shapes
-
-logger = logging.getLogger(__name__)
 
 Refit = Literal["none", "mlp_output", "residual"]
 OUTPUTS = ("attention_output", "mlp_output")
@@ -95,10 +93,16 @@ class _Rows:
     error: Float[Tensor, "tokens out"]
 
 
-@dataclass
-class _Sums:
-    gram: Tensor
-    crossed: Tensor
+@dataclass(frozen=True)
+class _Seen:
+    """What one pass has shown of a linear with a norm behind it."""
+
+    error: float
+    """Sum over tokens of the squared error."""
+    energy: Float64[Tensor, " out"]
+    """Of each coordinate of the normed output, before its gain."""
+    crossed: Float64[Tensor, " out"]
+    """Sum over tokens of normed output times error."""
 
 
 def refitted_outputs(
@@ -162,7 +166,7 @@ def refit_arithmetic(model: PreTrainedModel, plan: Plan, num_tokens: int) -> Ari
                 operations += refit_operations(rows, width, normed=normed)
     # Attention is a third of a block: it passes in both models, then the block twice in the
     # compressed model and once in the dense one. A norm behind asks for a look at the error.
-    passes = 3.7 if _norm_behind(blocks[0], OUTPUTS[0]) is None else 5.0
+    passes = 3.7 if _norm_behind(blocks[0], OUTPUTS[0]) is None else 5.4
     return Arithmetic(float64=operations, products=products, passes=passes, streams=2)
 
 
@@ -181,17 +185,17 @@ class _Site:
         """Change the linear, and the norm behind it; their tensors by name inside the block."""
         if self.reads == "mlp_output" and self.how.target == "residual":
             self.sides.pass_dense()
-        sums = self._sums()
+        gram, crossed, seen = self._sums()
         gains = None if self.norm is None else _gains(self.norm)
         change = refit_change(
-            sums.gram, sums.crossed, ridge=self.how.ridge, has_bias=self.has_bias, gains=gains
+            gram, crossed, ridge=self.how.ridge, has_bias=self.has_bias, gains=gains
         )
         if self.how.by_output:
             change = self._through_output(change)
-        if self.norm is None:
+        if seen is None:
             self._move(change, 1.0)
         else:
-            self._move_as_far_as_it_helps(change)
+            self._fit_gains(self._moved_as_far_as_it_helps(change, seen))
         names = {id(module): name for name, module in self.sides.block.named_modules()}
         changed = [self.linear] if self.norm is None else [self.linear, self.norm]
         return {
@@ -219,45 +223,39 @@ class _Site:
             bias = self.linear.bias.detach()
             self.linear.bias.data = (bias.double() + share * change[:, -1]).to(bias.dtype)
 
-    def _move_as_far_as_it_helps(self, change: Tensor) -> None:
-        """The norm's scale of a token was held fixed, which is not true far away."""
-        before, weight = self._error(), self.linear.weight.data
+    def _moved_as_far_as_it_helps(self, change: Tensor, before: _Seen) -> _Seen:
+        """What is seen then. The norm's scale of a token was held fixed, which is not true far
+        away."""
+        weight = self.linear.weight.data
         for halving in range(HALVINGS):
             self._move(change, 0.5**halving)
-            if self._error() < before:
-                break
+            seen = _together(_seen(rows) for rows in self._rows())
+            if seen.error < before.error:
+                return seen
             self.linear.weight.data = weight
-        self._fit_gains()
+        return before
 
-    def _fit_gains(self) -> None:
+    def _fit_gains(self, seen: _Seen) -> None:
         """Least squares of what is missing on the normed outputs, each coordinate by itself."""
-        assert self.norm is not None
-        gains, energy, crossed = _gains(self.norm), None, None
-        for rows in self._rows():
-            normed = rows.written.double()
-            energy = normed.square().sum(0) + (0 if energy is None else energy)
-            crossed = (normed * rows.error.double()).sum(0) + (0 if crossed is None else crossed)
-        assert energy is not None
-        assert crossed is not None
-        moved = gains + crossed / (energy * (1 + RIDGE)).clamp_min(torch.finfo(energy.dtype).tiny)
         norm: Any = self.norm
+        floor = torch.finfo(seen.energy.dtype).tiny
+        moved = _gains(norm) + seen.crossed / (seen.energy * (1 + RIDGE)).clamp_min(floor)
         norm.weight.data = (moved - 1).to(norm.weight.dtype)
 
-    def _error(self) -> float:
-        return sum(float(rows.error.double().square().sum()) for rows in self._rows())
-
-    def _sums(self) -> _Sums:
-        sums: _Sums | None = None
+    def _sums(self) -> tuple[Tensor, Tensor, _Seen | None]:
+        """Of x x^T and x e^T; and what is seen meanwhile, where a norm follows."""
+        gram = crossed = torch.zeros(0)
+        seen: list[_Seen] = []
         for rows in self._rows():
-            read = rows.read
-            if sums is None:
-                there: Any = {"dtype": torch.float64, "device": read.device}
-                width, out = read.shape[1], rows.error.shape[1]
-                sums = _Sums(torch.zeros(width, width, **there), torch.zeros(width, out, **there))
-            add_upper_product(sums.gram, read)
-            add_product(sums.crossed, read, rows.error)
-        assert sums is not None
-        return _Sums(mirrored(sums.gram), sums.crossed)
+            if not len(gram):
+                there: Any = {"dtype": torch.float64, "device": rows.read.device}
+                width, out = rows.read.shape[1], rows.error.shape[1]
+                gram, crossed = torch.zeros(width, width, **there), torch.zeros(width, out, **there)
+            add_upper_product(gram, rows.read)
+            add_product(crossed, rows.read, rows.error)
+            if self.norm is not None:
+                seen.append(_seen(rows))
+        return mirrored(gram), crossed, _together(seen) if seen else None
 
     def _rows(self) -> Iterator[_Rows]:
         """Batch after batch, as the fit reads them: in float32 at least, a one for the bias, over
@@ -306,6 +304,16 @@ class _Site:
         for target, output, before, now in zip(*added, *entering, strict=True):
             stream = _wide(before.to(device)) + _wide(target)
             yield stream - _wide(now.to(device)) - _wide(output), stream
+
+
+def _seen(rows: _Rows) -> _Seen:
+    normed, error = rows.written.double(), rows.error.double()
+    return _Seen(float(error.square().sum()), normed.square().sum(0), (normed * error).sum(0))
+
+
+def _together(parts: Iterable[_Seen]) -> _Seen:
+    errors, energies, crossed = zip(*((p.error, p.energy, p.crossed) for p in parts), strict=True)
+    return _Seen(math.fsum(errors), torch.stack(energies).sum(0), torch.stack(crossed).sum(0))
 
 
 def _fitted_module(block: nn.Module, name: str) -> nn.Module | None:
