@@ -84,7 +84,7 @@ class CompressModel(ComputedStage):
             base_model=self.model.name,
             model_type=architecture_of(model).model_type,
             grade=grade,
-            steps=(f"Compressed: {self.method!r}",),
+            steps=(*filter(None, [self.model.origin]), f"Compressed: {self.method!r}"),
             dense=dense,
             compressed=size,
             fingerprints={"base model": self.model.fingerprint, self.stage: self.fingerprint},

@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from foldstack.compression.checkpoints.checkpoint import load_model
+from foldstack.compression.checkpoints import checkpoint
+from foldstack.compression.checkpoints.checkpoint import ReloadReport, load_model
 from foldstack.compression.errors import InputError
 from foldstack.flows.config.run_config import parse_config
 from foldstack.flows.planning.forecast import dry_run
+from foldstack.flows.running.branches import lay_out
 from foldstack.tasks.dequantize_model import find_model
+from foldstack.tasks.models import MODEL_FOLDER
+from foldstack.tasks.stage import run_stage
 from foldstack.tasks.store.artifacts import ArtifactStore
 
 
@@ -55,6 +59,34 @@ def test_a_quantised_model_is_made_plain_once_and_says_what_it_came_from(
     half = find_model(store, str(float8), dtype="bfloat16")
     assert half.folder != found.folder
     assert half.fingerprint != found.fingerprint
+
+
+def test_a_quantised_model_is_compressed_like_any_other_and_its_card_says_so(
+    float8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = ReloadReport(1.0, 0.0, 0.0, True, (1,), 1, "LlamaForCausalLM", 0.0)
+    monkeypatch.setattr(checkpoint, "check_reload", lambda *_, **__: seen)
+    windows = {"num_windows": 2, "window_tokens": 16}
+    config = parse_config(
+        {
+            "model": {"name": str(float8), "device": "cpu"},
+            "calibration": {"source": {"corpus": "self"}, **windows},
+            "evaluation": {
+                "perplexity": {"source": {"corpus": "self"}, "protocol": {"window_tokens": 16}}
+            },
+            "methods": ["shortgpt"],
+            "sparsities": [0.15],
+            "output": {"home": str(tmp_path / "home")},
+        }
+    )
+    layout = lay_out(config)
+    compress = layout.branches[1].compress
+    assert compress is not None
+    for stage in (layout.calibration, layout.statistics, layout.ranking, compress):
+        made = run_stage(stage, layout.store)
+    card = (made.open() / MODEL_FOLDER / "README.md").read_text()
+    assert "is dequantised, from fp8 to float32" in card
+    assert load_model(made.open() / MODEL_FOLDER).config.num_hidden_layers == 3
 
 
 def test_plain_models_go_into_no_store(model_folder: Callable[..., Path], tmp_path: Path) -> None:
