@@ -87,13 +87,15 @@ def run(
     with _output_for_result() as output, TemporaryServer() as server:
         with importing():
             from foldstack.flows.cli.command_run import exit_code, run_command
+            from foldstack.flows.comparison.findings import findings
             from foldstack.flows.comparison.terminal import print_result
             from foldstack.flows.running.progress import console_on
 
         comparison = run_command(_load(config, overrides), server, _command_line())
         code = exit_code(comparison)
         if as_json:
-            _print_json(comparison.model_dump(mode="json"), output)
+            told = {"findings": findings(comparison)}
+            _print_json(told | comparison.model_dump(mode="json"), output)
         else:
             print_result(comparison, console_on(output))
     raise typer.Exit(code)
