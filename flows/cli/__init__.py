@@ -13,6 +13,8 @@
   sweep.
 - `command_run`: What `foldstack run` does around the flow: a server, progress, Ctrl-C, and folders
   to find.
+- `completion`: What the shell offers for a half-typed word: recipes, keys of a config, kinds of
+  things.
 - `held_models`: Which models in the store are the only copy of what an alias in MLflow's registry
   points to.
 - `listing`: What `foldstack ls` prints: names, and a line about each.

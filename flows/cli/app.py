@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from foldstack.compression.errors import InputError
+from foldstack.flows.cli.completion import complete_kind, complete_override, complete_recipe
 from foldstack.flows.cli.quick_imports import importing
 from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
@@ -34,6 +35,12 @@ QUIET = {
 }
 INTERRUPTED = 130
 
+
+def examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\n\n".join(["Examples:", *(f"$ {line}" for line in lines)])
+
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,9 +50,15 @@ app = typer.Typer(
 cache = typer.Typer(no_args_is_help=True, help="What the store holds, and why a stage hits.")
 app.add_typer(cache, name="cache")
 
-Config = Annotated[str, typer.Argument(help="YAML file, or name of a recipe.")]
+Config = Annotated[
+    str,
+    typer.Argument(help="YAML file, or name of a recipe.", autocompletion=complete_recipe),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. recovery.steps=0")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="e.g. recovery.steps=0", autocompletion=complete_override
+    ),
 ]
 Home = Annotated[
     Path | None, typer.Option(help="Where results are; by default FOLDSTACK_HOME, else runs/.")
@@ -68,7 +81,13 @@ def main_options(
     pass
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "foldstack run demo",
+        "foldstack run local-model model=DIR sparsities=[0.1,0.2]",
+        "foldstack run demo recovery.steps=0 --json",
+    )
+)
 def run(
     config: Config,
     overrides: Overrides = None,
@@ -208,7 +227,7 @@ def _run_recipe(recipe: "Recipe", out: Path | None, as_json: bool, output: TextI
     return code
 
 
-@app.command()
+@app.command(epilog=examples("foldstack plan demo", "foldstack plan qwen3-0.6b sparsities=[0.3]"))
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would do: sizes, what is in the store already, time and memory."""
     with _output_for_result() as output:
@@ -223,16 +242,23 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-@app.command("ls")
+@app.command("ls", epilog=examples("foldstack ls methods", "foldstack ls recipes --json"))
 def list_things(
-    what: Annotated[str, typer.Argument(help="methods, architectures or recipes")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="methods, architectures or recipes; nothing: how to list each.",
+            autocompletion=complete_kind,
+            show_default=False,
+        ),
+    ] = "",
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List what there is: methods, architectures or recipes."""
-    from foldstack.flows.cli.listing import listing, markdown_table
+    from foldstack.flows.cli.listing import kinds, listing, markdown_table
 
-    entries = listing(what)
+    entries = listing(what) if what else kinds()
     if markdown:
         print("\n".join(markdown_table(what, entries)))
         return
@@ -244,7 +270,7 @@ def list_things(
         print(f"{name:<{width}}  {meaning}".rstrip())
 
 
-@cache.command("ls")
+@cache.command("ls", epilog=examples("foldstack cache ls"))
 def cache_list(home: Home = None, as_json: AsJson = False) -> None:
     """List the artifacts in the store, the last used first."""
     from foldstack.flows.cli.command_cache import list_command
@@ -252,20 +278,25 @@ def cache_list(home: Home = None, as_json: AsJson = False) -> None:
     print(list_command(home, as_json))
 
 
-@cache.command("explain")
+@cache.command("explain", epilog=examples("foldstack cache explain demo recovery.steps=8"))
 def cache_explain(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say for every stage of CONFIG whether it hits, and if not, what changed."""
     with _output_for_result() as output:
-        from foldstack.flows.cli.command_cache import explain_command
+        from foldstack.flows.cli.command_cache import explain_command, told_of
 
         explained = explain_command(_load(config, overrides))
         if as_json:
             _print_json({"stages": [entry.as_dict() for entry in explained]}, output)
         else:
-            print("\n".join(str(entry) for entry in explained), file=output)
+            print(told_of(explained), file=output)
 
 
-@cache.command("gc")
+@cache.command(
+    "gc",
+    epilog=examples(
+        "foldstack cache gc --dry_run", "foldstack cache gc --keep SWEEP --max_gib 50 --upload"
+    ),
+)
 def cache_gc(
     keep_days: Annotated[
         float, typer.Option("--keep_days", "--keep-days", help="Keep what was used since.")
@@ -312,7 +343,12 @@ def cache_gc(
     print(text)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "foldstack evaluate runs/models/NAME --against DENSE",
+        "foldstack evaluate DIR --tasks arc_easy,hellaswag --limit 200",
+    )
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory, GGUF file, hub id, or reference.")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
@@ -364,7 +400,7 @@ def export(
             print(*sentences(report, folder), sep="\n", file=output)
 
 
-@app.command()
+@app.command(epilog=examples("foldstack bench runs/models/NAME --against DENSE"))
 def bench(
     model: Annotated[str, typer.Argument(help="Directory, GGUF file, hub id, or reference.")],
     against: Annotated[str, typer.Option(help="Dense model, measured in turn with it.")] = "",
@@ -438,7 +474,11 @@ def compare(
         print(f"foldstack: {len(compared.frame)} rows are in {out}", file=sys.stderr)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "foldstack ui", "foldstack ui --prefect_port 4300 --mlflow_port 5100 --home /data/foldstack"
+    )
+)
 def ui(
     prefect_port: Annotated[int, typer.Option("--prefect_port", "--prefect-port")] = 4200,
     mlflow_port: Annotated[int, typer.Option("--mlflow_port", "--mlflow-port")] = 5000,

@@ -6,12 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.cli.held_models import HeldModel, held_models, upload_held
-from foldstack.flows.comparison.files import load
-from foldstack.flows.config.run_config import RunConfig
 from foldstack.tasks.environment.home import store_url
 from foldstack.tasks.running.explanation import Explanation, explain
 from foldstack.tasks.store.artifacts import ArtifactStore
@@ -21,6 +19,9 @@ from foldstack.tasks.store.garbage import (
     list_artifacts,
     list_object_storage,
 )
+
+if TYPE_CHECKING:
+    from foldstack.flows.config.run_config import RunConfig
 
 
 def store_of(home: Path | None) -> ArtifactStore:
@@ -47,8 +48,10 @@ def list_command(home: Path | None, as_json: bool) -> str:
     total = sum(row["size_bytes"] for row in rows)
     if as_json:
         return json.dumps({"store": place, "bytes": total, "artifacts": rows}, indent=1)
-    lines = [
-        f"{row['last_used'][:19]}  {row['size_bytes'] / 2**20:9.1f} MiB  "
+    heads = f"{'last used (UTC)':<19}  {'size':>13}  {'made in':>10}  {'fingerprint':<12}  stage"
+    lines = [heads] if rows else []
+    lines += [
+        f"{row['last_used'][:19].replace('T', ' ')}  {row['size_bytes'] / 2**20:9.1f} MiB  "
         f"{row['seconds'] or 0:8.1f} s  {row['fingerprint'][:12]}  {row['label']}"
         for row in rows
     ]
@@ -137,6 +140,8 @@ def _fingerprints(store: ArtifactStore, what: str) -> list[str]:
     Raises:
         InputError: there is neither.
     """
+    from foldstack.flows.comparison.files import load
+
     sweeps = store.root.parent / "sweeps"
     if what in {folder.name for folder in sweeps.glob("*")}:
         return [name for row in load(sweeps / what).rows for name in row.fingerprints.values()]
@@ -181,7 +186,19 @@ class Explained:
         }
 
 
-def explain_command(config: RunConfig) -> list[Explained]:
+def told_of(explained: Sequence[Explained]) -> str:
+    """What misses, one by one; what hits, by its kind: there is nothing to explain."""
+    hits = Counter(each.explanation.artifact.stage for each in explained if each.explanation.is_hit)
+    lines = [str(each) for each in explained if not each.explanation.is_hit]
+    if hits:
+        kinds = ", ".join(f"{number} {stage}" for stage, number in hits.items())
+        lines.append(f"{hits.total()} of {len(explained)} stages hit: {kinds}")
+    else:
+        lines.append(f"none of {len(explained)} stages hits")
+    return "\n".join(lines)
+
+
+def explain_command(config: "RunConfig") -> list[Explained]:
     """Every stage of a run, and why it hits or misses."""
     from foldstack.flows.running.branches import lay_out
 

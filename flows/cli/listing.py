@@ -15,6 +15,11 @@ ARXIV = re.compile(r"(?<![\d.])\d{4}\.\d{5}(?![\d.])")
 KINDS = ("methods", "architectures", "recipes")
 
 
+def kinds() -> dict[str, str]:
+    """How to list what there is."""
+    return {kind: f"foldstack ls {kind}" for kind in KINDS}
+
+
 def listing(what: str) -> dict[str, str]:
     """Name and meaning of everything of a kind.
 

@@ -1,5 +1,6 @@
 """A YAML file and `key.sub=value` overrides, read into plain data."""
 
+import difflib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,11 @@ def find_config(name: str) -> Path:
     if name in recipes():
         return recipes()[name]
     what = "is a directory" if path.is_dir() else "does not exist"
-    raise InputError(f"config {name} {what}; give a YAML file, or a recipe: {', '.join(recipes())}")
+    near = difflib.get_close_matches(name, recipes(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(
+        f"config {name} {what}; give a YAML file, or a recipe: {', '.join(recipes())}{hint}"
+    )
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
