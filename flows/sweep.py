@@ -22,13 +22,14 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from foldstack.compression.errors import InputError
 from foldstack.compression.storage.durable import write_whole
 from foldstack.flows.comparison import files as result_files
 from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.report import REPORT, write_report
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.comparison.rows import rivals, row_of
-from foldstack.flows.comparison.run_records import SweepLog
+from foldstack.flows.comparison.run_records import SweepLog, has_tracking_server
 from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.run_config import RunConfig, to_yaml
 from foldstack.flows.planning.forecast import stage_limits
@@ -82,6 +83,12 @@ def sweep(config: RunConfig) -> Comparison:
         InputError: something in `config` cannot work; nothing has been computed then.
         SweepFailed: some variants failed; the others are in its comparison.
     """
+    if runtime.deployment.id and config.tracking.enabled and not has_tracking_server(config):
+        raise InputError(
+            "a deployment's run must know its MLflow server, and neither MLFLOW_TRACKING_URI nor "
+            "tracking.uri is set: it would log to a file that nobody looks at; set one, or "
+            "tracking.enabled=false"
+        )
     note_flow_run(str(runtime.flow_run.id))
     hide_in_logs()
     if PACKAGE_LOGGER.level == logging.NOTSET:  # Prefect gives it handlers, but no level

@@ -48,6 +48,11 @@ def tracking_uri(config: RunConfig) -> str:
     return chosen or f"sqlite:///{home / 'mlflow.db'}"
 
 
+def has_tracking_server(config: RunConfig) -> bool:
+    """Whether somebody said where runs are logged."""
+    return bool(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+
+
 def experiment_of(config: RunConfig) -> str:
     """Name of the MLflow experiment, one per base model unless the config says otherwise."""
     return config.tracking.experiment or f"foldstack/{config.model.short_name}"

@@ -158,17 +158,19 @@ def test_kubernetes_manifests_take_secrets_from_secrets_and_run_as_nobody_specia
     pods = [
         each["spec"]["template"]["spec"]
         for each in kubernetes_objects()
-        if each["kind"] in ("Deployment", "StatefulSet")
+        if each["kind"] in ("Deployment", "StatefulSet", "Job")
     ]
-    assert len(pods) == 4
+    assert len(pods) == 5
     for pod in pods:
         for container in [*pod["containers"], *pod.get("initContainers", [])]:
             assert container["resources"]["limits"]["memory"]
-            if container["image"].startswith("foldstack"):
-                assert pod["securityContext"]["runAsNonRoot"]
-                assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert pod["securityContext"]["runAsNonRoot"]
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+            assert container["resources"]["requests"]["ephemeral-storage"]
             for variable in container.get("env", []):
-                if re.search("PASSWORD|AUTH_STRING|SECRET|CONNECTION_URL", variable["name"]):
+                is_secret = re.search("PASSWORD|AUTH_STRING|SECRET|URL", variable["name"])
+                if is_secret and not re.search("UI_URL|_SECRET_(NAME|KEY)$", variable["name"]):
                     assert "secretKeyRef" in variable["valueFrom"]
 
 
