@@ -97,8 +97,14 @@ def tensors_in(file: Path) -> "dict[str, Tensor]":
     """
     import torch
 
-    with refusing(f"{file} is a pickle of something else than weights, or damaged"):
+    try:
         held = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # its own words advise to run what the file holds
+        raise InputError(
+            f"{file} holds something else than tensors by name, or is damaged: torch's reader of "
+            "weights refuses it, and foldstack uses no other"
+        ) from error
+    with refusing(f"{file} cannot be read"):
         if not isinstance(held, dict):
             raise InputError(f"{file} must hold tensors by name, got {type(held).__name__}")
         # Two names of one tensor become two tensors: which of them are one is the config's to say.
