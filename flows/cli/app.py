@@ -204,7 +204,7 @@ def _run_recipe(recipe: "Recipe", out: Path | None, as_json: bool, output: TextI
     with TemporaryServer() as server:
         with importing():
             from foldstack.flows.cli import command_compress as parts
-            from foldstack.flows.cli.command_run import exit_code, run_command
+            from foldstack.flows.cli.command_run import exit_code, link_of, run_command
             from foldstack.flows.comparison.terminal import print_result
             from foldstack.flows.running.progress import console_on
 
@@ -214,9 +214,12 @@ def _run_recipe(recipe: "Recipe", out: Path | None, as_json: bool, output: TextI
         print_result(comparison, console_on(output))
         return code
     folder = Path(row.folder)
+    link = link_of(recipe.config, row)
     if out is not None:
         parts.copy_out(folder, out)
         folder = out.absolute()
+    elif link.exists() and link.samefile(folder):
+        folder = link  # shorter, and the same
     if as_json:
         facts = {"folder": str(folder), **parts.facts_of(comparison, row)}
         use = parts.usage_of(row, folder)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from foldstack.compression.errors import InputError, told
 from foldstack.flows.cli.quick_imports import importing
-from foldstack.flows.comparison.result import Comparison
+from foldstack.flows.comparison.result import Comparison, Row
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.running.prefect_server import TemporaryServer, cancel_flow_run
 from foldstack.flows.running.progress import Display, console_on, display_on
@@ -67,12 +67,18 @@ def link_models(config: RunConfig, comparison: Comparison) -> None:
     for row in comparison.rows:
         if row.is_dense or not row.folder or row.state != "done":
             continue
-        name = f"{config.model.short_name}-{row.label}".replace(" ", "-")
-        link, made = folder / name, folder / f".{name}.{os.getpid()}"
+        link = link_of(config, row)
+        made = folder / f".{link.name}.{os.getpid()}"
         with suppress(OSError):  # a file system without links: the store's own path still works
             folder.mkdir(parents=True, exist_ok=True)
             made.symlink_to(_seen_from(folder, Path(row.folder), home))
             made.replace(link)
+
+
+def link_of(config: RunConfig, row: Row) -> Path:
+    """Where `link_models` puts the link to a row's model."""
+    name = f"{config.model.short_name}-{row.label}".replace(" ", "-")
+    return config.output.home.expanduser().resolve() / "models" / name
 
 
 def _seen_from(folder: Path, target: Path, home: Path) -> Path:

@@ -189,7 +189,7 @@ def test_what_was_lost_is_said_as_data(comparison: Comparison) -> None:
     assert list(facts["lost"]) == ["bits_per_byte", "perplexity", "piqa/acc"]
 
 
-@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(("as_json", "is_named"), [(False, True), (True, True), (True, False)])
 def test_command_ends_with_the_folder_and_the_lines_that_use_it(
     comparison: Comparison,
     model_folder: FolderFactory,
@@ -197,17 +197,24 @@ def test_command_ends_with_the_folder_and_the_lines_that_use_it(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     as_json: bool,
+    is_named: bool,
 ) -> None:
+    monkeypatch.setenv("FOLDSTACK_HOME", str(tmp_path / "home"))
     seen: list[RunConfig] = []
 
     def run_command(config: RunConfig, *_: Any) -> Comparison:
         seen.append(config)
+        command_run.link_models(config, comparison)
         return comparison
 
     monkeypatch.setattr(command_run, "run_command", run_command)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # so that none is started
-    out = tmp_path / "out"
-    arguments = [str(model_folder("llama")), "--to", "0.7", "--out", str(out), "--recover", "2"]
+    out, model = tmp_path / "out", model_folder("llama")
+    arguments = [str(model), "--to", "0.7", "--recover", "2"]
+    if is_named:
+        arguments += ["--out", str(out)]
+    else:
+        out = tmp_path / "home" / "models" / f"{model.name}-modegpt-0.20"
     monkeypatch.setattr(sys, "argv", ["foldstack", "compress", *arguments, *["--json"] * as_json])
     with pytest.raises(SystemExit) as caught:
         cli.main()
