@@ -9,4 +9,5 @@
   asked.
 - `multiplied_out`: Any structure as its stock class: factors multiplied, borrowed weights copied,
   widths padded.
+- `vllm_check`: Load model folders in vLLM and say what it computes.
 """

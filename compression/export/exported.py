@@ -104,7 +104,7 @@ def _write_stock(
     save_model(stock, out, tokenizer_from=folder)
     reloaded = check_reload(stock, out, tokenizer_from=folder)
     ids = torch.tensor([load_tokenizer(folder)(TEXT)["input_ids"]])
-    one, other = (_log_probabilities(m, ids) for m in (model, stock))
+    one, other = (log_probabilities_of(m, ids) for m in (model, stock))
     return ExportReport(
         target="stock",
         file=out.name,
@@ -114,7 +114,7 @@ def _write_stock(
         parameters_after=reloaded.parameters,
         checked_with="transformers",
         difference=float((one - other).abs().max()),
-        greedy_is_equal=_greedy(model, ids) == _greedy(stock, ids),
+        greedy_is_equal=greedy_tokens(model, ids) == greedy_tokens(stock, ids),
         tokens_are_equal=True,
     )
 
@@ -185,7 +185,7 @@ def _checked(
         last = (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise RuntimeError(f"llama.cpp does not run {file}: {last}")
     seen = json.loads(finished.stdout.splitlines()[-1])
-    expected = _log_probabilities(model, ids)
+    expected = log_probabilities_of(model, ids)
     difference = float((torch.tensor(seen["log_probabilities"]) - expected).abs().max())
     tokens = [list(map(int, tokenizer(text)["input_ids"])) for text in TEXTS]
     if quantise is not None:
@@ -193,7 +193,7 @@ def _checked(
     fields = asdict(report) | {
         "checked_with": f"llama-cpp-python {seen['version']}",
         "difference": difference,
-        "greedy_is_equal": _greedy(model, ids) == seen["greedy"],
+        "greedy_is_equal": greedy_tokens(model, ids) == seen["greedy"],
         "tokens_are_equal": tokens == seen["tokens"],
         "tokens_per_second": seen["tokens_per_second"],
         "unchecked": None,
@@ -202,14 +202,14 @@ def _checked(
 
 
 @torch.inference_mode()
-def _log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def log_probabilities_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Of each token after the first, in float64."""
     logits = model(ids, use_cache=False).logits[0, :-1].double()
     return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
 
 
 @torch.inference_mode()
-def _greedy(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
+def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
     """The tokens that follow, without an end, by whole forward passes."""
     tokens = ids
     for _ in range(GREEDY_TOKENS):

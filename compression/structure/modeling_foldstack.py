@@ -1092,6 +1092,7 @@ class _Restructured(PreTrainedModel):
     config_class = FoldstackConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # as far as the stock class
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     # What folders of foldstack 0.1 hold of a linear that stores nothing.
