@@ -13,6 +13,7 @@ from foldstack.compression.checkpoints.model_folder import gguf_of, locate, quan
 from foldstack.compression.errors import InputError
 from foldstack.compression.storage.digest import digest_folder
 from foldstack.compression.text.corpus import SELF
+from foldstack.compression.text.text_files import is_text_file
 from foldstack.flows.comparison.result import Comparison, Row
 from foldstack.flows.comparison.tables import benchmarks_in
 from foldstack.flows.config.model_recipe import Wishes, recipe_for
@@ -193,7 +194,7 @@ def _text_of(config: RunConfig) -> str:
     source = config.evaluation.perplexity.source
     if source.corpus == SELF:
         return "text that the dense model wrote; --test FILE_OR_DATASET measures on yours"
-    return f"{source.corpus} {source.split}"
+    return source.corpus if is_text_file(source.corpus) else f"{source.corpus} {source.split}"
 
 
 def print_recipe(recipe: Recipe, stream: TextIO) -> None:
