@@ -4,6 +4,7 @@
   absence costs the output least: closed forms, tensors in and out.
 - `inner_pairs`: Pairs of matrices with a narrower dimension between them: closed forms, tensors in
   and out.
+- `loss_curve`: A loss as a function of what is saved, from a few places where it is known.
 - `low_rank`: Low-rank factors of a linear, best on its own inputs: closed forms, tensors in,
   tensors out.
 - `output_refit`: Linears that write into the residual stream, fitted again to a target: closed

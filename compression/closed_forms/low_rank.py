@@ -232,12 +232,12 @@ def shared_factors(
 
 def uniform_ranks(
     shapes: Mapping[Key, tuple[int, int]],
-    removed_fraction: float,
+    removed_fraction: float | Mapping[Key, float],
     *,
     spend_leftover: bool = True,
     multiple: int = 1,
 ) -> dict[Key, int]:
-    """A rank for every (out, in) shape, removing the same fraction of each.
+    """A rank for every (out, in) shape, removing the same fraction of each, or of each its own.
 
     arXiv 2403.07378, section 4.2: k = floor(m n (1 - R) / (m + n)), at least 1. The floors remove
     more than was asked; `spend_leftover` gives what they left over to the linears with the largest
@@ -245,8 +245,11 @@ def uniform_ranks(
     with k (m + n) >= m n says that the linear is better kept dense. Ranks from `multiple` on are
     multiples of it, and a rank to spend is that many.
     """
-    kept = 1 - removed_fraction
-    exact = {key: m * n * kept / (m + n) for key, (m, n) in shapes.items()}
+    if isinstance(removed_fraction, Mapping):
+        kept = {key: 1 - removed_fraction[key] for key in shapes}
+    else:
+        kept = dict.fromkeys(shapes, 1 - removed_fraction)
+    exact = {key: m * n * kept[key] / (m + n) for key, (m, n) in shapes.items()}
     steps = {key: multiple if value >= multiple else 1 for key, value in exact.items()}
     # 1e-9 keeps a rank that is whole in exact arithmetic from falling to the integer below.
     ranks = {
@@ -254,7 +257,7 @@ def uniform_ranks(
     }
     if not spend_leftover:
         return ranks
-    budget = kept * sum(m * n for m, n in shapes.values())
+    budget = sum(kept[key] * m * n for key, (m, n) in shapes.items())
     left = budget - sum(rank * sum(shapes[key]) for key, rank in ranks.items())
     for key in sorted(shapes, key=lambda key: (ranks[key] - exact[key]) / steps[key]):
         m, n = shapes[key]

@@ -230,3 +230,18 @@ def check_evidence(model: PreTrainedModel, evidence: Evidence) -> None:
                 f"the {what} must be of the model to compress, which has {num_blocks} blocks; "
                 f"got one of {found} blocks"
             )
+
+
+def scores_of(evidence: Evidence, method: Method) -> Sensitivity:
+    """The scores that a method asks for.
+
+    Raises:
+        InputError: they are not among the evidence.
+    """
+    if evidence.sensitivity is None:
+        asked = ", ".join(sorted(method.scores))
+        raise InputError(
+            f"{method.name} with these settings reads scores of {asked}, and there are none; make "
+            "them with `methods.search.scoring.scored`"
+        )
+    return evidence.sensitivity.of(method.scores)

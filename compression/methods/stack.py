@@ -16,8 +16,10 @@ from foldstack.compression.checkpoints.checkpoint import load_model, load_plan, 
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.method import TOLERANCE, Evidence, Method, unreachable
+from foldstack.compression.methods.search.scoring import scored
 from foldstack.compression.statistics.block_residency import run_blocks_in_turn
 from foldstack.compression.statistics.gathering import KINDS
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.storage.durable import sync_files, sync_folder
 from foldstack.compression.structure.architectures import architecture_of, stock_of
 from foldstack.compression.structure.plan import Plan
@@ -115,6 +117,10 @@ class Stack(Method):
         if not everything and sum(given) > 1 - 1e-9:
             raise ValueError(f"portions {given} leave nothing for the other steps")
         return self
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return self.steps[0].method(self.sparsity, self.seed).scores
 
     @property
     def title(self) -> str:
@@ -222,7 +228,8 @@ def _smaller(
     killed run finds it, and out of memory."""
 
     def compress() -> Cut:
-        return method.compress(model, evidence if is_first else evidence.of(model, KINDS))
+        seen = evidence if is_first else evidence.of(model, KINDS)
+        return method.compress(model, scored(seen, model, method.scores))
 
     if evidence.work is None:
         change = compress()

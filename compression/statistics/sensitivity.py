@@ -171,6 +171,12 @@ class Sensitivity(_Record):
             found.setdefault(score.variant.site, []).append(score)
         return dict(sorted(found.items()))
 
+    def order_of_removal(self) -> tuple[int, ...]:
+        """The blocks of which it is known what their absence costs, from the least."""
+        absent = [s for s in self.scores if s.variant.kind == "absent"]
+        ranked = sorted(absent, key=lambda score: (score.mean, score.variant.first))
+        return tuple(score.variant.first for score in ranked)
+
     def table(self) -> list[dict[str, Any]]:
         """One row per variant."""
         return [

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -18,6 +19,7 @@ from foldstack.compression.closed_forms.low_rank import (
     updated_directions,
     whitened_svd_operations,
 )
+from foldstack.compression.closed_forms.selection import OutOfReach
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.factoring.factored_linears import (
@@ -28,6 +30,7 @@ from foldstack.compression.methods.factoring.factored_linears import (
     fitting_arithmetic,
     gram_of_users,
     named_factors,
+    sensitive_fractions,
 )
 from foldstack.compression.methods.method import (
     NO_DENSE_LINEAR,
@@ -35,11 +38,13 @@ from foldstack.compression.methods.method import (
     Evidence,
     Method,
     check_evidence,
+    scores_of,
     unreachable,
 )
 from foldstack.compression.methods.refit import IN_ORDER, Refit, refit_arithmetic
 from foldstack.compression.statistics.block_residency import run_blocks_in_turn
 from foldstack.compression.statistics.gathering import Statistics, gather
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.storage.mapped_memory import release
 from foldstack.compression.structure.architectures import architecture_of, base_config_of
 from foldstack.compression.structure.plan import Plan
@@ -118,8 +123,10 @@ class BasisSharing(Method):
     refit: Refit = "none"
     """What the linears that write into the residual stream are fitted to once more in the layerwise
     update: what the dense model's add, or the dense model's stream (`refit`)."""
-    allocation: Literal["exact", "paper"] = "exact"
-    """exact: spend what the floors leave over, to hit the size; paper: the floors alone."""
+    allocation: Literal["exact", "paper", "sensitivity"] = "exact"
+    """exact: spend what the floors leave over, to hit the size; paper: the floors alone;
+    sensitivity: as exact, with more removed from the groups where the measured loss rises least
+    (`statistics.sensitivity`; of single blocks factored alone)."""
 
     rank_multiple: int = Field(default=1, ge=1)
     """Ranks are multiples of this; 64 suits tensor cores."""
@@ -129,6 +136,10 @@ class BasisSharing(Method):
         if self.refit != "none" and self.update != "layerwise":
             raise ValueError(IN_ORDER.format(needed="layerwise", given=self.update))
         return self
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"ranks"}) if self.allocation == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         return _factored(plan_of(model), self._groups(model))
@@ -158,7 +169,7 @@ class BasisSharing(Method):
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
-        groups = self._groups(model)
+        groups = self._groups(model, evidence)
         plan = _factored(plan_of(model), groups)
         inherits = tuple(range(len(plan.blocks)))
         if self.update == "layerwise":
@@ -178,8 +189,9 @@ class BasisSharing(Method):
                 tensors |= spool.part(f"updated-{_part(group)}", update)
         return Cut(plan, inherits, tensors)
 
-    def _groups(self, model: PreTrainedModel) -> list[Group]:
-        """What is factored, by its first position and the order of the names in a block."""
+    def _groups(self, model: PreTrainedModel, evidence: Evidence | None = None) -> list[Group]:
+        """What is factored, by its first position and the order of the names in a block; before
+        there is evidence, one fraction for all stands in."""
         shapes = linear_shapes(model)
         members = self._members(model, shapes)
         stacked = {
@@ -193,11 +205,24 @@ class BasisSharing(Method):
         if self.sparsity - TOLERANCE > farthest or not shapes:
             by = "rank 1 in every group of linears" if shapes else NO_DENSE_LINEAR
             raise InputError(unreachable(self, farthest, by))
-        removed = min(1.0, self.sparsity * whole / dense)
+        removed: float | dict[Site, float] = min(1.0, self.sparsity * whole / dense)
+        if self.allocation == "sensitivity" and evidence is not None:
+            try:
+                of_linear = sensitive_fractions(
+                    model, scores_of(evidence, self), self.sparsity * whole
+                )
+            except OutOfReach as error:
+                by = "the lowest ranks that were scored"
+                farthest = error.reach["parameters"] / whole
+                raise InputError(unreachable(self, farthest, by)) from None
+            removed = {
+                site: fmean(of_linear[position, site[1]] for position in positions)
+                for site, positions in members.items()
+            }
         ranks = uniform_ranks(
             stacked,
             removed,
-            spend_leftover=self.allocation == "exact",
+            spend_leftover=self.allocation != "paper",
             multiple=self.rank_multiple,
         )
         reads = {site.name: site.reads for site in architecture_of(model).linears}

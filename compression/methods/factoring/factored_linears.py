@@ -1,21 +1,25 @@
 """Factored linears of a model: the inputs they are fitted to, and their tensors in a cut."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foldstack.compression.closed_forms.loss_curve import CURVE_STEPS, LossCurve
 from foldstack.compression.closed_forms.low_rank import (
     updated_directions,
     updated_directions_operations,
 )
+from foldstack.compression.closed_forms.selection import spread
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.in_order import Streams, compressed_in_order
 from foldstack.compression.methods.method import Evidence
 from foldstack.compression.methods.refit import Refit
 from foldstack.compression.statistics.gathering import Statistics
+from foldstack.compression.statistics.sensitivity import Sensitivity
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import linear_shapes
@@ -161,3 +165,30 @@ def _fitted(
         second = updated_directions(weight, first, second, gram, shift)
         fitted |= named_factors(owner, site.name, (first, second), dense)
     return fitted
+
+
+def sensitive_fractions(
+    model: PreTrainedModel, sensitivity: Sensitivity, to_remove: float
+) -> dict[Site, float]:
+    """Of every linear the fraction of its parameters to remove, one for the MLP and one for the
+    attention of a block, so that all remove `to_remove` where the measured loss rises least.
+
+    Raises:
+        OutOfReach: what was scored saves less.
+    """
+    shapes, architecture = linear_shapes(model), architecture_of(model)
+    is_mlp = {site.name: site.reads.startswith("mlp") for site in architecture.linears}
+    sizes: dict[tuple[int, bool], int] = defaultdict(int)
+    for (position, name), (rows, columns) in shapes.items():
+        sizes[position, is_mlp[name]] += rows * columns
+    points: dict[tuple[int, bool], list[tuple[float, float]]] = defaultdict(list)
+    for score in sensitivity.scores:
+        if score.variant.kind in ("mlp_rank", "attention_rank"):
+            part = score.variant.first, score.variant.kind == "mlp_rank"
+            points[part].append((float(score.saved.parameters), score.mean))
+    curves = {part: LossCurve(known).points(CURVE_STEPS) for part, known in points.items()}
+    saved = spread(curves, to_remove)
+    return {
+        (position, name): saved.get((position, is_mlp[name]), 0.0) / sizes[position, is_mlp[name]]
+        for position, name in shapes
+    }

@@ -21,6 +21,7 @@ from foldstack.compression.closed_forms.low_rank import (
     whitened_svd,
     whitened_svd_operations,
 )
+from foldstack.compression.closed_forms.selection import OutOfReach
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.factoring.factored_linears import (
@@ -31,6 +32,7 @@ from foldstack.compression.methods.factoring.factored_linears import (
     fitting_arithmetic,
     gram_of_users,
     named_factors,
+    sensitive_fractions,
 )
 from foldstack.compression.methods.method import (
     NO_DENSE_LINEAR,
@@ -38,9 +40,11 @@ from foldstack.compression.methods.method import (
     Evidence,
     Method,
     check_evidence,
+    scores_of,
     unreachable,
 )
 from foldstack.compression.methods.refit import IN_ORDER, Refit, refit_arithmetic
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.storage.mapped_memory import release
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.plan import Plan
@@ -93,9 +97,10 @@ class SvdLlm(Method):
     refit: Refit = "none"
     """What the linears that write into the residual stream are fitted to once more in the update:
     what the dense model's add, or the dense model's stream (`refit`)."""
-    allocation: Literal["exact", "paper", "v2"] = "exact"
+    allocation: Literal["exact", "paper", "v2", "sensitivity"] = "exact"
     """exact: spend what the floors leave over, to hit the size; paper: the floors alone; v2: as
-    exact, then by loss among the linears of one name and shape."""
+    exact, then by loss among the linears of one name and shape; sensitivity: lower ranks in the
+    MLPs and attentions where the measured loss rises least (`statistics.sensitivity`)."""
     rank_multiple: int = Field(default=1, ge=1)
     """Ranks are multiples of this; 64 suits tensor cores."""
     whitening: Literal["projection", "eigen"] = "projection"
@@ -107,6 +112,10 @@ class SvdLlm(Method):
         if self.refit != "none" and self.update != "closed_form":
             raise ValueError(IN_ORDER.format(needed="closed_form", given=self.update))
         return self
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"ranks"}) if self.allocation == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # v2 gives a type of linear as many ranks as the uniform allocation does, and so its size.
@@ -129,7 +138,7 @@ class SvdLlm(Method):
 
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
-        ranks = self._ranks(model)
+        ranks = self._ranks(model, evidence)
         if self.allocation == "v2":
             ranks = self._ranks_by_loss(model, ranks, evidence)
         plan = plan_of(model)
@@ -147,8 +156,9 @@ class SvdLlm(Method):
             tensors = self._independent(model, ranks, evidence)
         return Cut(plan.factor(ranks), tuple(range(len(plan.blocks))), tensors)
 
-    def _ranks(self, model: PreTrainedModel) -> dict[Site, int]:
-        """A rank for every linear that becomes smaller by it."""
+    def _ranks(self, model: PreTrainedModel, evidence: Evidence | None = None) -> dict[Site, int]:
+        """A rank for every linear that becomes smaller by it; before there is evidence, one
+        fraction for all stands in."""
         shapes = linear_shapes(model)
         dense = sum(m * n for m, n in shapes.values())
         whole = count_parameters(model)
@@ -157,7 +167,16 @@ class SvdLlm(Method):
         if self.sparsity - TOLERANCE > farthest or not shapes:
             by = "rank 1 in every linear of the blocks" if shapes else NO_DENSE_LINEAR
             raise InputError(unreachable(self, farthest, by))
-        removed = min(1.0, self.sparsity * whole / dense)
+        removed: float | dict[Site, float] = min(1.0, self.sparsity * whole / dense)
+        if self.allocation == "sensitivity" and evidence is not None:
+            try:
+                removed = sensitive_fractions(
+                    model, scores_of(evidence, self), self.sparsity * whole
+                )
+            except OutOfReach as error:
+                by = "the lowest ranks that were scored"
+                farthest = error.reach["parameters"] / whole
+                raise InputError(unreachable(self, farthest, by)) from None
         ranks = uniform_ranks(
             shapes,
             removed,

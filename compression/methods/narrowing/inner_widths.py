@@ -11,6 +11,11 @@ from typing import Literal
 
 import torch
 
+from foldstack.compression.closed_forms.loss_curve import CURVE_STEPS, LossCurve
+from foldstack.compression.closed_forms.selection import spread
+from foldstack.compression.errors import InputError
+from foldstack.compression.statistics.sensitivity import Sensitivity
+
 Kind = Literal["mlp", "query_key", "value_output"]
 KINDS: tuple[Kind, ...] = ("mlp", "query_key", "value_output")
 Widths = dict[tuple[int, Kind], int]
@@ -53,6 +58,49 @@ class InnerDimension:
 
     def removed(self, width: int | float) -> float:
         return float((self.size - width) * self.price + (self.freed if width < self.size else 0))
+
+
+def sensitive_widths(
+    dimensions: Sequence[InnerDimension], sensitivity: Sensitivity, to_remove: float, cap: float
+) -> Widths:
+    """Widths that remove `to_remove` parameters, or a little more, where that costs least by the
+    scores of single narrower dimensions; none loses more than `cap` of its width.
+
+    Raises:
+        InputError: what was scored saves less, or a dimension was not scored.
+    """
+    keyed = _keyed(dimensions)
+    curves = {
+        key: _curve_of(dimension, sensitivity, cap).points(CURVE_STEPS)
+        for key, dimension in keyed.items()
+    }
+    saved = spread(curves, to_remove)
+    exact = {
+        key: d.size - max(0.0, saved[key] - d.freed) / d.price if saved[key] > 0 else float(d.size)
+        for key, d in keyed.items()
+    }
+    return rounded_widths(dimensions, exact, to_remove)
+
+
+def _curve_of(dimension: InnerDimension, sensitivity: Sensitivity, cap: float) -> LossCurve:
+    slot = dimension.position, dimension.kind
+    scored = {
+        score.variant.level: score.mean
+        for score in sensitivity.scores
+        if score.variant.kind.endswith("_width") and slot in score.variant.slots
+    }
+    narrowest = dimension.exact(cap, cap)
+    points = [
+        (dimension.removed(width), loss)
+        for width, loss in scored.items()
+        if width >= narrowest and dimension.removed(width) > 0
+    ]
+    if not points:
+        raise InputError(
+            f"no width of the {dimension.kind} dimension of block {dimension.position} was scored "
+            "that may be chosen; score the widths of this very model"
+        )
+    return LossCurve(points)
 
 
 def uniform_sparsities(positions: Sequence[int]) -> BlockSparsities:
@@ -112,6 +160,19 @@ def chosen_widths(
     goes to all blocks at once, and to single ones only when more than `slack` parameters are left.
     """
     exact = _exact_widths(dimensions, sparsities, to_remove, cap)
+    return rounded_widths(dimensions, exact, to_remove, even=even, slack=slack)
+
+
+def rounded_widths(
+    dimensions: Sequence[InnerDimension],
+    exact: Mapping[tuple[int, Kind], float],
+    to_remove: float,
+    *,
+    even: bool = False,
+    slack: float = 0.0,
+) -> Widths:
+    """Whole widths near exact ones that remove `to_remove` parameters or a little more: rounded
+    down, then wider again where the rounding took most."""
     widths = {d_key: d.floor(exact[d_key]) for d_key, d in _keyed(dimensions).items()}
     singles = [(d,) for d in dimensions]
     if even:

@@ -25,6 +25,7 @@ from foldstack.compression.closed_forms.inner_pairs import (
     refitted,
     top,
 )
+from foldstack.compression.closed_forms.selection import OutOfReach
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.in_order import compressed_in_order
@@ -33,6 +34,7 @@ from foldstack.compression.methods.method import (
     Evidence,
     Method,
     check_evidence,
+    scores_of,
     unreachable,
 )
 from foldstack.compression.methods.narrowing.inner_widths import (
@@ -42,9 +44,11 @@ from foldstack.compression.methods.narrowing.inner_widths import (
     chosen_widths,
     farthest,
     influence_sparsities,
+    sensitive_widths,
     uniform_sparsities,
 )
 from foldstack.compression.methods.refit import Refit, refit_arithmetic
+from foldstack.compression.statistics.sensitivity import Family, Sensitivity
 from foldstack.compression.storage.mapped_memory import release
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.block_plan import BlockPlan, NarrowHeads
@@ -95,8 +99,9 @@ class MoDeGpt(Method):
     """Whether queries and keys do; never where they are normed head by head."""
     value_output: bool = True
     """Whether values do."""
-    allocation: Literal["influence", "uniform"] = "influence"
-    """More sparsity where the block influence is low (equation 11), or one for all blocks."""
+    allocation: Literal["influence", "uniform", "sensitivity"] = "influence"
+    """influence: more sparsity where the block influence is low (equation 11); uniform: one for all
+    blocks; sensitivity: widths where the measured loss rises least (`statistics.sensitivity`)."""
     smoothing: float = Field(default=0.1, gt=0)
     """epsilon of allocation influence: the larger, the more alike the blocks."""
     max_block_sparsity: float = Field(default=0.8, gt=0, lt=1)
@@ -121,6 +126,10 @@ class MoDeGpt(Method):
     """MLP widths are multiples of this; 64 or 128 suit tensor cores."""
     head_multiple: int = Field(default=1, ge=1)
     """Head widths are multiples of this; 8 or 16 suit tensor cores."""
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"widths"}) if self.allocation == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # The influence is not known yet: the uniform allocation stands in.
@@ -152,7 +161,10 @@ class MoDeGpt(Method):
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         dimensions = self.inner_dimensions(model)
-        widths = self._widths(model, dimensions, self._block_sparsities(dimensions, evidence))
+        if self.allocation == "sensitivity":
+            widths = self._sensitive_widths(model, dimensions, scores_of(evidence, self))
+        else:
+            widths = self._widths(model, dimensions, self._block_sparsities(dimensions, evidence))
         plan = self.narrow_plan(model, widths)
 
         def narrow(position: int, _streams: object = None) -> dict[str, Tensor]:
@@ -190,6 +202,18 @@ class MoDeGpt(Method):
         if form.narrow_heads is not None:
             tensors |= self._narrow_heads(model, position, form.narrow_heads, evidence)
         return as_stored(tensors, model)
+
+    def _sensitive_widths(
+        self, model: PreTrainedModel, dimensions: list[InnerDimension], sensitivity: Sensitivity
+    ) -> Widths:
+        whole = count_parameters(model)
+        try:
+            return sensitive_widths(
+                dimensions, sensitivity, self.sparsity * whole, self.max_block_sparsity
+            )
+        except OutOfReach as error:
+            by = "the narrowest widths that were scored"
+            raise InputError(unreachable(self, error.reach["parameters"] / whole, by)) from None
 
     def _uniform(self, dimensions: list[InnerDimension]) -> BlockSparsities:
         return uniform_sparsities(sorted({d.position for d in dimensions}))

@@ -7,7 +7,14 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.methods.method import Evidence, Method, check_evidence, smallest_reaching
+from foldstack.compression.methods.method import (
+    Evidence,
+    Method,
+    check_evidence,
+    scores_of,
+    smallest_reaching,
+)
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import Cut, plan_of
 
@@ -32,10 +39,17 @@ class ShortGpt(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
 
     name: Literal["shortgpt"] = "shortgpt"
+    ranking: Literal["block_influence", "sensitivity"] = "block_influence"
+    """block_influence: the paper's score; sensitivity: the divergence from the dense model when the
+    block alone is absent (`statistics.sensitivity`)."""
     protect_first: int = Field(default=0, ge=0)
     """Number of first blocks that stay whatever their score; the paper protects none."""
     protect_last: int = Field(default=0, ge=0)
     """Number of last blocks that stay whatever their score; the paper protects none."""
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"removals"}) if self.ranking == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.
@@ -48,7 +62,10 @@ class ShortGpt(Method):
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         removable = set(self._removable(model))
-        order = [block for block in evidence.ranking.order() if block in removable]
+        ranked = evidence.ranking.order()
+        if self.ranking == "sensitivity":
+            ranked = scores_of(evidence, self).order_of_removal()
+        order = [block for block in ranked if block in removable]
         survivors = self._survivors(model, order)
         return Cut(plan_of(model).keep(survivors), survivors)
 

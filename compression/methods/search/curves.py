@@ -4,9 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-from scipy.interpolate import PchipInterpolator
-
+from foldstack.compression.closed_forms.loss_curve import LossCurve
 from foldstack.compression.closed_forms.selection import Option
 from foldstack.compression.methods.search.library import Library
 from foldstack.compression.statistics.sensitivity import Score, Sensitivity, Slot, Variant
@@ -15,43 +13,9 @@ FINEST = 0.05
 """Share of a dimension between two of its widths that are told apart, where it has more than
 `FEW_WIDTHS`."""
 FEW_WIDTHS = 64
-NO_LOSS = 1e-12
-"""Nats: below it a loss is none."""
 WHOLE = "whole"
 NATIVE_KINDS = ("absent", "mlp_width")
 """Variants that a stock class knows: widths of MLPs only if all have one."""
-
-
-class LossCurve:
-    """The loss of a site as a function of what it saves, from a few of its scores.
-
-    Between two of them logarithm over logarithm, monotone and without overshoot (Fritsch and
-    Carlson 1980), as losses of widths rise by orders of magnitude; before the first one a straight
-    line from zero, which is no less than the truth where the curve bends upwards.
-    """
-
-    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
-        """Points (saved, loss) with something saved; a loss never falls as more is saved."""
-        known = sorted((saved, loss) for saved, loss in points if math.isfinite(loss) and saved > 0)
-        assert known, "a curve has at least one point"
-        self._saved = np.array([saved for saved, _ in known])
-        losses = np.maximum.accumulate([max(loss, NO_LOSS) for _, loss in known])
-        self._losses = losses
-        self._between = None
-        if len(known) > 1:
-            self._between = PchipInterpolator(np.log(self._saved), np.log(losses))
-
-    @property
-    def farthest(self) -> float:
-        """The most that is known to be saved."""
-        return float(self._saved[-1])
-
-    def __call__(self, saved: float) -> float:
-        """The loss where so much is saved, at most `farthest`."""
-        first = float(self._saved[0])
-        if saved <= first or self._between is None:
-            return float(self._losses[0]) * max(0.0, saved) / first
-        return float(np.exp(self._between(math.log(min(saved, self.farthest)))))
 
 
 def options_of(library: Library, sensitivity: Sensitivity) -> list[Option]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from foldstack.compression.closed_forms.selection import Option, OutOfReach, select
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.arithmetic import Arithmetic
+from foldstack.compression.methods.in_order import refitted
 from foldstack.compression.methods.method import (
     TOLERANCE,
     Evidence,
@@ -19,6 +20,7 @@ from foldstack.compression.methods.method import (
     unreachable,
 )
 from foldstack.compression.methods.narrowing.modegpt import MoDeGpt
+from foldstack.compression.methods.refit import Refit, refit_arithmetic
 from foldstack.compression.methods.search.assembly import Assembly
 from foldstack.compression.methods.search.curves import (
     of_one_mlp_width,
@@ -83,6 +85,9 @@ class Search(Method):
     cache per token), flops (of linears, per token)."""
     rounds: int = Field(default=2, ge=0)
     """How often what is near the choice is scored again and chosen from."""
+    refit: Refit = "residual"
+    """What the linears that write into the residual stream are fitted to at the end, in order:
+    what the dense model's add, or the dense model's stream (`refit`)."""
     mlp_selection: Literal["greedy", "leverage"] = "greedy"
     """Which channels narrower MLPs keep: see `modegpt`."""
     mlp_multiple: int = Field(default=1, ge=1)
@@ -118,7 +123,10 @@ class Search(Method):
         moves = 2 * len(library.dimensions) + len(library.positions)
         share = min(1.0, SCORE_TOKENS / num_tokens)
         evaluations = self.rounds * (moves / 2 + 4)
-        return Arithmetic(passes=share * evaluations, heads=share * self.rounds * moves)
+        work = Arithmetic(passes=share * evaluations, heads=share * self.rounds * moves)
+        if self.refit == "none":
+            return work
+        return work + refit_arithmetic(model, self.outline(model), num_tokens)
 
     def library_of(self, model: PreTrainedModel) -> Library:
         """What there is for a model."""
@@ -138,7 +146,8 @@ class Search(Method):
         assert evidence.sensitivity is not None
         sensitivity = evidence.sensitivity.of(self.library)
         choice = self._chosen(assembly, sensitivity, evidence)
-        return assembly.cut(choice, spool, evidence.progress)
+        change = assembly.cut(choice, spool, evidence.progress)
+        return change if self.refit == "none" else refitted(model, change, evidence, self.refit)
 
     def _chosen(self, assembly: Assembly, sensitivity: Sensitivity, evidence: Evidence) -> Choice:
         library = assembly.library

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from foldstack.compression.closed_forms.loss_curve import LossCurve
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods.method import Evidence
 from foldstack.compression.methods.removal.shortgpt import ShortGpt
 from foldstack.compression.methods.removal.sleb import Sleb
 from foldstack.compression.methods.search.assembly import Assembly
-from foldstack.compression.methods.search.curves import LossCurve, options_of
+from foldstack.compression.methods.search.curves import options_of
 from foldstack.compression.methods.search.library import Library
 from foldstack.compression.methods.search.scoring import Scorer, scored
 from foldstack.compression.methods.search.search import Search

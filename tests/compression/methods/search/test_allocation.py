@@ -1,0 +1,102 @@
+"""What the methods of the papers make of measured losses."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.methods import METHODS
+from foldstack.compression.methods.method import Evidence
+from foldstack.compression.methods.search.scoring import scored
+from foldstack.compression.statistics.gathering import KINDS, gather
+from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.structure.size import count_parameters
+from foldstack.compression.structure.surgery import cut
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "modegpt": {"allocation": "sensitivity"},
+    "svd_llm": {"allocation": "sensitivity", "update": "none"},
+    "basis_sharing": {"allocation": "sensitivity", "update": "none"},
+    "shortgpt": {"ranking": "sensitivity"},
+}
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(97, (4, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def evidence_of(windows: Tensor) -> Callable[[Any], Evidence]:
+    def of(model: Any) -> Evidence:
+        statistics = gather(model, windows, KINDS)
+        return Evidence(windows, statistics, rank_blocks(statistics))
+
+    return of
+
+
+@pytest.fixture
+def silent(tiny_model: Any) -> Any:
+    """A model whose block 1 adds next to nothing."""
+    model = tiny_model("llama")
+    block = dict(model.model.layers[1].named_parameters())
+    with torch.no_grad():
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            block[name].mul_(1e-3)
+    return model
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_costs_nothing_loses_most(name: str, silent: Any, evidence_of: Any) -> None:
+    method = METHODS[name](sparsity=0.15, **SETTINGS[name])
+    evidence = scored(evidence_of(silent), silent, method.scores)
+    assert method.scores
+    change = method.compress(silent, evidence)
+    removed = 1 - count_parameters(cut(silent, change)) / count_parameters(silent)
+    assert removed >= 0.145
+    if name == "shortgpt":
+        assert change.inherits == (0, 2, 3)
+        return
+    assert removed <= 0.155
+    blocks = change.plan.blocks
+    if name == "modegpt":
+        lost = [56 - (block.mlp_width or 56) for block in blocks]
+        assert lost[1] == max(lost) > 30
+    elif name == "svd_llm":
+        ranks = [block.linears["mlp.up_proj"].rank for block in blocks if block.linears]
+        assert len(ranks) < 4 or min(ranks) == blocks[1].linears["mlp.up_proj"].rank
+        assert "mlp.up_proj" in blocks[1].linears
+    else:
+        assert "mlp.down_proj" in blocks[1].linears
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_without_scores_it_says_what_it_reads(name: str, silent: Any, evidence_of: Any) -> None:
+    method = METHODS[name](sparsity=0.15, **SETTINGS[name])
+    with pytest.raises(InputError, match=f"{name} with these settings reads scores of"):
+        method.compress(silent, evidence_of(silent))
+    other = {"widths", "ranks", "removals"} - method.scores
+    evidence = scored(evidence_of(silent), silent, {min(other)})
+    with pytest.raises(InputError, match="no variants of"):
+        method.compress(silent, evidence)
+
+
+def test_a_stack_scores_what_each_step_is_given(silent: Any, evidence_of: Any) -> None:
+    steps = [{"name": "shortgpt"}, {"name": "modegpt", "allocation": "sensitivity"}]
+    method = METHODS["stack"](sparsity=0.4, steps=steps)
+    change = method.compress(silent, evidence_of(silent))
+    assert 1 - count_parameters(cut(silent, change)) / count_parameters(silent) >= 0.395
+
+
+def test_scores_of_another_model_are_refused(silent: Any, evidence_of: Any) -> None:
+    method = METHODS["modegpt"](sparsity=0.1, allocation="sensitivity")
+    evidence = scored(evidence_of(silent), silent, method.scores)
+    assert evidence.sensitivity is not None
+    few = tuple(s for s in evidence.sensitivity.scores if s.variant.first != 2)
+    part = evidence.sensitivity.model_copy(update={"scores": few})
+    with pytest.raises(InputError, match="block 2 was scored"):
+        method.compress(silent, replace(evidence, sensitivity=part))
