@@ -60,11 +60,12 @@ class Search(Method):
     is near the choice is scored again with the rest of it in place, and chosen again (`rounds`), as
     long as the loss on windows that no score has seen falls by more than its standard error.
 
-    Scoring blocks alone and choosing by a program: Puzzle (Bercovich et al. 2024, arXiv
-    2411.19146); scoring around what was chosen: EvoPress (Sieberling et al. 2024, arXiv
-    2410.14649), here of all kinds of changes and by the program. Tensors: MoDeGPT (2408.09632) for
-    widths, SVD-LLM (2403.07378) for ranks. The scores are evidence like the statistics: gathered
-    once, they serve every sparsity and budget, and every method that asks for them.
+    Scoring blocks alone and choosing by a program: Puzzle (Bercovich et al. 2024,
+    arXiv 2411.19146); scoring around what was chosen: EvoPress (Sieberling et al. 2024,
+    arXiv 2410.14649), here of all kinds of changes and by the program. Tensors: MoDeGPT
+    (arXiv 2408.09632) for widths, SVD-LLM (arXiv 2403.07378) for ranks. The scores are evidence
+    like the statistics: gathered once, they serve every sparsity and budget, and every method that
+    asks for them.
 
     Departs from the papers: nothing is trained for the library or in the search; scores are of
     single sublayers' widths and of removals together, with their errors; between scored widths the

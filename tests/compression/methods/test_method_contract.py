@@ -322,7 +322,7 @@ def test_a_sparsity_that_counts_as_nothing_changes_nothing(
     smaller = cut(model, method.compress(model, evidence(model)))
     removed = 1 - count_parameters(smaller) / count_parameters(model)
     assert 0 <= removed <= 0.001 + TOLERANCE
-    if shrinking_name not in ("svd_llm", "basis_sharing", "modegpt"):
+    if shrinking_name not in ("svd_llm", "basis_sharing", "modegpt", "search"):
         assert torch.equal(logits(smaller, windows), logits(model, windows))
 
 

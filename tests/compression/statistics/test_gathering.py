@@ -234,6 +234,7 @@ def test_inputs_that_do_not_span_their_space_are_named(
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = 0
     windows = torch.randint(0, 90, (10, 16), generator=torch.Generator().manual_seed(0))
+    caplog.set_level("INFO")
     gather(model, windows, {"gram"})
     assert "attention_input of block 1: 31" in caplog.text
     assert "block 0" not in caplog.text

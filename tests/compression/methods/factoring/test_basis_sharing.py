@@ -69,7 +69,7 @@ def llama(hidden: int, intermediate: int, blocks: int, **settings: Any) -> Any:
 class FullRank(BasisSharing):
     """The method with every rank as large as it gets: it must change nothing."""
 
-    def _groups(self, model: Any) -> list[Group]:
+    def _groups(self, model: Any, evidence: Any = None) -> list[Group]:
         shapes = linear_shapes(model)
         reads = {site.name: site.reads for site in architecture_of(model).linears}
         return [

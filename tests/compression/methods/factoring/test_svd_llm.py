@@ -40,7 +40,7 @@ def logits(model: Any, windows: Tensor) -> Tensor:
 class FullRank(SvdLlm):
     """The method with every rank as large as it gets: it must change nothing."""
 
-    def _ranks(self, model: Any) -> dict[tuple[int, str], int]:
+    def _ranks(self, model: Any, evidence: Any = None) -> dict[tuple[int, str], int]:
         return {site: min(shape) for site, shape in linear_shapes(model).items()}
 
 
