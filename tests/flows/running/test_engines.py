@@ -20,7 +20,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.statistics.gathering import Statistics
 from foldstack.flows.config.run_config import parse_config
 from foldstack.flows.planning.preflight import check
-from foldstack.flows.running import engines
+from foldstack.flows.running import dask_scheduler, engines
 from foldstack.flows.running.branches import Layout, lay_out
 from foldstack.flows.running.progress import Silent
 from foldstack.flows.sweep import run_sweep
@@ -172,7 +172,7 @@ def test_a_worker_with_other_code_or_another_file_system_objects(laid_out: LayOu
 def test_without_the_package_a_sentence_says_what_to_install(
     laid_out: LayOut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(dask_scheduler, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'foldstack\[dask\]'"):
         check(laid_out("home", execution=on("tcp://127.0.0.1:8786")))
 
