@@ -266,16 +266,16 @@ class LlmStreamline(Method):
         )
         through = partial(states.through, student)
         regression = regression_loss(through, states.pair, model.device)
-        starts = [copy.deepcopy(student.state_dict())] if self.initial != "least_squares" else []
+        papers = copy.deepcopy(student.state_dict())
+        starts = [papers]
         if self.initial != "paper":
             split = split_windows(len(states), schedule)
             error = mean_loss(regression, split.validation, self.batch_size)
-            before = copy.deepcopy(student.state_dict())
             self._start_in_closed_form(architecture_of(model), student, states, split.train)
+            # Not where there are too few tokens for so many weights.
             if mean_loss(regression, split.validation, self.batch_size) <= error:
-                starts.append(copy.deepcopy(student.state_dict()))
-            elif not starts:
-                starts.append(before)  # too few tokens for so many weights
+                closed = copy.deepcopy(student.state_dict())
+                starts = [closed] if self.initial == "least_squares" else [papers, closed]
         if self.loss == "llm":
             with next_token_loss(smaller, run[0], windows, states) as loss_of:
                 self._train_from(starts, student, loss_of, schedule, evidence)
