@@ -209,16 +209,22 @@ def _made(
 
 
 def _is_used_behind(plan: Plan, position: int, so_far: int) -> bool:
-    """Whether a block behind `so_far` computes with what is stored at `position`."""
-    for block in plan.blocks[so_far + 1 :]:
-        bases = {form.basis_of for form in block.linears.values() if isinstance(form, LowRank)}
+    """Whether a block behind `so_far` computes with what is stored at `position`.
+
+    Its own linears and those of a block whose weights it shares may both take a basis or slices of
+    heads from there.
+    """
+    for user in range(so_far + 1, len(plan.blocks)):
+        owner = plan.owner(user)
+        forms = [*plan.blocks[user].linears.values(), *plan.blocks[owner].linears.values()]
+        bases = {form.basis_of for form in forms if isinstance(form, LowRank)}
         slices = {
             origin[0]
-            for form in block.linears.values()
+            for form in forms
             if isinstance(form, HeadSlices)
             for origin in form.slices
             if origin is not None
         }
-        if position in {block.weights_of} | bases | slices:
+        if position in {user, owner} | bases | slices:
             return True
-    return position > so_far
+    return False
