@@ -72,8 +72,9 @@ def speed_facts(result: SpeedResult) -> Facts:
         facts[f"time_to_first_token_seconds{suffix}"] = first
         beside = batch.baseline_decode_tokens_per_second.median
         facts[f"dense_decode_tokens_per_second{suffix}"] = beside
-        facts[f"decode_speedup{suffix}"] = batch.speedup.decode.median
-        facts[f"decode_speedup_lower_quartile{suffix}"] = batch.speedup.decode.lower_quartile
-        facts[f"decode_speedup_upper_quartile{suffix}"] = batch.speedup.decode.upper_quartile
-        facts[f"prefill_speedup{suffix}"] = batch.speedup.prefill.median
+        for part in ("decode", "prefill"):
+            ratio = getattr(batch.speedup, part)
+            facts[f"{part}_speedup{suffix}"] = ratio.median
+            facts[f"{part}_speedup_lower_quartile{suffix}"] = ratio.lower_quartile
+            facts[f"{part}_speedup_upper_quartile{suffix}"] = ratio.upper_quartile
     return facts

@@ -131,6 +131,10 @@ def compress(
     to: Annotated[
         float | None, typer.Option(min=0, max=1, help="Or the fraction that stays: --to 0.8.")
     ] = None,
+    front: Annotated[
+        bool,
+        typer.Option("--front", help="Several sizes up to that (0.5), with their speeds, to pick."),
+    ] = False,
     method: Annotated[str, typer.Option(help="See `foldstack ls methods`. [the best]")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the model; new or empty.")] = None,
     calibration: Annotated[
@@ -168,6 +172,7 @@ def compress(
         model=model,
         revision=revision,
         sparsity=sparsity_of(sparsity, to),
+        front=front,
         method=method or DEFAULT_METHOD,
         calibration=calibration,
         test=test,
@@ -187,7 +192,7 @@ def _compress(
     """The exit code of `compress`."""
     from foldstack.flows.cli.command_compress import check_out, print_recipe, recipe_command
 
-    check_out(out)
+    check_out(out, is_front=wishes.front)
     with _output_for_result() as output:
         recipe = recipe_command(wishes, save_recipe)
         if not as_json:
@@ -195,7 +200,31 @@ def _compress(
         if dry_run:
             _print_plan(recipe.config, as_json, output)
             return 0
+        if wishes.front:
+            return _run_front(recipe, as_json, output)
         return _run_recipe(recipe, out, as_json, output)
+
+
+def _run_front(recipe: "Recipe", as_json: bool, output: TextIO) -> int:
+    from foldstack.flows.running.prefect_server import TemporaryServer
+
+    with TemporaryServer() as server:
+        with importing():
+            from foldstack.flows.cli import command_compress as parts
+            from foldstack.flows.cli.command_run import exit_code, run_command
+            from foldstack.flows.comparison.terminal import print_result
+            from foldstack.flows.running.progress import console_on
+
+        comparison = run_command(recipe.config, server, _command_line())
+    points = parts.points_of(comparison, recipe.config)
+    if as_json:
+        told = comparison.model_dump(mode="json")
+        _print_json({"points": points, "recipe": recipe.text, "comparison": told}, output)
+    else:
+        console = console_on(output)
+        print_result(comparison, console)
+        parts.print_points(points, _command_line(), console)
+    return exit_code(comparison)
 
 
 def _run_recipe(recipe: "Recipe", out: Path | None, as_json: bool, output: TextIO) -> int:

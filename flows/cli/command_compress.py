@@ -1,7 +1,9 @@
 """`foldstack compress`: one model made smaller, without a recipe; the same flow underneath."""
 
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +23,7 @@ from foldstack.flows.config.run_config import RunConfig, parse_config
 from foldstack.tasks.environment.home import foldstack_home, store_url
 
 MIB = 1 << 20
+SIZES = ("parameters", "bytes", "flops_per_token", "kv_bytes_per_token")
 PLAN_FILE = "plan.json"
 HEADER = "# What `foldstack compress {model}` stands for: `foldstack run FILE` does the same.\n"
 
@@ -73,12 +76,18 @@ def _write(file: Path, text: str) -> None:
         raise InputError(f"the recipe cannot be written to {file}: {error.strerror}") from error
 
 
-def check_out(out: Path | None) -> None:
+def check_out(out: Path | None, *, is_front: bool = False) -> None:
     """Refuse a place for the model before anything is computed.
 
     Raises:
-        InputError: there is a file, or a folder with something else than a compressed model in it.
+        InputError: there is a file, or a folder with something else than a compressed model in it;
+            or a front makes several models.
     """
+    if out is not None and is_front:
+        raise InputError(
+            "--front makes several models and --out is a folder for one: leave --out away, and the "
+            "end of the front says which command writes the point that you pick"
+        )
     if out is None or not out.exists():
         return
     if not out.is_dir():
@@ -140,7 +149,7 @@ def facts_of(comparison: Comparison, row: Row) -> dict[str, Any]:
         "sparsity": row.structure.get("realised_sparsity"),
         **{
             name: {"dense": dense.structure.get(name), "compressed": row.structure.get(name)}
-            for name in ("parameters", "bytes")
+            for name in SIZES
         },
         "lost": {
             name: {
@@ -154,6 +163,39 @@ def facts_of(comparison: Comparison, row: Row) -> dict[str, Any]:
             if row.number(name) is not None
         },
     }
+
+
+def points_of(comparison: Comparison, config: RunConfig) -> list[dict[str, Any]]:
+    """The models of a front, each with its folder, its sizes, what it lost and how fast it is."""
+    from foldstack.flows.cli.command_run import link_of
+
+    points = []
+    for row in comparison.rows:
+        if row.is_dense or row.state != "done":
+            continue
+        link = link_of(config, row)
+        folder = link if link.exists() and link.samefile(row.folder) else Path(row.folder)
+        facts = facts_of(comparison, row)
+        points.append({"asked": row.sparsity, "folder": str(folder), **facts, "speed": row.speed})
+    return points
+
+
+def print_points(points: Sequence[dict[str, Any]], command: str, console: Console) -> None:
+    """Where each model of a front is, and how one of them is picked."""
+    lines = ["", "The points, each a finished model:"]
+    lines += [f"{1 - point['sparsity']:.1%} of the parameters: {point['folder']}"
+              for point in points]  # fmt: skip
+    if points:
+        told = "To pick one, use its folder, or have it written to one of yours (no model is made "
+        lines += [f"{told}again):", "  " + picking(command, points[len(points) // 2]["asked"])]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def picking(command: str, sparsity: float) -> str:
+    """The command that writes one point of a front, made from the one that made the front."""
+    without = re.sub(r" --(?:sparsity|to)[ =]\S+| --json(?!\S)", "", command)
+    return without.replace(" --front", f" --sparsity {sparsity:g} --out FOLDER")
 
 
 def print_end(

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldstack.compression.evaluation.paired import STANDARD_ERRORS
-from foldstack.flows.comparison.plots import AXES, Against, place, undominated
+from foldstack.flows.comparison.plots import (
+    AXES,
+    NUMBERS,
+    SPEEDS,
+    Against,
+    place,
+    shown,
+    undominated,
+)
 from foldstack.flows.comparison.result import QUALITY, Row
 from foldstack.flows.comparison.tables import count, per_cent
 
@@ -26,8 +34,6 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a
           "#ad494a", "#637939")  # fmt: skip
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "hexagon", "star-square",
            "triangle-down", "cross", "bowtie", "star-diamond")  # fmt: skip
-MODES: dict[Against, str] = {"size": "lines+markers", "speed": "markers+text"}
-"""By speed, a line from one sparsity to the next would go to and fro; by size, the axis says it."""
 QUARTILES = ("", "_lower_quartile", "_upper_quartile")
 NUM_SETTINGS = 12
 """More of a variant's settings are not told at the pointer."""
@@ -48,12 +54,13 @@ class Drawn:
 
 
 def quality_figure(drawn: Sequence[Drawn], against: Against) -> "Figure | None":
-    """Bits per byte against size or speed, with 95 % intervals and the undominated variants joined;
-    None when no variant has both numbers.
+    """Bits per byte against what a model costs, with 95 % intervals and the undominated variants
+    joined; None when there is nothing to see.
     """
     from plotly.graph_objects import Figure
 
-    there = [each for each in drawn if place(each.row, against)]
+    is_told = bool(shown([each.row for each in drawn], against))
+    there = [each for each in drawn if is_told and place(each.row, against)]
     if all(each.row.is_dense for each in there):
         return None
     figure = Figure()
@@ -73,7 +80,7 @@ def quality_figure(drawn: Sequence[Drawn], against: Against) -> "Figure | None":
         yaxis={"title": {"text": "bits per byte (lower is better)"}, "zeroline": False,
                "automargin": True},
     )  # fmt: skip
-    if against == "speed":
+    if against in SPEEDS:
         figure.add_vline(x=1, line={"dash": "dot", "width": 1, "color": "rgba(128,128,128,.8)"})
     return figure
 
@@ -98,6 +105,8 @@ def _series(name: str, group: Sequence[Drawn], against: Against, number: int | N
     spots = [spot for row in rows if (spot := place(row, against))]
     is_dense = number is None
     color = "#888888" if number is None else COLORS[number % len(COLORS)]
+    # By speed, a line from one sparsity to the next would go to and fro; else the axis says it.
+    mode = "markers+text" if is_dense or against in SPEEDS else "lines+markers"
     symbol = "star" if number is None else SYMBOLS[number % len(SYMBOLS)]
     traces = [
         Scatter(
@@ -105,7 +114,7 @@ def _series(name: str, group: Sequence[Drawn], against: Against, number: int | N
             y=[y for _, y in spots],
             name=name,
             legendgroup=name,
-            mode=MODES[against] if not is_dense else "markers+text",
+            mode=mode,
             line={"color": color, "width": 1.5},
             marker={
                 "color": color, "symbol": symbol, "size": [13 if each.is_best else 9 for each in
@@ -117,14 +126,14 @@ def _series(name: str, group: Sequence[Drawn], against: Against, number: int | N
             textposition="top center",
             textfont={"size": 10},
             error_y=_bars(_intervals(rows), color),
-            error_x=_bars(_speed_spread(rows), color) if against == "speed" else None,
+            error_x=_bars(_speed_spread(rows, against), color),
             hovertext=[hover_text(each) for each in group],
             hoverinfo="text",
             showlegend=not is_dense,
         )
     ]  # fmt: skip
     before = [(place(row, against), row) for row in rows if row.after]
-    if before and against == "size":
+    if before and against not in SPEEDS:
         traces.append(
             Scatter(
                 x=[spot[0] for spot, _ in before if spot],
@@ -146,11 +155,12 @@ def _intervals(rows: Sequence[Row]) -> list[tuple[float, float]]:
     return [(STANDARD_ERRORS * error, STANDARD_ERRORS * error) for error in errors]
 
 
-def _speed_spread(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """From the median down and up to the quartiles of the turns' ratios."""
+def _speed_spread(rows: Sequence[Row], against: Against) -> list[tuple[float, float]]:
+    """From the median down and up to the quartiles of the turns' ratios; nothing of sizes."""
+    name, part, _ = NUMBERS[against]
     spreads = []
     for row in rows:
-        middle, low, high = (row.number(f"decode_speedup{which}", "speed") for which in QUARTILES)
+        middle, low, high = (row.number(f"{name}{which}", part) for which in QUARTILES)
         if middle is None or low is None or high is None:
             spreads.append((0.0, 0.0))
         else:

@@ -13,16 +13,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Against = Literal["size", "speed"]
+Against = Literal["size", "flops", "kv", "speed", "prefill"]
+SPEEDS: tuple[Against, ...] = ("speed", "prefill")
+"""What is to be high; the others are to be low."""
 SAME = 0.005
 MARKERS = "osD^vP*X"
 AXES: dict[Against, str] = {
     "size": "parameters (millions)",
+    "flops": "FLOPs per token of linears (millions)",
+    "kv": "KV cache per token (bytes)",
     "speed": "decode tokens per second over the dense model's",
+    "prefill": "tokens read per second over the dense model's",
 }
 NUMBERS: dict[Against, tuple[str, str, float]] = {
     "size": ("parameters", "structure", 1e6),
+    "flops": ("flops_per_token", "structure", 1e6),
+    "kv": ("kv_bytes_per_token", "structure", 1.0),
     "speed": ("decode_speedup", "speed", 1.0),
+    "prefill": ("prefill_speedup", "speed", 1.0),
 }
 """Name and part of a row's number, and what is one unit of the axis."""
 
@@ -49,11 +57,11 @@ def without_glyph_warnings() -> Iterator[None]:
 
 
 def figure_of(rows: Sequence[Row], against: Against) -> "Figure | None":
-    """Bits per byte against size or speed; None when no row has both numbers.
+    """Bits per byte against what a model costs; None when there is nothing to see (`shown`).
 
     Bars are 95 % intervals of the difference from the dense model, by the windows of the text.
     """
-    points = [row for row in rows if place(row, against)]
+    points = shown(rows, against)
     if not points:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,7 +82,7 @@ def figure_of(rows: Sequence[Row], against: Against) -> "Figure | None":
         axes.plot([x], [y], color="black", marker="*", markersize=14, linestyle="none",
                   label="dense")  # fmt: skip
     axes.set(xlabel=AXES[against], ylabel="bits per byte (lower is better)")  # fmt: skip
-    told = "filled: final, hollow: before recovery" if against == "size" else None
+    told = None if against in SPEEDS else "filled: final, hollow: before recovery"
     axes.legend(title=told, fontsize="small")
     axes.grid(alpha=0.3)
     return figure
@@ -89,13 +97,13 @@ def _draw_method(
         for row in rows
     ]
     # By speed, a line from one sparsity to the next would go to and fro.
-    line = "-" if against == "size" else "none"
+    line = "none" if against in SPEEDS else "-"
     axes.errorbar(
         xs, ys, errors, color=color, marker=marker, capsize=3, linestyle=line, label=method
     )
     for row, x in zip(rows, xs, strict=True):
         before = row.number(QUALITY, "before")
-        if before is not None and row.after and against == "size":
+        if before is not None and row.after and against not in SPEEDS:
             axes.plot([x], [before], color=color, marker=marker, fillstyle="none")
 
 
@@ -104,9 +112,9 @@ def undominated(
 ) -> list[tuple[float, float]]:
     """The Pareto front: the points that no other one beats in one number without losing in the
     other, from left to right. Bits per byte and sizes are to be low, speeds high; what differs by
-    less than half a per cent in size or speed does not win by it.
+    less than half a per cent in one of these does not win by it.
     """
-    side = 1 if against == "size" else -1
+    side = -1 if against in SPEEDS else 1
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (side * point[0], point[1])):
         if not front or y < front[-1][1]:
@@ -114,6 +122,13 @@ def undominated(
                 front.pop()
             front.append((x, y))
     return sorted(front)
+
+
+def shown(rows: Sequence[Row], against: Against) -> list[Row]:
+    """The rows that have both numbers; none where all cost the same, as KV caches often do."""
+    spots = {spot[0] for row in rows if (spot := place(row, against))}
+    is_told = len(spots) > 1 or against == "size"
+    return [row for row in rows if place(row, against)] if is_told else []
 
 
 def place(row: Row, against: Against) -> tuple[float, float] | None:

@@ -42,8 +42,13 @@ REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PICTURES: dict[Against, str] = {
     "size": "Bits per byte against parameters",
+    "flops": "Bits per byte against FLOPs",
+    "kv": "Bits per byte against the KV cache",
     "speed": "Bits per byte against decoding speed",
+    "prefill": "Bits per byte against reading speed",
 }
+FRONTS: tuple[Against, ...] = ("size", "speed")
+"""What the table's filter asks for."""
 MANY_BLOCKS = 18
 """From so many on a box has no room for its widths."""
 HIDDEN = {"more": 6, "extra": 9}
@@ -228,9 +233,9 @@ def _plots(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
 
 
 def _on_fronts(drawn: Sequence[Drawn]) -> set[tuple[str, str]]:
-    """Series and label of the rows that are undominated in size or speed."""
+    """Series and label of the rows that are undominated in size or decoding speed."""
     found = set()
-    for against in PICTURES:
+    for against in FRONTS:
         places = {(each.series, each.row.label): spot
                   for each in drawn if (spot := plots.place(each.row, against))}  # fmt: skip
         front = set(plots.undominated(list(places.values()), against))

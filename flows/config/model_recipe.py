@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from foldstack.compression.checkpoints.model_folder import REFERENCE
 from foldstack.compression.errors import InputError
+from foldstack.compression.evaluation.speed import SpeedSpec
 from foldstack.compression.text.corpus import PYTHON_STDLIB, SELF, TextSource, documents
 from foldstack.compression.text.text_files import is_text_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DEFAULT_METHOD = "modegpt"
 """The best that there is, by docs/methods.md."""
 DEFAULT_SPARSITY = 0.2
+FRONT_POINTS = 5
+FRONT_SPARSITY = 0.5
+"""Where a front ends, if the method gets as far."""
+REACH_STEP = 0.05
 NUM_WINDOWS, WINDOW_TOKENS = 128, 256
 NUM_TEST_WINDOWS = 64
 RECOVERY_BATCH = 8
@@ -30,7 +35,11 @@ class Wishes:
 
     model: str
     revision: str | None = None
-    sparsity: float = DEFAULT_SPARSITY
+    sparsity: float | None = None
+    """When None `DEFAULT_SPARSITY`; of a front, where it ends, when None as far as the method gets
+    and not beyond `FRONT_SPARSITY`."""
+    front: bool = False
+    """Whether several sizes are made and their speed is measured, for a person to pick one."""
     method: str = DEFAULT_METHOD
     calibration: str = ""
     """Text: see `source_named`. When empty, the reference model's own, or what the model writes."""
@@ -44,8 +53,8 @@ class Wishes:
     home: Path | None = None
 
 
-def sparsity_of(sparsity: float | None, to: float | None) -> float:
-    """The sparsity that was asked for, as what is gone or as what stays.
+def sparsity_of(sparsity: float | None, to: float | None) -> float | None:
+    """The sparsity that was asked for, as what is gone or as what stays; None where none was.
 
     Raises:
         InputError: both were given, or it is no fraction between 0 and 1.
@@ -54,7 +63,7 @@ def sparsity_of(sparsity: float | None, to: float | None) -> float:
         raise InputError(f"give --sparsity or --to, not both; got {sparsity:g} and {to:g}")
     name, value = ("--to", to) if to is not None else ("--sparsity", sparsity)
     if value is None:
-        return DEFAULT_SPARSITY
+        return None
     if not 0 < value < 1:
         raise InputError(f"{name} must be a fraction between 0 and 1, such as 0.3, got {value:g}")
     return value if to is None else round(1 - value, 12)
@@ -104,12 +113,13 @@ def recipe_for(wishes: Wishes, folder: Path) -> dict[str, Any]:
         "device": wishes.device,
     }
     usual = (None, "auto")
+    short = Path(wishes.model).name.removesuffix(".gguf")
     return {
-        "name": f"compress {Path(wishes.model).name.removesuffix('.gguf')}",
+        "name": f"{'front of' if wishes.front else 'compress'} {short}",
         "model": {key: value for key, value in model.items() if value not in usual},
         "calibration": {"source": source, "num_windows": min(NUM_WINDOWS, available), **windows},
         "methods": [wishes.method],
-        "sparsities": [wishes.sparsity],
+        "sparsities": _sparsities(wishes, config),
         **(
             {"recovery": {**steps, "source": source, "windows": {**trained_on, **windows}}}
             if wishes.recover
@@ -119,9 +129,44 @@ def recipe_for(wishes: Wishes, folder: Path) -> dict[str, Any]:
             "perplexity": _perplexity(wishes.test or own, tokens, bos),
             **({"benchmarks": list(wishes.benchmarks)} if wishes.benchmarks else {}),
         },
-        "speed": {"enabled": False},
+        "speed": _speed(context) if wishes.front else {"enabled": False},
         **({"output": {"home": str(wishes.home.expanduser().absolute())}} if wishes.home else {}),
     }
+
+
+def _sparsities(wishes: Wishes, config: "PreTrainedConfig") -> list[float]:
+    """The one that is asked for, or those of the points of a front, as far apart as one another."""
+    if not wishes.front:
+        return [DEFAULT_SPARSITY if wishes.sparsity is None else wishes.sparsity]
+    farthest = _reach(wishes.method, config) if wishes.sparsity is None else wishes.sparsity
+    return [round(farthest * number / FRONT_POINTS, 3) for number in range(1, FRONT_POINTS + 1)]
+
+
+def _reach(method: str, config: "PreTrainedConfig") -> float:
+    """How far a front of a method goes for a model, from its shapes alone: no farther than
+    `FRONT_SPARSITY`, and than the method gets."""
+    from foldstack.compression.methods import METHODS
+    from foldstack.compression.structure.surgery import build_on_meta
+
+    chosen = METHODS.get(method)
+    if chosen is None or chosen.grows:  # what reads the recipe says what is wrong with it
+        return FRONT_SPARSITY
+    meta = build_on_meta(config)
+    for steps in range(round(FRONT_SPARSITY / REACH_STEP), 0, -1):
+        sparsity = round(steps * REACH_STEP, 3)
+        try:
+            chosen(sparsity=sparsity).outline(meta)
+        except InputError:
+            continue
+        return sparsity
+    return REACH_STEP
+
+
+def _speed(context: int) -> dict[str, Any]:
+    """As it is measured anyway, with a prompt that leaves room for what is written."""
+    spec = SpeedSpec()
+    room = max(1, context - spec.new_tokens)
+    return {"enabled": True} | ({"prompt_tokens": room} if room < spec.prompt_tokens else {})
 
 
 def _address(model: str) -> str:

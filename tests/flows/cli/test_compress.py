@@ -3,11 +3,13 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from foldstack.compression.checkpoints.checkpoint import load_tokenizer
 from foldstack.compression.errors import InputError
@@ -19,6 +21,9 @@ from foldstack.flows.cli.command_compress import (
     check_out,
     copy_out,
     facts_of,
+    picking,
+    points_of,
+    print_points,
     recipe_command,
     usage_of,
 )
@@ -93,13 +98,52 @@ def test_a_tokenizer_without_bos_is_asked_for_none(model_folder: FolderFactory) 
 
 
 def test_sparsity_is_what_goes_or_what_stays() -> None:
-    assert sparsity_of(None, None) == 0.2
+    assert sparsity_of(None, None) is None
     assert sparsity_of(0.35, None) == 0.35
     assert sparsity_of(None, 0.7) == 0.3
     with pytest.raises(InputError, match="give --sparsity or --to, not both"):
         sparsity_of(0.3, 0.7)
     with pytest.raises(InputError, match="--to must be a fraction between 0 and 1, such as"):
         sparsity_of(None, 1.0)
+
+
+def test_a_front_goes_as_far_as_its_method(model_folder: FolderFactory) -> None:
+    """Without it a front of a model that is mostly embeddings would be refused as a whole."""
+    config = parse_config(
+        recipe_for(Wishes("reference", front=True, method="modegpt"), MODEL_FOLDER)
+    )
+    assert config.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
+    assert config.speed.enabled
+    folder = model_folder("llama", vocab_size=2048)
+    wishes = Wishes(str(folder), front=True, method="modegpt")
+    config = parse_config(recipe_for(wishes, folder))
+    assert len(config.sparsities) == 5
+    assert max(config.sparsities) < 0.5
+    assert config.speed.prompt_tokens + config.speed.new_tokens <= 128  # its context
+    asked = parse_config(recipe_for(replace(wishes, sparsity=0.1), folder))
+    assert asked.sparsities == (0.02, 0.04, 0.06, 0.08, 0.1)
+
+
+def test_a_point_is_picked_by_the_command_that_made_the_front(tmp_path: Path) -> None:
+    command = "foldstack compress DIR --front --to=0.6 --home H --json"
+    assert picking(command, 0.3) == "foldstack compress DIR --sparsity 0.3 --out FOLDER --home H"
+    with pytest.raises(InputError, match="--front makes several models"):
+        check_out(tmp_path, is_front=True)
+
+
+def test_a_front_ends_with_a_folder_for_each_point(
+    comparison: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it a person sees the front and cannot have any of it."""
+    points = points_of(comparison, RunConfig(methods=("shortgpt",)))
+    assert [(point["asked"], point["folder"]) for point in points] == [
+        (row.sparsity, row.folder) for row in comparison.rows if not row.is_dense
+    ]
+    assert points[0]["flops_per_token"].keys() == {"dense", "compressed"}
+    print_points(points, "foldstack compress DIR --front", Console(width=80))
+    said = capsys.readouterr().out
+    assert f"80.0% of the parameters: {points[0]['folder']}" in said
+    assert said.splitlines()[-1] == "  " + picking("foldstack compress DIR --front", 0.2)
 
 
 def test_texts_are_named_in_a_word() -> None:
