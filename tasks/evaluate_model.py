@@ -95,7 +95,7 @@ class EvaluateModel(ComputedStage):
         return facts | {f"size/{name}": value for name, value in size_of(model).as_dict().items()}
 
     def _benchmarks(self, folder: Path, progress: Progress, model: Any, tokenizer: Any) -> Facts:
-        from foldstack.compression.evaluation.harness import evaluate
+        from foldstack.compression.evaluation.harness import evaluate, write_items
 
         facts: Facts = {}
         for number, limit in enumerate(dict.fromkeys(self.benchmarks.values())):
@@ -112,7 +112,7 @@ class EvaluateModel(ComputedStage):
             suffix = f".{number}" if number else ""
             text = result.model_dump_json(indent=1)
             (folder / f"benchmarks{suffix}.json").write_text(text, encoding="utf-8")
-            result.write_items(folder / f"items{suffix}.jsonl")
+            write_items(result.items, folder / f"items{suffix}.jsonl")
             for name, benchmark in result.benchmarks.items():
                 for metric, score in benchmark.scores.items():
                     facts[f"{name}/{metric}"] = score.value

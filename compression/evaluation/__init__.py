@@ -16,8 +16,11 @@
   stated.
 - `quiet_lm_eval`: lm-eval without its noise: log lines, bars, git calls, bootstrap processes,
   changed seeds.
+- `shared_prefix`: lm-eval's model, with a context computed once for all its endings, and only
+  logits that count.
 - `speed`: How fast models read and write, how long they take to load and how much memory they need.
 - `stability`: How far a compressed model still answers as the original did, right or wrong.
 - `token_losses`: Per-token losses of a causal model, in float64, without the logits of a whole
   batch.
+- `tracks/`: What is left of a model, track by track, and whether it still matches the dense one.
 """

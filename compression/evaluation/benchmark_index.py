@@ -58,6 +58,32 @@ def check_tasks(
             task_manager(names, include_paths).load(list(names))
 
 
+def without_data(names: Sequence[str], include_paths: Sequence[Path] = ()) -> list[str]:
+    """Have the data of benchmarks fetched; a sentence on all those whose data, or a package that
+    they need, is not there."""
+    missing: dict[str, list[str]] = {}
+    for name in names:
+        try:
+            check_tasks([name], include_paths, fetch=True)
+        except InputError as error:
+            missing.setdefault(str(error), []).append(name)
+        except ImportError as error:
+            package = error.name or str(error)
+            missing.setdefault(f"the package {package} is not installed", []).append(name)
+    if not missing:
+        return []
+    reasons = [f"{', '.join(some)} ({reason})" for reason, some in missing.items()]
+    return [
+        f"tracks cannot be measured for want of what these benchmarks need: {', '.join(reasons)}"
+    ]
+
+
+def file_of_task(name: str) -> Path | None:
+    """Where lm-eval declares a task, which is no group; None if it has none of that name."""
+    kind, file = _declared_by_lm_eval().get(name, ("", None))
+    return file if kind == "task" else None
+
+
 def task_manager(names: Sequence[str], include_paths: Sequence[Path] = ()) -> "TaskManager":
     """An lm-eval task manager that knows `names`, which `check_tasks` has passed.
 

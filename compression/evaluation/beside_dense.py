@@ -99,7 +99,7 @@ def beside_dense(dense: Evaluation, compressed: Evaluation) -> dict[str, float]:
             stable[name] = stability(dense.of(name), compressed.of(name), name)
             facts[f"{name}/stability_items"] = stable[name].effective_items
     for name in dense.benchmarks:
-        members = [stable[each] for each in _leaves(name, dense.benchmarks) if each in stable]
+        members = [stable[each] for each in leaves(name, dense.benchmarks) if each in stable]
         if members:
             facts[f"{name}/stability"] = fmean(member.stability for member in members)
             facts[f"{name}/agreement"] = fmean(member.agreement for member in members)
@@ -134,10 +134,10 @@ def _is_mean(items: Sequence[Item], metric: str) -> bool:
     return bool(values) and (is_plain or name == "bits_per_byte")
 
 
-def _leaves(name: str, benchmarks: Mapping[str, Benchmark]) -> Iterator[str]:
+def leaves(name: str, benchmarks: Mapping[str, Benchmark]) -> Iterator[str]:
     """The benchmarks with items of their own in a group; of a benchmark itself."""
     members = benchmarks[name].members if name in benchmarks else ()
     if not members:
         yield name
     for member in members:
-        yield from _leaves(member, benchmarks)
+        yield from leaves(member, benchmarks)

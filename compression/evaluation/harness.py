@@ -11,9 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.benchmark_index import check_tasks, data_errors, task_manager
 from foldstack.compression.evaluation.paired import Item, PairedDifference, paired_difference
 from foldstack.compression.evaluation.quiet_lm_eval import quiet_lm_eval
+from foldstack.compression.evaluation.shared_prefix import share_prefixes
 
 __all__ = [
     "Benchmark",
@@ -25,6 +27,7 @@ __all__ = [
     "evaluate",
     "paired_difference",
     "read_items",
+    "write_items",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -61,7 +64,7 @@ class Benchmark(_Record):
 
 
 class HarnessResult(_Record):
-    """What lm-eval found. The items are not part of the JSON: `write_items` puts them beside it."""
+    """What lm-eval found. The items are no part of the JSON: `write_items` puts them beside it."""
 
     benchmarks: dict[str, Benchmark]
     lm_eval_version: str
@@ -71,10 +74,11 @@ class HarnessResult(_Record):
     dtype: str
     items: tuple[Item, ...] = Field(default=(), exclude=True, repr=False)
 
-    def write_items(self, file: Path) -> None:
-        """One line of JSON per item."""
-        lines = (item.model_dump_json() + "\n" for item in self.items)
-        file.write_text("".join(lines), encoding="utf-8")
+
+def write_items(items: Iterable[Item], file: Path) -> None:
+    """One line of JSON per item."""
+    lines = (item.model_dump_json() + "\n" for item in items)
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def read_items(file: Path) -> tuple[Item, ...]:
@@ -88,9 +92,13 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
+    local: Callable[[Any], Sequence[Any]] | None = None,
     include_paths: Sequence[Path] = (),
     num_fewshot: int | None = None,
     limit: int | None = None,
+    samples: Mapping[str, Sequence[int]] | None = None,
+    chat_template: bool = False,
+    temperature: float = 0.0,
     batch_size: int = 8,
     max_length: int | None = None,
     seed: int = SEED,
@@ -102,9 +110,14 @@ def evaluate(
         model: stock or ours, on the device it shall run on.
         tokenizer: the model's.
         tasks: names or YAML files, see `check_tasks`.
+        local: makes further tasks of lm-eval's, when it is given the model that will be asked.
         include_paths: folders with further task YAML files.
         num_fewshot: examples before each item; None = as each benchmark says.
         limit: items per benchmark, from its beginning; None = all.
+        samples: places of the items to ask, by task (a group's members, not the group); what is
+            left out of it is asked whole. Not together with `limit`.
+        chat_template: whether prompts are wrapped as the tokenizer's chat template says.
+        temperature: answers are sampled at it; 0: as each benchmark says, mostly greedily.
         batch_size: fixed, so that results do not depend on the memory at hand.
         max_length: context in tokens; None = the model's.
         seed: of the few-shot examples, numpy and torch during the evaluation.
@@ -113,7 +126,10 @@ def evaluate(
     Raises:
         InputError: no such benchmark, or its data cannot be had.
     """
-    check_tasks(tasks, include_paths)
+    if tasks or local is None:
+        check_tasks(tasks, include_paths)
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise InputError("the tokenizer has no chat template; set chat_template to false")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -125,12 +141,16 @@ def evaluate(
             batch_size=batch_size,
             max_length=max_length,
         )
+        share_prefixes(lm)
         found = simple_evaluate(
             lm,
-            tasks=list(tasks),
+            tasks=[*tasks, *(() if local is None else local(lm))],
             task_manager=task_manager(tasks, include_paths),
             num_fewshot=num_fewshot,
             limit=limit,
+            samples=None if samples is None else {name: [*ids] for name, ids in samples.items()},
+            apply_chat_template=chat_template,
+            gen_kwargs={"do_sample": True, "temperature": temperature} if temperature else None,
             bootstrap_iters=SOME_ITERATIONS,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -185,6 +205,7 @@ def _items(
                 benchmark=benchmark,
                 doc_id=int(sample["doc_id"]),
                 doc_hash=sample["doc_hash"],
+                prompt_hash=sample["prompt_hash"],
                 filter=sample["filter"],
                 target=_text(sample["target"]),
                 loglikelihoods=tuple(float(a) for a in answers if isinstance(a, numbers.Real)),

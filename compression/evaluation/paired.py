@@ -22,6 +22,8 @@ class Item(_Record):
     doc_id: int
     doc_hash: str
     """Of the item's content: two models were asked the same exactly if these are equal."""
+    prompt_hash: str = ""
+    """Of what the model was given to read: examples before an item may differ with their order."""
     filter: str
     """lm-eval's name of how answers were read out of the model's output; mostly "none"."""
     target: str
@@ -75,7 +77,7 @@ def paired_difference(
     Raises:
         InputError: the two were not measured on the same items, or have no such metric.
     """
-    a, b = (_by_item(items, benchmark, metric) for items in (first, second))
+    a, b = (values_by_item(items, benchmark, metric) for items in (first, second))
     if a.keys() != b.keys():
         raise InputError(
             f"a paired comparison on {benchmark} needs the same items for both models, "
@@ -133,7 +135,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**num_differing)
 
 
-def _by_item(
+def values_by_item(
     items: Sequence[Item], benchmark: str, metric: str
 ) -> dict[tuple[int, str], tuple[float, float]]:
     """Value and weight by document."""

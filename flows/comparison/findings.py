@@ -20,6 +20,7 @@ GROUPS_TOLD = 3
 def findings(comparison: Comparison) -> list[str]:
     """One sentence for each sparsity, from little to much removed; then what is missing."""
     told = [finding_at(comparison, sparsity) for sparsity in comparison.by_sparsity()]
+    told = [*_of_verdicts(comparison), *told]
     finished = [row for row in comparison.rows if row.state == "done" and not row.is_dense]
     if finished and not told:
         told.append("No bits per byte were measured, so none of the variants is called the best.")
@@ -27,6 +28,22 @@ def findings(comparison: Comparison) -> list[str]:
         names = enumeration([row.label for row in comparison.failed])
         told.append(f"{len(comparison.failed)} of {len(comparison.rows)} models failed: {names}.")
     return told
+
+
+def _of_verdicts(comparison: Comparison) -> list[str]:
+    """Which models still match the dense one, which do not, and of which it is not known."""
+    groups: dict[str, list[str]] = {"matching": [], "not matching": [], "open": []}
+    for row in comparison.rows:
+        if row.state == "done" and row.verdict is not None and row.verdict.verdict is not None:
+            groups[row.verdict.verdict].append(row.label)
+    if not any(groups.values()):
+        return []
+    told = [
+        f"{verdict}: {enumeration(names) if len(names) <= GROUPS_TOLD else f'{len(names)} models'}"
+        for verdict, names in groups.items()
+        if names
+    ]
+    return [f"Beside dense, {'; '.join(told)}."]
 
 
 def finding_at(comparison: Comparison, sparsity: float) -> str:
@@ -49,7 +66,8 @@ def _of_best(comparison: Comparison, best: Row, rows: Sequence[Row]) -> str:
     }[comparison.best_by]
     speed = best.number("decode_speedup", "speed")
     pace = "" if speed is None else f", {_pace(speed)}"
-    return f"{best.name} {is_alone}{why}: {beside_dense(comparison, best)}{pace}"
+    verdict = f"{best.verdict}; " if best.verdict is not None else ""
+    return f"{best.name} {is_alone}{why}: {verdict}{beside_dense(comparison, best)}{pace}"
 
 
 def beside_dense(comparison: Comparison, row: Row) -> str:

@@ -212,7 +212,10 @@ def _card(comparison: Comparison, sparsity: float, row: Row) -> dict[str, Any]:
         removed = row.number("realised_sparsity", "structure")
         less = f"-{per_cent(removed)}" if removed else ""
         figures.append({"what": "parameters", "value": count(parameters), "error": less})
+    verdict = row.verdict
     return {
+        "verdict": verdict and verdict.verdict,
+        "because": verdict and verdict.because,
         "size": f"{100 * sparsity:.3g} % removed",
         "name": row.name,
         "figures": figures,
@@ -275,6 +278,8 @@ def _look(column: Column) -> str:
 def _cell(column: Column, record: Record, text: str, largest: float) -> dict[str, Any]:
     value = record.get(column.source) if text else None
     looks, share = [_look(column)], None
+    if column.name == "verdict" and value is not None:
+        looks.append(f"verdict {value.replace(' ', '-')}")
     if column.name == "speed" and value is not None:
         looks += ["slower"] * (value < SLOWER) + ["faster"] * (value > FASTER)
     if column.name == "difference" and value is not None and largest:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from foldstack.compression.evaluation.paired import STANDARD_ERRORS
+from foldstack.compression.evaluation.tracks.result import ModelVerdict, TrackResult
 
 if TYPE_CHECKING:
     import pandas
@@ -58,6 +59,12 @@ class Row(BaseModel):
     recovery: Facts = {}
     """Steps, tokens and loss of the training."""
     speed: Facts = {}
+    verdict: ModelVerdict | None = None
+    """Whether the final model still matches the dense one; None for that one."""
+    tracks: tuple[TrackResult, ...] = ()
+    """Of the final model: the run's text and benchmarks, and every track."""
+    costs: Facts = {}
+    """Footprint and speed in one figure each."""
     seconds: dict[str, float] = {}
     """Wall time of each stage when it was computed."""
     fingerprints: dict[str, str] = {}
@@ -66,6 +73,11 @@ class Row(BaseModel):
     @property
     def is_dense(self) -> bool:
         return self.sparsity is None
+
+    @property
+    def effort_seconds(self) -> float:
+        """Wall time of compressing and healing, after the statistics that all methods share."""
+        return sum(self.seconds.get(part, 0.0) for part in ("compress", "recover"))
 
     @property
     def name(self) -> str:
@@ -89,6 +101,7 @@ class Row(BaseModel):
             "size": self.structure,
             "recovery": self.recovery,
             "speed": self.speed,
+            "track": {**self.costs, **_of_tracks(self.tracks)},
             "time": {f"{part}_seconds": seconds for part, seconds in self.seconds.items()},
         }
         return {f"{part}/{k}": v for part, facts in parts.items() for k, v in facts.items()}
@@ -221,13 +234,17 @@ class Comparison(BaseModel):
     def records(self) -> list[dict[str, Any]]:
         """One mapping per row: which model of which sweep it is, and all its numbers."""
         best = {row.label for row in self.best().values()}
+        cheapest = min((seconds for row in self.rows if (seconds := row.effort_seconds)), default=0)
         return [
             {
                 "title": self.title, "sweep": self.sweep, "base_model": self.model,
                 "made_at": self.made_at, "label": row.label, "method": row.method,
                 "sparsity": row.sparsity, "seed": row.seed, "state": row.state, "cause": row.cause,
                 "is_best": row.label in best, "folder": row.folder,
-                "settings": json.dumps(row.settings) if row.settings else None, **row.numbers(),
+                "settings": json.dumps(row.settings) if row.settings else None,
+                "verdict": row.verdict and row.verdict.verdict,
+                "because": row.verdict and row.verdict.because, **row.numbers(),
+                **({"track/effort": row.effort_seconds / cheapest} if row.effort_seconds else {}),
             }
             for row in self.rows
         ]  # fmt: skip
@@ -237,6 +254,22 @@ class Comparison(BaseModel):
         from foldstack.flows.comparison.frame import typed_frame
 
         return typed_frame(self.records())
+
+
+def _of_tracks(tracks: Sequence[TrackResult]) -> Facts:
+    """Scores of tracks with their errors, and of each task the share that is left of it."""
+    facts: Facts = {}
+    for track in tracks:
+        facts[track.track] = track.score
+        facts[f"{track.track}_stderr"] = track.stderr
+        facts[f"{track.track}_om_llmcbench"] = track.om_llmcbench
+        for task in track.tasks:
+            name = f"{track.track}/{task.task}"
+            facts[name] = task.other
+            facts[f"{name}_items"] = task.num_items
+            facts[f"{name}_retained"] = task.retained
+            facts[f"{name}_retained_stderr"] = task.stderr
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def variants_at(rows: Sequence[Row], method: str) -> list[Row]:

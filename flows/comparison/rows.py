@@ -4,10 +4,18 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from foldstack.compression.evaluation.beside_dense import beside_dense, bits_per_byte_difference
+from foldstack.compression.evaluation.tracks.costs import footprint, speed_score
+from foldstack.compression.evaluation.tracks.measure import (
+    joined,
+    measured_anyway,
+    track_result_of,
+)
+from foldstack.compression.evaluation.tracks.result import TrackResult, model_verdict
 from foldstack.flows.comparison.result import Comparison, Facts, Rival, Row
-from foldstack.flows.running.branches import DENSE, Branch, Layout
+from foldstack.flows.running.branches import DENSE, TRACK, Branch, Layout
 from foldstack.flows.running.stage_runs import Outcome
 from foldstack.tasks.evaluate_model import load_evaluation, load_perplexity
+from foldstack.tasks.evaluate_track import load_track
 from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.store.artifacts import Artifact
@@ -25,6 +33,8 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
     if variant is not None:
         maker = made.get("recover") or made.get("compress")
         folder = str(maker.folder / MODEL_FOLDER) if maker else ""
+    tracks = _tracks(made, layout, outcomes) if variant else []
+    rule = layout.config.evaluation.verdict
     return Row(
         label=branch.label,
         method=variant.name if variant else DENSE,
@@ -40,6 +50,9 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
         after=_quality(facts.get("evaluate_after", {})),
         beside_dense=_beside_dense(_evaluated(made), layout, outcomes) if variant else {},
         speed=facts.get("speed", {}),
+        verdict=model_verdict(tracks, rule.within) if tracks else None,
+        tracks=tuple(tracks),
+        costs=_costs(facts, layout, outcomes) if variant else {},
         recovery={name: facts["recover"][name] for name in TRAINING if name in facts["recover"]}
         if "recover" in facts
         else {},
@@ -86,6 +99,37 @@ def _beside_dense(
     if evaluated is None or dense is None:
         return {}
     return {**beside_dense(load_evaluation(dense), load_evaluation(evaluated))}
+
+
+def _tracks(
+    made: Mapping[str, Artifact], layout: Layout, outcomes: Mapping[str, Outcome]
+) -> list[TrackResult]:
+    """What is left of the dense model, as far as both were measured."""
+    dense, evaluation = _made(layout.branches[0], outcomes), layout.config.evaluation
+    rule, found = evaluation.verdict, []
+    of_dense, of_other = _evaluated(dense), _evaluated(made)
+    if of_dense is not None and of_other is not None:
+        found += measured_anyway(load_evaluation(of_dense), load_evaluation(of_other), rule)
+    for name, track in evaluation.tracks.items():
+        pair = dense.get(TRACK + name), made.get(TRACK + name)
+        if pair[0] is not None and pair[1] is not None:
+            found.append(
+                track_result_of(name, track, load_track(pair[0]), load_track(pair[1]), rule)
+            )
+    return joined(found)
+
+
+def _costs(facts: Mapping[str, Facts], layout: Layout, outcomes: Mapping[str, Outcome]) -> Facts:
+    dense = {
+        part: dict(item.manifest().facts)
+        for part, item in _made(layout.branches[0], outcomes).items()
+    }
+    speed = facts.get("speed", {})
+    costs = {
+        "footprint": footprint(_structure(dense), _structure(facts), dense.get("speed", {}), speed),
+        "speed": speed_score(speed),
+    }
+    return {name: value for name, value in costs.items() if value is not None}
 
 
 def _structure(facts: Mapping[str, Facts]) -> Facts:

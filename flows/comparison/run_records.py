@@ -125,6 +125,8 @@ class SweepLog:
         config = variant_config(layout.resolved_config, row)
         tags = {"kind": "variant", "method": row.method, "base_model": layout.model.name}
         tags |= {"base_fingerprint": layout.model.fingerprint, "cause": row.cause}
+        if row.verdict is not None and row.verdict.verdict is not None:
+            tags["verdict"] = row.verdict.verdict
         tags |= {f"stage.{part}": name for part, name in row.fingerprints.items()}
         artifacts = {
             part: artifact
@@ -146,7 +148,7 @@ class SweepLog:
             params=flatten(config),
             metrics=metrics(row),
             series=_curves(artifacts.get("recover")),
-            tags={PREFIX + name: value for name, value in tags.items() if value},
+            tags={PREFIX + name: value for name, value in tags.items() if value} | _note(row),
             datasets=dataset_uses(layout),
             files=_files(layout, runs, artifacts),
             texts=texts,
@@ -177,6 +179,23 @@ class SweepLog:
             sweep=comparison.sweep,
             links=self._links,
         )
+
+
+def _note(row: Row) -> dict[str, str]:
+    """What MLflow shows at the top of a run's page: the verdict, and what is left in each track."""
+    if row.verdict is None:
+        return {}
+    lines = [f"**{row.verdict}**", ""]
+    for track in row.tracks:
+        for task in track.tasks:
+            left = "dense is at chance" if task.retained is None else (
+                f"{task.retained:.3f} ± {task.stderr or 0:.3f} left, {task.verdict}"
+            )  # fmt: skip
+            lines.append(
+                f"- {track.track}, {task.task} ({task.metric}): {task.other:.4g} beside "
+                f"{task.dense:.4g}, {left} ({task.read})"
+            )
+    return {"mlflow.note.content": "\n".join(lines)}
 
 
 def variant_config(config: RunConfig, row: Row) -> dict[str, Any]:
@@ -247,6 +266,7 @@ def _figures(row: Row) -> dict[str, str]:
     figures = {
         "sparsity": row.sparsity,
         "method": row.method,
+        "verdict": row.verdict and row.verdict.verdict,
         "grade": row.structure.get("grade"),
         "parameters": row.structure.get("parameters"),
         QUALITY: row.number(QUALITY),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.evaluation.tracks.result import BENCHMARKS_TRACK, MODELLING
 from foldstack.flows.config.config_errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ SHOWN_METRICS = ("acc", "exact_match", "acc_norm", "f1")
 """A benchmark's column shows the first of these that it has."""
 Record = Mapping[str, Any]
 BITS = "bits_per_byte"
+MEASURED_ANYWAY = {MODELLING, BENCHMARKS_TRACK}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ def columns(frame: "pandas.DataFrame") -> list[Column]:
         for column in _of_benchmark(*found, place)
     ]
     sweeps = [SWEEP] if frame["sweep"].nunique() > 1 else []
-    order = [MODEL, *sweeps, *TEXT_QUALITY, SPEED, *benchmarks, *COSTS]
+    tracks = [_of_track(track) for track in tracks_in(present)]
+    order = [MODEL, VERDICT, *sweeps, *tracks, *TEXT_QUALITY, SPEED, *benchmarks, *COSTS]
+    if not tracks:
+        order = [column for column in order if not column.source.startswith("track/")]
     return [column for column in order if column.source in present]
 
 
@@ -92,6 +97,18 @@ def benchmarks_in(names: "set[str]") -> dict[str, str]:
         if benchmark not in shown or rank(metric) < rank(shown[benchmark]):
             shown[benchmark] = metric
     return shown
+
+
+def tracks_in(names: "set[str]") -> list[str]:
+    """The tracks that a frame with these columns has scores of; none where there are only those of
+    what is measured anyway, which has columns of its own."""
+    errors = (name for name in names if name.startswith("track/") and name.endswith("_stderr"))
+    found = sorted(
+        name.removeprefix("track/").removesuffix("_stderr")
+        for name in errors
+        if not name.endswith("_retained_stderr")
+    )
+    return found if set(found) - MEASURED_ANYWAY else []
 
 
 def chosen(frame: "pandas.DataFrame", names: Sequence[str]) -> list[Column]:
@@ -211,6 +228,10 @@ def _digits(error: float) -> int:
 
 SWEEP = Column("sweep", "sweep", "title", str, 1, is_text=True, meaning="which sweep it is of")
 MODEL = Column("model", "model", "label", str, 0, is_text=True, meaning="method and sparsity asked")
+VERDICT = Column(
+    "verdict", "verdict", "verdict", str, 1, is_text=True,
+    meaning="whether every task is within the margin of dense: matching, not matching, or open",
+)  # fmt: skip
 TEXT_QUALITY = (
     Column("size", "size", "size/parameters", count, 2, meaning="stored parameters"),
     Column("removed", "removed", "size/realised_sparsity", per_cent, 7,
@@ -246,9 +267,22 @@ COSTS = (
            meaning="time that the method took, after the statistics"),
     Column("recover", "recover", "time/recover_seconds", minutes, 17,
            meaning="time that recovery took"),
+    Column("footprint", "footprint", "track/footprint", fixed(2), 20,
+           meaning="over dense: mean of parameters, bytes, FLOPs, KV cache and memory"),
+    Column("speed_score", "speed x dense", "track/speed", fixed(2), 21,
+           meaning="mean of reading and writing speed over dense"),
+    Column("effort", "effort", "track/effort", fixed(1, after="x"), 22,
+           meaning="time to compress and heal over that of the cheapest variant"),
     Column("grade", "grade", "size/grade", str, 11, is_text=True,
            meaning="native: a stock checkpoint; portable: with one modelling file of ours"),
 )  # fmt: skip
+
+
+def _of_track(track: str) -> Column:
+    return Column(
+        f"track_{track}", f"{track} left", f"track/{track}", fixed(3), 3, f"track/{track}_stderr",
+        meaning="geometric mean of what is left of its tasks above chance; 1 is as good as dense",
+    )  # fmt: skip
 
 
 def _of_benchmark(benchmark: str, metric: str, place: int) -> list[Column]:

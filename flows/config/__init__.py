@@ -8,4 +8,5 @@
 - `model_recipe`: The recipe for one model that nobody has written one for: from a few wishes to a
   config.
 - `run_config`: RunConfig: the YAML of a run, and what becomes of it.
+- `track_presets`: Tracks that come with foldstack, and what a config changes of them.
 """

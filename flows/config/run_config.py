@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol
 from foldstack.compression.evaluation.speed import SpeedSpec
+from foldstack.compression.evaluation.tracks.sequential import SequentialRule
+from foldstack.compression.evaluation.tracks.settings import Name, Track
+from foldstack.compression.evaluation.tracks.verdict import VerdictRule
 from foldstack.compression.statistics.gathering import Kind
 from foldstack.compression.statistics.sensitivity import SCORE_TOKENS
 from foldstack.compression.text.calibration import WindowSpec
@@ -21,6 +24,7 @@ from foldstack.compression.training.recovery import Recovery
 from foldstack.flows.config.config_errors import problems
 from foldstack.flows.config.config_file import find_config, read_config
 from foldstack.flows.config.method_entries import AnyEntry, Seed, Sparsity, Variant, expand
+from foldstack.flows.config.track_presets import with_preset
 from foldstack.tasks.environment.execution import Dtype
 from foldstack.tasks.environment.home import foldstack_home, store_url
 from foldstack.tasks.environment.redaction import redacted
@@ -111,6 +115,20 @@ class Evaluation(_Section):
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in the prompt; null leaves it to the benchmark."""
     batch_size: int = Field(default=8, ge=1)
+    preset: str | None = None
+    """Tracks to begin with: llmcbench, kick or quick; `tracks` adds to them, changes them, or sets
+    one to null. A resolved config has the tracks in its place."""
+    tracks: dict[Name, Track] = {}
+    """Questions about a model by name, each measured and cached by itself."""
+    verdict: VerdictRule = VerdictRule()
+    """When a compressed model matches the dense one."""
+    sequential: SequentialRule | None = None
+    """Tracks are read until each verdict is known; null: every item of every model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_is_tracks(cls, value: Any) -> Any:
+        return with_preset(value) if isinstance(value, Mapping) else value
 
     @field_validator("include_paths")
     @classmethod

@@ -10,6 +10,7 @@ from foldstack.compression.methods.method import Method
 from foldstack.flows.running.branches import Branch, Layout
 from foldstack.tasks.environment.cgroup import memory_left
 from foldstack.tasks.environment.home import disk_too_small
+from foldstack.tasks.evaluate_track import EvaluateTrack
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.write_windows import WriteWindows
 
@@ -22,12 +23,15 @@ FLOAT64_COPIES = 5
 FLOAT64_BYTES = 8
 COMPARED_COPIES = 3
 """Of the hidden states that are compared at once."""
+TOKENS_PER_ITEM = 400
+"""Of a benchmark, by a guess."""
 KNOBS = {
     "write_windows": "lower calibration.window_tokens, or give a text",
     "gather_statistics": "lower statistics.batch_size or calibration.window_tokens",
     "score_variants": "lower sensitivity.tokens, or set model.dtype or model.device",
     "compress_model": "set model.dtype to bfloat16, model.device to cpu, or take another method",
     "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
+    "evaluate_track": "lower evaluation.batch_size, or the window_tokens of the track's texts",
     "recover_model": "lower recovery.batch_size and raise recovery.gradient_accumulation",
     "benchmark_speed": "lower speed.batch_sizes, or set speed.enabled to false",
 }
@@ -208,6 +212,12 @@ def _of_measuring(
     protocol = layout.config.evaluation.perplexity.protocol
     if stage.stage == "evaluate_model":
         batch = shapes.activations(protocol.batch_size * protocol.window_tokens)
+        return Need(PROCESS_BYTES + model_bytes + batch, 0)
+    if isinstance(stage, EvaluateTrack):
+        protocols = [text.protocol for text in stage.track.texts.values()]
+        windows = [each.batch_size * each.window_tokens for each in protocols]
+        items = layout.config.evaluation.batch_size * TOKENS_PER_ITEM if stage.track.names else 0
+        batch = shapes.activations(max([items, *windows]))
         return Need(PROCESS_BYTES + model_bytes + batch, 0)
     assert stage.stage == "benchmark_speed", stage.stage
     beside = 0 if branch.variant is None else shapes.dense_bytes

@@ -122,15 +122,24 @@ def unreachable_variants(layout: Layout, missing: set[str]) -> list[str]:
 
 
 def unknown_benchmarks(layout: Layout, missing: set[str]) -> list[str]:
-    """A sentence about benchmarks that nobody knows."""
+    """A sentence about benchmarks that nobody knows, and one about those without data."""
     evaluation = layout.config.evaluation
-    waiting = [b for b in layout.branches if b.before.fingerprint in missing]
-    if not waiting or not evaluation.benchmarks:
+    names: list[str] = []
+    if any(branch.before.fingerprint in missing for branch in layout.branches):
+        names += evaluation.benchmarks
+    waiting = {
+        name
+        for branch in layout.branches
+        for name, stage in branch.tracks.items()
+        if stage.fingerprint in missing
+    }
+    of_tracks = [task for name in waiting for task in evaluation.tracks[name].tasks]
+    if not names and not of_tracks:
         return []
-    from foldstack.compression.evaluation.benchmark_index import check_tasks
+    from foldstack.compression.evaluation.benchmark_index import check_tasks, without_data
 
     try:
-        check_tasks(evaluation.benchmarks, evaluation.include_paths)
+        check_tasks(list(dict.fromkeys([*names, *of_tracks])), evaluation.include_paths)
     except InputError as error:
         return [str(error)]
-    return []
+    return without_data(sorted(set(of_tracks)), evaluation.include_paths)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from foldstack.compression.text.calibration import WindowSpec
 from foldstack.flows.planning.machine_rates import Rates, characters_per_second, measure_rates
-from foldstack.flows.planning.needs import Need, autocast_of, stored_dtype
+from foldstack.flows.planning.needs import TOKENS_PER_ITEM, Need, autocast_of, stored_dtype
 from foldstack.flows.running.branches import Branch, Layout
 from foldstack.tasks.collect_calibration import CollectCalibration
+from foldstack.tasks.evaluate_track import EvaluateTrack
 from foldstack.tasks.score_variants import ScoreVariants
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.write_windows import WriteWindows
@@ -30,7 +31,8 @@ LITTLE_SECONDS = 1.5
 OPENING_SECONDS = 0.5
 """Of a model, a tokenizer and a text."""
 CHARACTERS_PER_TOKEN = 3
-WHOLE_BENCHMARK, TOKENS_PER_ITEM = 1000, 400
+WHOLE_BENCHMARK = 1000
+"""Items, by a guess."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class StageArithmetic:
                 return OPENING_SECONDS + self._checking(branch) + student + teacher
             case "evaluate_model":
                 return OPENING_SECONDS + self._passing(self._evaluated_tokens, branch)
+            case "evaluate_track":
+                assert isinstance(stage, EvaluateTrack)
+                return OPENING_SECONDS + self._passing(self._track_tokens(stage), branch)
             case "benchmark_speed":
                 return rates.fresh_seconds + self._timing(branch)
             case _:
@@ -182,8 +187,17 @@ class StageArithmetic:
         elif not tokens:
             texts = documents(evaluation.perplexity.source)
             tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
-        items = (WHOLE_BENCHMARK if n is None else n for n in evaluation.limits.values())
-        return tokens + TOKENS_PER_ITEM * sum(items)
+        return tokens + _tokens_of_items(evaluation.limits)
+
+    def _track_tokens(self, stage: EvaluateTrack) -> int:
+        """Of all texts and items, however early a verdict may be known."""
+        from foldstack.compression.text.corpus import documents
+
+        tokens = _tokens_of_items(stage.track.limits) * len(stage.track.seeds)
+        for text in stage.track.texts.values():
+            length = sum(map(len, documents(text.source))) // CHARACTERS_PER_TOKEN
+            tokens += text.protocol.max_tokens or length
+        return tokens
 
     @cached_property
     def _owners(self) -> dict[str, Branch]:
@@ -220,3 +234,7 @@ class StageArithmetic:
         threads = self.layout.shards[0].execution.threads
         tokens = self.layout.config.calibration.window_tokens
         return measure_rates(self._meta.config, dtype, tokens, threads)
+
+
+def _tokens_of_items(limits: Mapping[str, int | None]) -> int:
+    return TOKENS_PER_ITEM * sum(WHOLE_BENCHMARK if n is None else n for n in limits.values())

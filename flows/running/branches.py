@@ -1,8 +1,8 @@
 """The stages of a run, laid out before any has run: each one's artifact is known by then."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from foldstack.flows.running.measures import (
     evaluation_digests,
     evaluation_of,
     speed_of,
+    tracks_of,
 )
 from foldstack.tasks.benchmark_speed import BenchmarkSpeed
 from foldstack.tasks.collect_calibration import CollectCalibration
@@ -25,6 +26,7 @@ from foldstack.tasks.compress_model import CompressModel
 from foldstack.tasks.dequantize_model import find_model
 from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.evaluate_model import EvaluateModel
+from foldstack.tasks.evaluate_track import EvaluateTrack
 from foldstack.tasks.gather_statistics import AddStatistics, GatherStatistics, Shard
 from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.recover_model import RecoverModel
@@ -36,6 +38,8 @@ from foldstack.tasks.write_windows import WriteWindows
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"
+TRACK = "track_"
+"""What the name of a branch's part begins with that measures a track."""
 Purpose = Literal["calibration", "recovery"]
 CollectWindows = CollectCalibration | WriteWindows
 """From text, or from the dense model itself."""
@@ -54,6 +58,8 @@ class Branch:
     recover: RecoverModel | None = None
     after: EvaluateModel | None = None
     speed: BenchmarkSpeed | None = None
+    tracks: Mapping[str, EvaluateTrack] = field(default_factory=dict)
+    """Of the model that the branch ends with."""
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -63,6 +69,7 @@ class Branch:
             "evaluate_before": self.before,
             "recover": self.recover,
             "evaluate_after": self.after,
+            **{f"{TRACK}{name}": stage for name, stage in self.tracks.items()},
             "speed": self.speed,
         }
         return {part: stage for part, stage in parts.items() if stage is not None}
@@ -149,6 +156,7 @@ class Layout:
             ("compress",),
             ("recover", "evaluate_before"),
             ("evaluate_after",),
+            tuple(TRACK + name for name in self.config.evaluation.tracks),
             ("speed",),
         ):
             for branch in self.branches:
@@ -312,6 +320,7 @@ class _BranchBuilder:
             None,
             self._evaluate(self.model, DENSE),
             speed=self._speed(self.model, DENSE),
+            tracks=self._dense_tracks,
         )
 
     def of(self, variant: Variant) -> Branch:
@@ -336,11 +345,13 @@ class _BranchBuilder:
         if recover is None:
             before = self._evaluate(compressed, variant.label)
             speed = self._speed(compressed, variant.label)
-            return Branch(variant.label, variant, compress, before, speed=speed)
+            tracks = self._tracks(compressed, variant.label)
+            return Branch(variant.label, variant, compress, before, speed=speed, tracks=tracks)
         recovered = recover.artifact(self.store)
         after = self._evaluate(recovered, f"{variant.label} after recovery")
         speed = self._speed(recovered, variant.label)
-        return Branch(variant.label, variant, compress, before, recover, after, speed)
+        tracks = self._tracks(recovered, variant.label)
+        return Branch(variant.label, variant, compress, before, recover, after, speed, tracks)
 
     def _recover(self, compressed: Artifact, variant: Variant) -> RecoverModel | None:
         if self.recovery_windows is None:
@@ -359,6 +370,14 @@ class _BranchBuilder:
 
     def _evaluate(self, model: ModelRef | Artifact, name: str) -> EvaluateModel:
         return evaluation_of(self.config, model, name, self.execution, self.evaluation_digests)
+
+    @cached_property
+    def _dense_tracks(self) -> dict[str, EvaluateTrack]:
+        return tracks_of(self.config, self.model, DENSE, self.execution, self.evaluation_digests)
+
+    def _tracks(self, model: Artifact, name: str) -> dict[str, EvaluateTrack]:
+        dense = {each: stage.artifact(self.store) for each, stage in self._dense_tracks.items()}
+        return tracks_of(self.config, model, name, self.execution, self.evaluation_digests, dense)
 
     def _speed(self, model: ModelRef | Artifact, name: str) -> BenchmarkSpeed | None:
         if not self.config.speed.enabled:

@@ -1,6 +1,7 @@
 """The stages that measure a model, as a config says: quality, and speed."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from foldstack.compression.evaluation.speed import SpeedSpec
 from foldstack.compression.text.corpus import source_digest
@@ -9,6 +10,7 @@ from foldstack.tasks.benchmark_speed import BenchmarkSpeed
 from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.environment.hardware import hardware
 from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
+from foldstack.tasks.evaluate_track import EvaluateTrack, track_digest
 from foldstack.tasks.stage import ModelRef
 from foldstack.tasks.store.artifacts import Artifact
 
@@ -21,6 +23,8 @@ class EvaluationDigests:
     benchmarks: str
     written: Artifact | None = None
     """The text, where the dense model writes it."""
+    tracks: Mapping[str, str] = field(default_factory=dict)
+    """Of every track, by its name."""
 
 
 def evaluation_digests(config: RunConfig, written: Artifact | None = None) -> EvaluationDigests:
@@ -36,6 +40,10 @@ def evaluation_digests(config: RunConfig, written: Artifact | None = None) -> Ev
         source_digest(source) if written is None else written.fingerprint,
         benchmarks_digest(evaluation.benchmarks, evaluation.include_paths),
         written,
+        {
+            name: track_digest(track, evaluation.include_paths)
+            for name, track in evaluation.tracks.items()
+        },
     )
 
 
@@ -63,6 +71,37 @@ def evaluation_of(
         execution=execution,
         name=name,
     )
+
+
+def tracks_of(
+    config: RunConfig,
+    model: ModelRef | Artifact,
+    name: str,
+    execution: Execution,
+    digests: EvaluationDigests,
+    dense: Mapping[str, Artifact] | None = None,
+) -> dict[str, EvaluateTrack]:
+    """The stages that measure `model` on each track; `dense` has what the dense model made of them,
+    which is read whole."""
+    evaluation = config.evaluation
+    is_stopped = evaluation.sequential is not None and dense is not None
+    return {
+        track_name: EvaluateTrack(
+            model=model,
+            track=track,
+            digest=digests.tracks[track_name],
+            dense=dense[track_name] if is_stopped and dense else None,
+            rule=evaluation.verdict if is_stopped else None,
+            sequential=evaluation.sequential if is_stopped else None,
+            include_paths=evaluation.include_paths,
+            batch_size=evaluation.batch_size,
+            dtype=config.model.dtype,
+            execution=execution,
+            track_name=track_name,
+            name=name,
+        )
+        for track_name, track in evaluation.tracks.items()
+    }
 
 
 def speed_of(

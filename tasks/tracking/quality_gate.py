@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 QUALITY_METRIC = "quality/bits_per_byte"
+VERDICT_TAG = f"{PREFIX}verdict"
+ALLOWED = {
+    "any": ("matching", "open", "not matching", "not judged"),
+    "not refuted": ("matching", "open"),
+    "matching": ("matching",),
+}
+"""Verdicts that pass, by what the gate demands."""
 # What two results must have in common to be compared: the dense model, and how they were measured.
 SAME_TAGS = (f"{PREFIX}base_fingerprint",)
 SAME_PARAMS = "evaluation."
@@ -31,6 +38,9 @@ class Gate(BaseModel):
 
     max_worse_bits_per_byte: float = Field(default=0.01, ge=0)
     """Bits per byte that the best model at a sparsity may be above the accepted one at it."""
+    verdict: Literal["any", "not refuted", "matching"] = "any"
+    """What the best model's verdict beside the dense one must be: matching; not refuted, which is
+    matching or open; or any."""
 
 
 class Verdict(BaseModel):
@@ -61,6 +71,10 @@ def judge(sparsity: str, candidate: "Run", accepted: "Run | None", gate: Gate) -
         outcome="accepted",
         reason="nothing was accepted before",
     )
+    found = candidate.data.tags.get(VERDICT_TAG) or "not judged"
+    if found not in ALLOWED[gate.verdict]:
+        reason = f"its verdict beside dense is {found}, and {gate.verdict} is demanded"
+        return verdict.model_copy(update={"outcome": "refused", "reason": reason})
     if accepted is None:
         return verdict
     before = accepted.data.metrics.get(QUALITY_METRIC)

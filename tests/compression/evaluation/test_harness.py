@@ -24,6 +24,7 @@ from foldstack.compression.evaluation.harness import (
     evaluate,
     paired_difference,
     read_items,
+    write_items,
 )
 from foldstack.compression.evaluation.paired import mcnemar_p, paired_ratio
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol, measure_perplexity
@@ -180,7 +181,7 @@ def test_result_says_what_was_measured(result: HarnessResult) -> None:
 def test_result_and_items_survive_json(result: HarnessResult, tmp_path: Path) -> None:
     again = HarnessResult.model_validate_json(result.model_dump_json())
     assert again == result.model_copy(update={"items": ()})
-    result.write_items(tmp_path / "items.jsonl")
+    write_items(result.items, tmp_path / "items.jsonl")
     assert read_items(tmp_path / "items.jsonl") == result.items
 
 

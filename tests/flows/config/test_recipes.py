@@ -18,7 +18,7 @@ from foldstack.flows.config.run_config import json_schema, load_config
 def test_recipe_is_valid(name: str) -> None:
     config = load_config(name)
     assert config.variants
-    assert config.evaluation.benchmarks
+    assert config.evaluation.benchmarks or config.evaluation.tracks
 
 
 def test_recipes_are_found() -> None:

@@ -24,15 +24,16 @@ class Nights:
         self._folder = folder
 
     def judge(
-        self, bits: float, window: int = 64, text: str = "t1", dense: str = "d1", at: str = "0.30"
-    ) -> Verdict:
-        fingerprint = f"{bits}-{window}-{text}-{dense}-{at}"
+        self, bits: float, window: int = 64, text: str = "t1", dense: str = "d1", at: str = "0.30",
+        found: str = "", gate: Gate = GATE,
+    ) -> Verdict:  # fmt: skip
+        fingerprint = f"{bits}-{window}-{text}-{dense}-{at}-{found}"
         record = RunRecord(
             name=f"shortgpt {at}",
             fingerprint=fingerprint,
             params={"evaluation.perplexity.protocol.window_tokens": window, "method.name": "x"},
             metrics={"quality/bits_per_byte": bits},
-            tags={"foldstack.base_fingerprint": dense},
+            tags={"foldstack.base_fingerprint": dense, "foldstack.verdict": found},
             model=ModelFiles(self._folder / "model", fingerprint),
             datasets=[DatasetUse("lines for evaluation", text, "lines.txt", "evaluation")],
         )
@@ -40,7 +41,7 @@ class Nights:
         tracker.log(record)
         tracker.finish()
         assert tracker.warnings == []
-        (verdict,) = apply_gate(self.uri, EXPERIMENT, MODEL, {at: fingerprint}, GATE)
+        (verdict,) = apply_gate(self.uri, EXPERIMENT, MODEL, {at: fingerprint}, gate)
         return verdict
 
     def accepted(self, at: str = "0-30") -> float:
@@ -116,3 +117,14 @@ def test_nothing_is_judged_that_is_not_in_mlflow(nights: Nights) -> None:
     nights.judge(1.5)
     with pytest.raises(LookupError, match=r"sparsity 0\.30 is not in experiment foldstack/tiny"):
         apply_gate(nights.uri, EXPERIMENT, MODEL, {"0.30": "another"}, GATE)
+
+
+def test_the_gate_can_demand_a_verdict(nights: Nights) -> None:
+    """Breaks when a model that no longer matches the dense one is accepted where that is asked."""
+    demanding, lenient = Gate(verdict="matching"), Gate(verdict="not refuted")
+    refused_one = nights.judge(1.5, found="open", gate=demanding)
+    assert refused_one.outcome == "refused"
+    assert refused_one.reason == "its verdict beside dense is open, and matching is demanded"
+    assert nights.judge(1.5, found="not matching", gate=lenient).outcome == "refused"
+    assert nights.judge(1.5, found="open", gate=lenient).outcome == "accepted"
+    assert nights.judge(1.4, found="matching", gate=demanding).outcome == "accepted"
