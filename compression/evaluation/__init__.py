@@ -16,6 +16,8 @@
   stated.
 - `quiet_lm_eval`: lm-eval without its noise: log lines, bars, git calls, bootstrap processes,
   changed seeds.
+- `samples`: What a model writes: the greedy continuations of a few prompts, to be read beside
+  another's.
 - `shared_prefix`: lm-eval's model, with a context computed once for all its endings, and only
   logits that count.
 - `speed`: How fast models read and write, how long they take to load and how much memory they need.

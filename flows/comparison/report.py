@@ -130,6 +130,7 @@ def _render(
         looks=LOOKS,
         look_of=_look,
         structures=[each for part in parts for each in _structures(part)],
+        samples=[each for part in parts for each in _samples(part)],
         scores=scores,
         curves=curves,
         use=[_use(row) for part in parts for row in part.rows if row.label in part.best],
@@ -312,6 +313,19 @@ def _structures(part: _Part) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _samples(part: _Part) -> list[dict[str, Any]]:
+    """Each prompt with what every model of a sweep writes behind it, the dense one first."""
+    models = [row for row in part.rows if row.samples and row.state == "done"]
+    prompts = models[0].samples if models else ()
+    return [
+        {
+            "prompt": sample.prompt,
+            "models": [(row.label, row.samples[number].continuation) for row in models],
+        }
+        for number, sample in enumerate(prompts)
+    ]
 
 
 def _stored(folder: Path) -> list[int]:

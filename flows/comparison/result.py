@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from foldstack.compression.evaluation.paired import STANDARD_ERRORS
+from foldstack.compression.evaluation.samples import Sample
 from foldstack.compression.evaluation.tracks.result import ModelVerdict, TrackResult
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Row(BaseModel):
     """Whether the final model still matches the dense one; None for that one."""
     tracks: tuple[TrackResult, ...] = ()
     """Of the final model: the run's text and benchmarks, and every track."""
+    samples: tuple[Sample, ...] = ()
+    """Prompts that the final model continued."""
     costs: Facts = {}
     """Footprint and speed in one figure each."""
     seconds: dict[str, float] = {}

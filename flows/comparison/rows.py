@@ -19,6 +19,7 @@ from foldstack.tasks.evaluate_track import load_track
 from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.write_samples import load_samples
 
 TRAINING = ("steps", "tokens", "seconds_training", "first_loss", "last_loss")
 
@@ -52,6 +53,7 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
         speed=facts.get("speed", {}),
         verdict=model_verdict(tracks, rule.within) if tracks else None,
         tracks=tuple(tracks),
+        samples=tuple(load_samples(made["samples"])) if "samples" in made else (),
         costs=_costs(facts, layout, outcomes) if variant else {},
         recovery={name: facts["recover"][name] for name in TRAINING if name in facts["recover"]}
         if "recover" in facts

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol
+from foldstack.compression.evaluation.samples import SampleSpec
 from foldstack.compression.evaluation.speed import SpeedSpec
 from foldstack.compression.evaluation.tracks.sequential import SequentialRule
 from foldstack.compression.evaluation.tracks.settings import Name, Track
@@ -124,6 +125,8 @@ class Evaluation(_Section):
     """When a compressed model matches the dense one."""
     sequential: SequentialRule | None = None
     """Tracks are read until each verdict is known; null: every item of every model."""
+    samples: SampleSpec | None = None
+    """Prompts that every model continues, to be read side by side in the report; null: none."""
 
     @model_validator(mode="before")
     @classmethod

@@ -32,6 +32,7 @@ KNOBS = {
     "compress_model": "set model.dtype to bfloat16, model.device to cpu, or take another method",
     "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
     "evaluate_track": "lower evaluation.batch_size, or the window_tokens of the track's texts",
+    "write_samples": "leave evaluation.samples out",
     "recover_model": "lower recovery.batch_size and raise recovery.gradient_accumulation",
     "benchmark_speed": "lower speed.batch_sizes, or set speed.enabled to false",
 }
@@ -219,6 +220,8 @@ def _of_measuring(
         items = layout.config.evaluation.batch_size * TOKENS_PER_ITEM if stage.track.names else 0
         batch = shapes.activations(max([items, *windows]))
         return Need(PROCESS_BYTES + model_bytes + batch, 0)
+    if stage.stage == "write_samples":
+        return Need(PROCESS_BYTES + model_bytes, 0)
     assert stage.stage == "benchmark_speed", stage.stage
     beside = 0 if branch.variant is None else shapes.dense_bytes
     return Need(PROCESS_BYTES + beside + model_bytes, 0)

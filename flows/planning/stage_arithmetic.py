@@ -13,6 +13,7 @@ from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.evaluate_track import EvaluateTrack
 from foldstack.tasks.score_variants import ScoreVariants
 from foldstack.tasks.stage import Stage
+from foldstack.tasks.write_samples import WriteSamples
 from foldstack.tasks.write_windows import WriteWindows
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class StageArithmetic:
             case "evaluate_track":
                 assert isinstance(stage, EvaluateTrack)
                 return OPENING_SECONDS + self._passing(self._track_tokens(stage), branch)
+            case "write_samples":
+                assert isinstance(stage, WriteSamples)
+                spec = stage.spec
+                return OPENING_SECONDS + self._decoding(spec.count * spec.new_tokens, branch)
             case "benchmark_speed":
                 return rates.fresh_seconds + self._timing(branch)
             case _:

@@ -17,6 +17,7 @@ from foldstack.flows.running.measures import (
     EvaluationDigests,
     evaluation_digests,
     evaluation_of,
+    samples_of,
     speed_of,
     tracks_of,
 )
@@ -33,6 +34,7 @@ from foldstack.tasks.recover_model import RecoverModel
 from foldstack.tasks.score_variants import ScoreVariants
 from foldstack.tasks.stage import ModelRef, Stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
+from foldstack.tasks.write_samples import WriteSamples
 from foldstack.tasks.write_windows import WriteWindows
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class Branch:
     speed: BenchmarkSpeed | None = None
     tracks: Mapping[str, EvaluateTrack] = field(default_factory=dict)
     """Of the model that the branch ends with."""
+    samples: WriteSamples | None = None
+    """Of that model."""
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -70,6 +74,7 @@ class Branch:
             "recover": self.recover,
             "evaluate_after": self.after,
             **{f"{TRACK}{name}": stage for name, stage in self.tracks.items()},
+            "samples": self.samples,
             "speed": self.speed,
         }
         return {part: stage for part, stage in parts.items() if stage is not None}
@@ -156,7 +161,7 @@ class Layout:
             ("compress",),
             ("recover", "evaluate_before"),
             ("evaluate_after",),
-            tuple(TRACK + name for name in self.config.evaluation.tracks),
+            (*(TRACK + name for name in self.config.evaluation.tracks), "samples"),
             ("speed",),
         ):
             for branch in self.branches:
@@ -321,6 +326,7 @@ class _BranchBuilder:
             self._evaluate(self.model, DENSE),
             speed=self._speed(self.model, DENSE),
             tracks=self._dense_tracks,
+            samples=self._samples(self.model, DENSE),
         )
 
     def of(self, variant: Variant) -> Branch:
@@ -345,13 +351,18 @@ class _BranchBuilder:
         if recover is None:
             before = self._evaluate(compressed, variant.label)
             speed = self._speed(compressed, variant.label)
-            tracks = self._tracks(compressed, variant.label)
-            return Branch(variant.label, variant, compress, before, speed=speed, tracks=tracks)
+            return Branch(
+                variant.label, variant, compress, before, speed=speed,
+                tracks=self._tracks(compressed, variant.label),
+                samples=self._samples(compressed, variant.label),
+            )  # fmt: skip
         recovered = recover.artifact(self.store)
         after = self._evaluate(recovered, f"{variant.label} after recovery")
         speed = self._speed(recovered, variant.label)
-        tracks = self._tracks(recovered, variant.label)
-        return Branch(variant.label, variant, compress, before, recover, after, speed, tracks)
+        return Branch(
+            variant.label, variant, compress, before, recover, after, speed,
+            self._tracks(recovered, variant.label), self._samples(recovered, variant.label),
+        )  # fmt: skip
 
     def _recover(self, compressed: Artifact, variant: Variant) -> RecoverModel | None:
         if self.recovery_windows is None:
@@ -370,6 +381,9 @@ class _BranchBuilder:
 
     def _evaluate(self, model: ModelRef | Artifact, name: str) -> EvaluateModel:
         return evaluation_of(self.config, model, name, self.execution, self.evaluation_digests)
+
+    def _samples(self, model: ModelRef | Artifact, name: str) -> WriteSamples | None:
+        return samples_of(self.config, model, name, self.execution, self.evaluation_digests)
 
     @cached_property
     def _dense_tracks(self) -> dict[str, EvaluateTrack]:

@@ -13,6 +13,7 @@ from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
 from foldstack.tasks.evaluate_track import EvaluateTrack, track_digest
 from foldstack.tasks.stage import ModelRef
 from foldstack.tasks.store.artifacts import Artifact
+from foldstack.tasks.write_samples import WriteSamples
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,29 @@ def tracks_of(
         )
         for track_name, track in evaluation.tracks.items()
     }
+
+
+def samples_of(
+    config: RunConfig,
+    model: ModelRef | Artifact,
+    name: str,
+    execution: Execution,
+    digests: EvaluationDigests,
+) -> WriteSamples | None:
+    """The stage that has `model` continue prompts; None where the config asks for none."""
+    spec = config.evaluation.samples
+    if spec is None:
+        return None
+    return WriteSamples(
+        model=model,
+        spec=spec,
+        source=config.evaluation.perplexity.source,
+        source_digest="" if spec.prompts else digests.text,
+        written=None if spec.prompts else digests.written,
+        dtype=config.model.dtype,
+        execution=execution,
+        name=name,
+    )
 
 
 def speed_of(

@@ -88,7 +88,18 @@ def make(
                 "perplexity": {
                     "source": source,
                     "protocol": {"window_tokens": 32, "max_tokens": 200},
-                }
+                },
+                "tracks": {
+                    "reading": {
+                        "texts": {
+                            "lines": {
+                                "source": source,
+                                "protocol": {"window_tokens": 16, "max_tokens": 200},
+                            }
+                        }
+                    }
+                },
+                "samples": {"count": 2, "prompt_tokens": 3, "new_tokens": 2},
             },
             "speed": {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, "load_repeats": 1},
             "tracking": {"enabled": False},
@@ -143,6 +154,23 @@ def test_every_model_has_its_row(first: Comparison) -> None:
         assert is_off == any(
             s.startswith(f"{row.method} removed {realised:.1%}") for s in first.missed
         )
+
+
+def test_every_variant_has_a_verdict_its_tracks_and_samples(first: Comparison) -> None:
+    """Breaks when a track of one model is held against another's, or a row has no verdict."""
+    dense, *smaller = first.rows
+    assert (dense.verdict, dense.tracks) == (None, ())
+    assert len(dense.samples) == 2
+    for row in smaller:
+        assert [track.track for track in row.tracks] == ["modelling", "reading"]
+        (lines,) = row.tracks[1].tasks
+        assert (lines.task, lines.metric) == ("lines", "perplexity")
+        assert row.tracks[1].score == pytest.approx(min(1.0, lines.dense / lines.other))
+        assert row.verdict is not None
+        assert row.verdict.verdict in ("matching", "not matching", "open")
+        assert [sample.prompt for sample in row.samples] == [s.prompt for s in dense.samples]
+        assert 0 < row.costs["footprint"] < 1.2  # type: ignore[operator]
+    assert findings(first)[0].startswith("Beside dense, ")
 
 
 def test_every_variant_is_paired_with_the_dense_model_and_the_best(first: Comparison) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from foldstack.compression.evaluation.samples import Sample
 from foldstack.compression.evaluation.tracks.result import (
     ModelVerdict,
     TaskResult,
@@ -34,7 +35,14 @@ def judged(make_row: Callable[..., Row], make_comparison: Callable[..., Comparis
         "unsure": [track_result("inference", [task("piqa", 0.96, "open")])],
     }
     rows = [
-        make_row(name, 0.2, 1.1, tracks=tuple(some), verdict=model_verdict(some, 0.05))
+        make_row(
+            name,
+            0.2,
+            1.1,
+            tracks=tuple(some),
+            verdict=model_verdict(some, 0.05),
+            samples=(Sample(prompt="Once <upon>", continuation=f"{name} & so on"),),
+        )
         for name, some in tracks.items()
     ]
     return make_comparison(*rows)
@@ -62,6 +70,14 @@ def test_the_report_opens_with_it(judged: Comparison) -> None:
     card = page[page.index('<section class="card">') :]
     assert card.index('class="verdict matching"') < card.index('class="name"')
     assert 'class="text verdict not-matching"' in page
+
+
+def test_the_report_has_what_every_model_writes(judged: Comparison) -> None:
+    """Breaks when a model's words stand beside another's prompt, or are taken for markup."""
+    page = page_of_sweeps([judged])
+    panel = page[page.index("What they write") :]
+    assert panel.index("Once &lt;upon&gt;") < panel.index("<dt>good 0.20</dt><dd>good &amp; so on")
+    assert "<dt>bad 0.20</dt><dd>bad &amp; so on" in panel
 
 
 def test_mlflow_shows_it_first(judged: Comparison) -> None:
