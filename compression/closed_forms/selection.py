@@ -10,9 +10,15 @@ An option that decides about several slots (a block's all, a run of blocks) excl
 the program chooses a cover. HiGHS solves it (`scipy.optimize.milp`).
 """
 
+import ctypes
 import logging
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -31,6 +37,9 @@ MOST_SECONDS = 120.0
 _LOSS_SCALE = 1e3
 # Solvers keep constraints to 1e-6 of their right side, which is 1 here: what is whole stays whole.
 _SLACK = 1e-6
+# What HiGHS prints whatever it was told, when it mends a solution that rounding has spoiled.
+_CHATTER = b"HighsMip"
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class OutOfReach(InputError):
@@ -70,12 +79,14 @@ def select(
     options: Sequence[Option],
     needs: Mapping[str, float],
     not_again: Sequence[Collection[Any]] = (),
+    limits: Mapping[str, float] | None = None,
 ) -> list[Option]:
     """The options of least loss that save what is needed; one for every slot that any is about.
 
     Args:
         needs: what is to be saved, by the name of a budget; not positive: nothing.
         not_again: keys of earlier choices, which are not to be made again.
+        limits: the most that may be saved, by the name of a budget.
 
     Raises:
         OutOfReach: no choice saves as much; it knows how far each budget reaches by itself.
@@ -83,18 +94,23 @@ def select(
     options = [option for option in options if math.isfinite(option.loss)]
     needs = {name: need for name, need in needs.items() if need > 0}
     losses = [option.loss * _LOSS_SCALE for option in options]
-    found = _solved(options, losses, needs, not_again)
+    found = _solved(options, losses, needs, not_again, limits or {})
     if found is None:
-        reach = {name: _most(options, name, not_again) for name in needs}
+        reach = {name: _most(options, name, not_again, limits or {}) for name in needs}
         raise OutOfReach(reach, needs)
     return found
 
 
-def _most(options: Sequence[Option], budget: str, not_again: Sequence[Collection[Any]]) -> float:
+def _most(
+    options: Sequence[Option],
+    budget: str,
+    not_again: Sequence[Collection[Any]],
+    limits: Mapping[str, float],
+) -> float:
     """The most that can be saved of one budget."""
     saved = [option.saved.get(budget, 0.0) for option in options]
     scale = max([1.0, *map(abs, saved)])
-    found = _solved(options, [-amount / scale for amount in saved], {}, not_again)
+    found = _solved(options, [-amount / scale for amount in saved], {}, not_again, limits)
     return math.fsum(option.saved.get(budget, 0.0) for option in found or ())
 
 
@@ -103,6 +119,7 @@ def _solved(
     objective: Sequence[float],
     needs: Mapping[str, float],
     not_again: Sequence[Collection[Any]],
+    limits: Mapping[str, float],
 ) -> list[Option] | None:
     classes = list(dict.fromkeys(o.of_class for o in options if o.of_class is not None))
     rows = _Rows(len(options) + len(classes))
@@ -116,6 +133,10 @@ def _solved(
     for name, need in needs.items():
         saved = {i: o.saved[name] / need for i, o in enumerate(options) if name in o.saved}
         rows.add(saved, 1.0, math.inf)
+    for name, limit in limits.items():
+        saved = {i: o.saved[name] for i, o in enumerate(options) if o.saved.get(name)}
+        if saved:
+            rows.add(saved, -math.inf, limit)
     for index, option in enumerate(options):
         if option.of_class is not None:
             rows.add({index: 1.0, place[option.of_class]: -1.0}, -math.inf, 0.0)
@@ -124,18 +145,48 @@ def _solved(
     for keys in not_again:
         members = [i for i, option in enumerate(options) if option.key in keys]
         rows.add(dict.fromkeys(members, 1.0), -math.inf, len(members) - 1.0)
-    result = milp(
-        np.array([*objective, *[0.0] * len(classes)]),
-        integrality=np.ones(rows.width),
-        bounds=Bounds(0, 1),
-        constraints=rows.constraint(),
-        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": MOST_SECONDS},
-    )
+    with _without_chatter():
+        result = milp(
+            np.array([*objective, *[0.0] * len(classes)]),
+            integrality=np.ones(rows.width),
+            bounds=Bounds(0, 1),
+            constraints=rows.constraint(),
+            options={"mip_rel_gap": RELATIVE_GAP, "time_limit": MOST_SECONDS},
+        )
     if result.x is None:
         return None
     if result.status != 0:
         logger.warning("the search for the best choice stopped early: %s", result.message)
     return [o for o, taken in zip(options, result.x[: len(options)], strict=True) if taken > 0.5]
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Inside, what C code writes to standard output waits, and the solver's own line is dropped.
+
+    The line comes from `printf`, past `sys.stdout`; whatever else is written meanwhile, by other
+    threads, is passed on afterwards.
+    """
+    with _ONE_AT_A_TIME, tempfile.TemporaryFile() as waiting:
+        _flush()
+        stdout = os.dup(1)
+        os.dup2(waiting.fileno(), 1)
+        try:
+            yield
+        finally:
+            _flush()
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            waiting.seek(0)
+            kept = b"".join(line for line in waiting if not line.startswith(_CHATTER))
+            while kept:
+                kept = kept[os.write(1, kept) :]
+
+
+def _flush() -> None:
+    """What Python and C have buffered goes to where standard output is now."""
+    sys.stdout.flush()
+    ctypes.CDLL(None).fflush(None)
 
 
 class _Rows:

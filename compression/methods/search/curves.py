@@ -76,7 +76,8 @@ def _of_widths(library: Library, slot: Slot, scores: Sequence[Score]) -> list[Op
     options = []
     for width in sorted(widths, reverse=True):
         saved = dimension.removed(width)
-        if 0 < saved <= curve.farthest:
+        # What was scored need not be a multiple that this search takes.
+        if 0 < saved <= curve.farthest and dimension.floor(float(width)) == width:
             loss = scored[width].mean if width in scored else curve(saved)
             options.append(option(library, library.width(*slot, width), loss))
     return options

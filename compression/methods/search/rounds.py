@@ -51,6 +51,8 @@ def improved(
     rounds: int,
     spool: Spool,
     known: Mapping[Variant, float],
+    *,
+    one_width: bool = False,
 ) -> tuple[Choice, list[Improvement]]:
     """A choice after rounds of scoring around it, and what each came to.
 
@@ -60,11 +62,13 @@ def improved(
         solve: the options to choose, at the budget.
         known: losses of variants in the dense model; blocks that cost less there than `choice`
             does as a whole are tried absent.
+        one_width: all MLPs have one width: what comes back has that of the others.
     """
     found: list[Improvement] = []
     here = fresh.loss(choice)
     for number in range(rounds):
-        options = options_around(library, scorer, choice, spool, f"round-{number}", known)
+        name = f"round-{number}"
+        options = options_around(library, scorer, choice, spool, name, known, one_width=one_width)
         try:
             other = choice_of(solve(options))
         except OutOfReach:  # what is near saves too little: cannot be, as the choice itself is near
@@ -94,10 +98,13 @@ def options_around(
     spool: Spool,
     name: str,
     known: Mapping[Variant, float],
+    *,
+    one_width: bool = False,
 ) -> list[Option]:
     """What may stand instead of single parts of a choice, with what each changes of its loss."""
     base = scorer.loss(choice)
-    moves = [*_width_moves(library, choice), *_removals(library, choice, known, float(base.mean()))]
+    removals = _removals(library, choice, known, float(base.mean()), one_width=one_width)
+    moves = [*_width_moves(library, choice), *removals]
     losses = scorer.losses([move.choice for move in moves], choice, spool, name)
     rises = [float((loss - base).mean()) for loss in losses]
     options = standing(library, choice)
@@ -172,17 +179,23 @@ def _width_moves(library: Library, choice: Choice) -> list[_Move]:
 
 
 def _removals(
-    library: Library, choice: Choice, known: Mapping[Variant, float], loss: float
+    library: Library,
+    choice: Choice,
+    known: Mapping[Variant, float],
+    loss: float,
+    *,
+    one_width: bool,
 ) -> list[_Move]:
-    """Blocks that may go too, and those that may come back whole."""
+    """Blocks that may go too, and those that may come back: whole, or as wide as the others."""
     moves = []
     gone = absent(choice)
+    widths = {v.level for v in choice if v.kind == "mlp_width"} if one_width else set()
     for variant in sorted_(known):
         if variant.kind != "absent":
             continue
         if variant in choice:
-            back = frozenset(choice - {variant})
-            moves.append(_Move(back, (), variant.slots))
+            back = tuple(library.width(variant.first, "mlp", width) for width in widths)
+            moves.append(_Move(frozenset([*choice - {variant}, *back]), back, variant.slots))
         elif known[variant] <= max(loss, 1e-6) and variant.first not in gone:
             moves.append(_Move(with_variant(choice, variant), (variant,), variant.slots))
     return moves

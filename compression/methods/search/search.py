@@ -159,12 +159,20 @@ class Search(Method):
         scorer = Scorer(assembly, scored_on, progress=evidence.progress)
         if set(self.library) == {"removals"}:
             choice = self._removed(library, scorer, sensitivity, choice)
-        if self.rounds == 0 or self.target == "native" or len(fresh) < 2:
+        if self.rounds == 0 or len(fresh) < 2:
             return choice
         known = {score.variant: score.mean for score in sensitivity.scores}
         judge = Scorer(assembly, fresh, progress=evidence.progress)
         choice, _ = improved(
-            library, scorer, judge, choice, solve, self.rounds, evidence.spool(), known
+            library,
+            scorer,
+            judge,
+            choice,
+            solve,
+            self.rounds,
+            evidence.spool(),
+            known,
+            one_width=self.target == "native",
         )
         return choice
 

@@ -1,11 +1,14 @@
 """The binary program against brute force and against the Lagrangian."""
 
+import ctypes
 import itertools
 import math
 from random import Random
+from typing import Any
 
 import pytest
 
+from foldstack.compression.closed_forms import selection
 from foldstack.compression.closed_forms.selection import (
     Option,
     OutOfReach,
@@ -122,3 +125,35 @@ def test_the_lower_hull_leaves_out_what_lies_above_a_line() -> None:
     ]
     with pytest.raises(OutOfReach):
         spread({"only": [(0.0, 0.0), (3.0, 1.0)]}, 4.0)
+
+
+def test_what_may_be_saved_has_a_limit() -> None:
+    """Without it a search may take the attention of every block, and no cache counts tokens."""
+    options = [Option((), frozenset([slot]), 0.0) for slot in range(3)]
+    options += [
+        Option((slot, "gone"), frozenset([slot]), 1.0 + slot, {"size": 1.0, "gone": 1.0})
+        for slot in range(3)
+    ]
+    options.append(Option("run", frozenset([0, 1]), 0.5, {"size": 2.0, "gone": 2.0}))
+    assert {o.key for o in select(options, {"size": 2.0})} == {"run", ()}
+    kept = select(options, {"size": 1.0}, limits={"gone": 1.0})
+    assert {o.key for o in kept} == {(0, "gone"), ()}
+    with pytest.raises(OutOfReach, match="size: 1 of 2"):
+        select(options, {"size": 2.0}, limits={"gone": 1.0})
+
+
+def test_the_solver_prints_nothing_and_what_others_print_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """HiGHS has a `printf` of its own; `foldstack --json` must print JSON alone."""
+    solve = selection.milp
+
+    def chatting(*args: Any, **kwargs: Any) -> Any:
+        libc = ctypes.CDLL(None)
+        libc.puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();")
+        libc.puts(b"another thread")
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(selection, "milp", chatting)
+    select([Option((), frozenset([0]), 0.0)], {})
+    assert capfd.readouterr().out == "another thread\n"

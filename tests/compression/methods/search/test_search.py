@@ -155,14 +155,41 @@ def test_two_budgets_are_both_kept(tiny_model: Any, evidence_of: Any) -> None:
     assert len(outlined.blocks) <= 4
 
 
-def test_a_native_target_gives_a_stock_model(tiny_model: Any, evidence_of: Any) -> None:
+def test_a_native_target_gives_a_stock_model(
+    tiny_model: Any, windows: Tensor, evidence_of: Any
+) -> None:
+    """Rounds, too: what comes back must have the width of the others, and the model gets better."""
+    torch.manual_seed(0)
     model = tiny_model("llama")
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     evidence = evidence_of(model)
     for sparsity in (0.1, 0.4):
-        change = Search(sparsity=sparsity, target="native").compress(model, evidence)
-        assert change.plan.is_native
-        removed = 1 - size_of(cut(model, change)).parameters / size_of(model).parameters
-        assert removed >= sparsity - 1e-9
+        losses = []
+        for rounds in (0, 3):
+            method = Search(sparsity=sparsity, target="native", rounds=rounds, refit="none")
+            change = method.compress(model, evidence)
+            assert change.plan.is_native
+            smaller = cut(model, change)
+            assert 1 - size_of(smaller).parameters / size_of(model).parameters >= sparsity - 1e-9
+            losses.append(divergence(model, smaller, windows[4:]))
+        assert losses[1] <= losses[0] + 1e-9
+    assert losses[1] < losses[0]
+
+
+def test_widths_are_multiples_where_scored_ones_are_not(tiny_model: Any, evidence_of: Any) -> None:
+    """One scoring serves searches of all multiples; a kernel that asked for 8 must get 8."""
+    model = tiny_model("llama")
+    evidence = evidence_of(model)
+    for rounds in (0, 1):
+        method = Search(sparsity=0.3, mlp_multiple=8, head_multiple=4, rounds=rounds)
+        plan = method.compress(model, evidence).plan
+        assert any(block.mlp_width for block in plan.blocks)
+        for block in plan.blocks:
+            assert (block.mlp_width or 0) % 8 == 0
+            if block.narrow_heads is not None:
+                assert block.narrow_heads.qk_dim % 4 == block.narrow_heads.v_dim % 4 == 0
 
 
 def test_budgets_out_of_reach_say_how_far_the_library_goes(tiny_model: Any) -> None:
