@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer
@@ -26,6 +28,7 @@ from foldstack.compression.methods.method import Evidence, Method, no_progress
 from foldstack.compression.methods.search.scoring import scored
 from foldstack.compression.statistics.gathering import KINDS, gather
 from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.statistics.sensitivity import Sensitivity
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import Size, size_of
 from foldstack.compression.structure.surgery import cut
@@ -92,11 +95,22 @@ def self_written(
     return write_windows(model, tokenizer, spec, temperature=temperature).tokens.long()
 
 
-def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
-    """Mean loss of the tokens that have one before them in their window, in nats."""
+def losses_of(model: PreTrainedModel, windows: Tensor) -> list[float]:
+    """Per window, the mean loss of the tokens that have one before them in it, in nats."""
+    losses: list[float] = []
     with torch.no_grad():
-        losses = [float(model(batch, labels=batch).loss) * len(batch) for batch in windows.split(8)]
-    return math.fsum(losses) / len(windows)
+        for batch in windows.split(8):
+            logits = model(batch).logits[:, :-1].float()
+            of_tokens = cross_entropy(
+                logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
+            )
+            losses += of_tokens.view(len(batch), -1).mean(1).tolist()
+    return losses
+
+
+def perplexity_of(losses: list[float]) -> float:
+    """Of windows of one length, from their mean losses."""
+    return math.exp(math.fsum(losses) / len(losses))
 
 
 def add_data_options(parser: argparse.ArgumentParser, **defaults: str | int) -> None:
@@ -118,6 +132,9 @@ def add_data_options(parser: argparse.ArgumentParser, **defaults: str | int) -> 
         type=int,
         default=defaults.get("recovery_steps", 0),
         help=f"of {RECOVERY_BATCH} windows; 0: none",
+    )
+    parser.add_argument(
+        "--scores", type=Path, help="folder of what variants cost: made once, of these very windows"
     )
 
 
@@ -178,6 +195,7 @@ class Bench:
         self.model, tokenizer = load_model(folder), load_tokenizer(folder)
         tokens, count = options.window_tokens, options.num_calibration
         self.steps: int = options.recovery_steps
+        self.scores: Path | None = options.scores
         num_training = self.steps * RECOVERY_BATCH
         self.progress: Callable[[str, int, int], None] = no_progress
         if options.calibration.partition(":")[0] == SELF:
@@ -207,13 +225,25 @@ class Bench:
         return Evidence(self.calibration, found, rank_blocks(found), progress=self._tell)
 
     def evidence_for(self, method: Method) -> Evidence:
-        """The same with the scores that a method asks for, made once."""
+        """The same with the scores that a method asks for, made once, or in another run of the same
+        data (`--scores`)."""
+        folder = self.scores
+        if folder is not None and self.evidence.sensitivity is None and folder.exists():
+            self.evidence = replace(self.evidence, sensitivity=Sensitivity.load(folder))
+        before = self.evidence.sensitivity
         if method.scores:
             self.evidence = scored(self.evidence, self.model, method.scores)
+        after = self.evidence.sensitivity
+        if folder is not None and after is not None and after is not before:
+            after.save(folder)
         return self.evidence
 
     def perplexity(self, model: PreTrainedModel) -> float:
-        return math.exp(cross_entropy(model, self.test))
+        return perplexity_of(self.losses(model))
+
+    def losses(self, model: PreTrainedModel) -> list[float]:
+        """Of every test window."""
+        return losses_of(model, self.test)
 
     def compressed(
         self, name: str, sparsity: float, seed: int = 0, **settings: Any

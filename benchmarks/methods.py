@@ -13,6 +13,9 @@ a model, python-stdlib:train and python-stdlib:test are texts; --calibration sel
 write its own windows (self:0.8 at another temperature than 1). Without --variant every method runs
 as it comes; --variant paper_forms adds those that switch our departures off.
 
+Below the tables stand the differences of the variants' losses to the first variant's, paired by
+window: name first what the others are to be compared with.
+
 With --results every figure goes into that file as soon as it is known, a line of JSON each with all
 settings that it depends on (not the code): interrupt at will, and the same command goes on, or
 prints the tables again. Several processes may fill one file, each with sparsities of its own.
@@ -26,6 +29,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from functools import cached_property
+from statistics import stdev
 from typing import Any
 
 # Before whatever loads `statistics`, which the script of that name beside this one answers for.
@@ -38,6 +42,7 @@ from held_out_loss import (
     add_data_options,
     add_results_option,
     is_json,
+    perplexity_of,
 )
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -140,14 +145,18 @@ class Comparison:
             smaller, seconds = self._cut(method)
         size = size_of(smaller)
         linears = size.block_linear_parameters / bench.dense.block_linear_parameters
-        figures = {
+        losses = bench.losses(smaller)
+        figures: Figures = {
             "sparsity": 1 - size.parameters / bench.dense.parameters,
             "linear_sparsity": 1 - linears,
-            "perplexity": bench.perplexity(smaller),
+            "kv_bytes": size.kv_bytes_per_token / bench.dense.kv_bytes_per_token,
+            "perplexity": perplexity_of(losses),
+            "losses": losses,
             "seconds": seconds,
         }
         if bench.steps:
-            figures["recovered"] = bench.perplexity(bench.recovered(smaller, seed))
+            losses = bench.losses(bench.recovered(smaller, seed))
+            figures |= {"recovered": perplexity_of(losses), "recovered_losses": losses}
         return figures
 
     def _cut(self, method: Method) -> tuple[PreTrainedModel, float]:
@@ -175,7 +184,14 @@ def _mean(runs: list[Figures]) -> Figures:
     failed = next((run for run in runs if "error" in run), None)
     if failed is not None:
         return failed
-    figures: Figures = {key: math.fsum(r[key] for r in runs) / len(runs) for key in runs[0]}
+    figures: Figures = {}
+    for key, value in runs[0].items():
+        if isinstance(value, list):  # of every test window
+            figures[key] = [
+                math.fsum(v) / len(runs) for v in zip(*(r[key] for r in runs), strict=True)
+            ]
+        else:
+            figures[key] = math.fsum(run[key] for run in runs) / len(runs)
     for key in {"perplexity", "recovered"} & figures.keys():
         values = [run[key] for run in runs]
         figures[f"{key}_range"] = max(values) - min(values)
@@ -219,6 +235,24 @@ def side_by_side(figures: dict[tuple[str, float], Figures]) -> Iterator[str]:
         yield f"| {variant} | {' | '.join(cells)} |"
 
 
+def paired(figures: dict[tuple[str, float], Figures]) -> Iterator[str]:
+    """Lines of a Markdown table: per sparsity, by how many nats each variant's loss on the test
+    windows is above that of the first one, after recovery if there was any, with the standard error
+    of the differences by window."""
+    shrunk = {key: row for key, row in figures.items() if key[0] != DENSE and "losses" in row}
+    yield "| variant | less the first one's loss, nats per token | standard error |"
+    yield "|---|---|---|"
+    for sparsity in dict.fromkeys(share for _, share in shrunk):
+        rows = [(name, row) for (name, share), row in shrunk.items() if share == sparsity]
+        key = "recovered_losses" if "recovered_losses" in rows[0][1] else "losses"
+        for name, row in rows[1:]:
+            pairs = zip(row[key], rows[0][1][key], strict=True)
+            differences = [theirs - first for theirs, first in pairs]
+            error = stdev(differences) / math.sqrt(len(differences))
+            mean = math.fsum(differences) / len(differences)
+            yield f"| {name} {sparsity:g} - {rows[0][0]} | {mean:+.4f} | {error:.4f} |"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_options(parser)
@@ -252,6 +286,8 @@ def main() -> None:
         print(json.dumps({f"{name} {share:g}": row for (name, share), row in figures.items()}))
     else:
         print("\n".join(["", *table(figures), "", *side_by_side(figures)]))
+        if len(figures) > 2:
+            print("\n".join(["", *paired(figures)]))
     if interrupted:
         raise SystemExit(130)
     if any("fault" in row for row in figures.values()):
