@@ -75,6 +75,7 @@ class ScoreVariants(ComputedStage):
             Assembly(library, evidence),
             windows_of(windows, self.tokens),
             variants,
+            families=[self.family],
             spool=evidence.spool(),
             progress=progress,
         )

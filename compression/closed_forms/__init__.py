@@ -2,6 +2,8 @@
 
 - `channel_removal`: Channels between two matrices that go one after the other, each the one whose
   absence costs the output least: closed forms, tensors in and out.
+- `head_merging`: Several key and value heads as one, best on calibration data: closed forms,
+  tensors in and out.
 - `inner_pairs`: Pairs of matrices with a narrower dimension between them: closed forms, tensors in
   and out.
 - `loss_curve`: A loss as a function of what is saved, from a few places where it is known.

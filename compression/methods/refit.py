@@ -262,7 +262,7 @@ class _Site:
         the size of a token's output where a norm follows, and of its residual stream."""
         with _seen_by(self.linear) as seen:
             for error, stream in self._errors():
-                read, written = (t.reshape(-1, t.shape[-1]) for t in seen)
+                read, written = (t.flatten(0, -2) for t in seen)
                 precision = torch.promote_types(read.dtype, torch.float32)
                 written = written.to(precision)
                 read = written if self.how.by_output else read.to(precision)
@@ -271,9 +271,9 @@ class _Site:
                 if self.norm is not None:
                     size = _size(written, _epsilon(self.norm))
                     read, written = read / size, written / size
-                error = error.reshape(-1, error.shape[-1])
+                error = error.flatten(0, -2)
                 if stream is not None and self.how.relative:
-                    size = _size(stream.reshape(-1, stream.shape[-1]).to(precision))
+                    size = _size(stream.flatten(0, -2).to(precision))
                     read, written, error = read / size, written / size, error / size
                 yield _Rows(read, written, error)
 

@@ -13,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods import METHODS
+from foldstack.compression.methods.search.library import Library
+from foldstack.compression.statistics.sensitivity import KINDS, VariantKind
 from foldstack.compression.structure.architectures import ARCHITECTURES, architecture_of
 from foldstack.compression.structure.surgery import build_on_meta
 
@@ -58,6 +60,14 @@ loaded in a fresh process without foldstack with the same logits, decoded from t
 forward, generated from.
 
 *native*: the result is a checkpoint of the stock class. *portable*: it carries one modelling file.
+"""
+_LIBRARY = """## What `search` may choose from
+
+By the kinds of variants (`compression/methods/search/kinds.py`), each of which is made, decoded
+from the cache and saved for every family by `tests/compression/methods/search/test_kinds.py`.
+Queries and keys that are normed head by head are neither narrowed nor merged. A model whose blocks
+share, borrow or factor linears already, or work in bases of their own, keeps only what removes
+blocks.
 """
 _TAIL = """## What is taken care of
 
@@ -110,6 +120,7 @@ def page() -> str:
     parts = [_HEAD, _table(everything, reasons)]
     if reasons:
         parts.append("".join(f"{n}. {reason}\n" for n, reason in enumerate(reasons, start=1)))
+    parts += [_LIBRARY, _library()]
     parts += ["## Models of a family that not every method takes\n", "".join(_unusual())]
     parts += ["## Refused by all\n", "".join(_refused_by_all()), _TAIL]
     return "\n".join(parts)
@@ -123,6 +134,20 @@ def _table(everything: Mapping[str, Mapping[str, Answer]], reasons: list[str]) -
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
+def _library() -> str:
+    """Which kinds of variants there are for a model of each family."""
+    offered = {family: _kinds_for(small_config(family)) for family in ARCHITECTURES}
+    lines = [["variant", "in `library`", *ARCHITECTURES], ["---"] * (2 + len(ARCHITECTURES))]
+    for kind, about in KINDS.items():
+        cells = ["yes" if kind in kinds else "no" for kinds in offered.values()]
+        lines.append([kind.replace("_", " "), about.family, *cells])
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _kinds_for(config: PreTrainedConfig) -> set[VariantKind]:
+    return {variant.kind for variant in Library(build_on_meta(config)).variants()}
+
+
 def _unusual() -> Iterator[str]:
     for what, (family, entries) in UNUSUAL.items():
         config = small_config(family, **entries)
@@ -130,6 +155,12 @@ def _unusual() -> Iterator[str]:
         for method in METHODS:
             if reason := answer(method, config).reason:
                 refusals.setdefault(reason, []).append(method)
+        if any(len(methods) == len(METHODS) for methods in refusals.values()):
+            missing = []
+        else:
+            missing = sorted(_kinds_for(small_config(family)) - _kinds_for(config))
+        if missing:
+            yield f"- {family}, {what}: search has no {', '.join(missing).replace('_', ' ')}\n"
         for reason, methods in refusals.items():
             who = "every method" if len(methods) == len(METHODS) else ", ".join(methods)
             yield f"- {family}, {what}: refused by {who}: {reason}\n"

@@ -172,7 +172,7 @@ def _input_hooks(
     }
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], reads: str) -> None:
-        see(reads, args[0].detach().reshape(-1, args[0].shape[-1]))
+        see(reads, args[0].detach().flatten(0, -2))
 
     handles = [
         module.register_forward_pre_hook(partial(hook, reads=reads))

@@ -1,9 +1,9 @@
 """What the loss says of each change that may be made to a model, made alone.
 
 A variant is what may stand at a site in place of what is there: an MLP of fewer channels, heads of
-fewer coordinates, linears of a lower rank, nothing. Its score is the rise of the loss when it alone
-stands in the dense model: KL(dense || changed) in nats per token, one value for each window, so
-that every mean has a standard error and differences can be paired.
+fewer coordinates, linears of a lower rank, another block's weights, nothing. Its score is the rise
+of the loss when it alone stands in the dense model: KL(dense || changed) in nats per token, one
+value for each window, so that every mean has a standard error and differences can be paired.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,30 +26,54 @@ SCORE_TOKENS = 2048
 """Calibration tokens that variants are scored on."""
 SENSITIVITY_FILE = "sensitivity.json"
 
-Family = Literal["widths", "ranks", "removals"]
-FAMILIES: tuple[Family, ...] = ("widths", "ranks", "removals")
+Family = Literal["widths", "ranks", "removals", "sublayers", "kv_groups", "runs", "sharing"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 VariantKind = Literal[
-    "mlp_width", "query_key_width", "value_output_width", "mlp_rank", "attention_rank", "absent"
+    "mlp_width",
+    "query_key_width",
+    "value_output_width",
+    "mlp_rank",
+    "attention_rank",
+    "absent",
+    "attention_absent",
+    "mlp_absent",
+    "kv_heads",
+    "run_absent",
+    "run_map",
+    "shared",
 ]
-FAMILY_OF: dict[VariantKind, Family] = {
-    "mlp_width": "widths",
-    "query_key_width": "widths",
-    "value_output_width": "widths",
-    "mlp_rank": "ranks",
-    "attention_rank": "ranks",
-    "absent": "removals",
-}
 Part = Literal["mlp", "query_key", "value_output"]
 PARTS: tuple[Part, ...] = ("mlp", "query_key", "value_output")
 _ATTENTION: tuple[Part, ...] = ("query_key", "value_output")
-_PARTS_OF: dict[VariantKind, tuple[Part, ...]] = {
-    "mlp_width": ("mlp",),
-    "query_key_width": ("query_key",),
-    "value_output_width": ("value_output",),
-    "mlp_rank": ("mlp",),
-    "attention_rank": _ATTENTION,
-    "absent": PARTS,
+
+
+class KindOfVariant(NamedTuple):
+    """What a kind of variant is about, wherever it stands."""
+
+    family: Family
+    parts: tuple[Part, ...] = PARTS
+    """Of every block, that it decides about."""
+    parts_of_first: tuple[Part, ...] | None = None
+    """Those of its first block, where they are others."""
+    gone_from: int | None = None
+    """From which of its blocks on, counted from 0, they are not there any more."""
+
+
+KINDS: dict[VariantKind, KindOfVariant] = {
+    "mlp_width": KindOfVariant("widths", ("mlp",)),
+    "query_key_width": KindOfVariant("widths", ("query_key",)),
+    "value_output_width": KindOfVariant("widths", ("value_output",)),
+    "mlp_rank": KindOfVariant("ranks", ("mlp",)),
+    "attention_rank": KindOfVariant("ranks", _ATTENTION),
+    "absent": KindOfVariant("removals", gone_from=0),
+    "attention_absent": KindOfVariant("sublayers", _ATTENTION),
+    "mlp_absent": KindOfVariant("sublayers", ("mlp",)),
+    "kv_heads": KindOfVariant("kv_groups", _ATTENTION),
+    "run_absent": KindOfVariant("runs", gone_from=0),
+    "run_map": KindOfVariant("runs", parts_of_first=("mlp",), gone_from=1),
+    "shared": KindOfVariant("sharing"),
 }
+FAMILY_OF: dict[VariantKind, Family] = {kind: about.family for kind, about in KINDS.items()}
 Slot = tuple[int, Part]
 """A position and a part of its block: exactly one variant, or the original, stands there."""
 
@@ -68,13 +92,22 @@ class Variant(_Record):
     """The position behind the last one."""
     level: int = Field(default=0, ge=0)
     """Of a width: the width that is left. Of a rank: the parameters that are left of each linear,
-    per mille. 0 where nothing is left."""
+    per mille. Of KV heads: how many are left. Of shared weights: whose they are, counted from its
+    first block. 0 where nothing is left."""
 
     @property
     def slots(self) -> frozenset[Slot]:
         """What it decides about."""
-        positions = range(self.first, self.stop)
-        return frozenset((p, part) for p in positions for part in _PARTS_OF[self.kind])
+        about = KINDS[self.kind]
+        of_first = about.parts if about.parts_of_first is None else about.parts_of_first
+        rest = ((p, part) for p in range(self.first + 1, self.stop) for part in about.parts)
+        return frozenset([*((self.first, part) for part in of_first), *rest])
+
+    @property
+    def gone(self) -> range:
+        """Positions whose blocks are not there any more."""
+        start = KINDS[self.kind].gone_from
+        return range(0) if start is None else range(self.first + start, self.stop)
 
     @property
     def site(self) -> tuple[int, int, VariantKind]:
@@ -82,6 +115,13 @@ class Variant(_Record):
         return self.first, self.stop, self.kind
 
     def __str__(self) -> str:
+        if self.kind == "run_map":
+            run = f"{self.gone.start}..{self.gone.stop - 1}" if len(self.gone) > 1 else self.gone[0]
+            return f"block {run} as a map of what block {self.first} adds"
+        if self.kind == "shared":
+            return (
+                f"blocks {self.first} and {self.first + 1} on weights of {self.first + self.level}"
+            )
         where = f"{self.first}" if self.stop == self.first + 1 else f"{self.first}..{self.stop - 1}"
         what = self.kind.replace("_", " ")
         return f"{what} {self.level} of block {where}" if self.level else f"block {where} {what}"
@@ -128,6 +168,8 @@ class Sensitivity(_Record):
     num_windows: int = Field(ge=1)
     window_tokens: int = Field(ge=1)
     scores: tuple[Score, ...]
+    families: tuple[Family, ...] = ()
+    """Those that were asked for, of which a model may have no variant at all."""
 
     def __add__(self, other: "Sensitivity") -> "Sensitivity":
         """Those of both: shards of the blocks, or other families of variants.
@@ -135,13 +177,23 @@ class Sensitivity(_Record):
         Raises:
             InputError: the two are of models of other depths, or of other windows.
         """
-        if self._measured_on != other._measured_on:
+        if not self.is_of_the_windows_of(other):
             raise InputError(
                 "scores belong together when they are of one model on the same windows; got "
                 f"{self._measured_on} and {other._measured_on} (blocks, windows, tokens of each)"
             )
         scores = {score.variant: score for score in (*self.scores, *other.scores)}
-        return self.model_copy(update={"scores": tuple(scores.values())})
+        families = tuple(dict.fromkeys((*self.families, *other.families)))
+        return self.model_copy(update={"scores": tuple(scores.values()), "families": families})
+
+    @property
+    def known(self) -> frozenset[Family]:
+        """The families whose variants were scored."""
+        return frozenset([*self.families, *(FAMILY_OF[s.variant.kind] for s in self.scores)])
+
+    def is_of_the_windows_of(self, other: "Sensitivity") -> bool:
+        """Whether both are of as many windows of one length, and of models of one depth."""
+        return self._measured_on == other._measured_on
 
     @property
     def _measured_on(self) -> tuple[int, int, int]:
@@ -154,14 +206,14 @@ class Sensitivity(_Record):
             InputError: nothing is known of one of them.
         """
         families = set(families)
-        known = {FAMILY_OF[score.variant.kind] for score in self.scores}
-        if missing := families - known:
+        if missing := families - self.known:
             raise InputError(
                 f"no variants of {', '.join(sorted(missing))} were scored; "
-                f"there are scores of {', '.join(sorted(known)) or 'nothing'}"
+                f"there are scores of {', '.join(sorted(self.known)) or 'nothing'}"
             )
-        chosen = (s for s in self.scores if FAMILY_OF[s.variant.kind] in families)
-        return self.model_copy(update={"scores": tuple(chosen)})
+        chosen = tuple(s for s in self.scores if FAMILY_OF[s.variant.kind] in families)
+        asked = tuple(f for f in self.families if f in families)
+        return self.model_copy(update={"scores": chosen, "families": asked})
 
     @property
     def sites(self) -> dict[tuple[int, int, VariantKind], list[Score]]:
@@ -176,6 +228,48 @@ class Sensitivity(_Record):
         absent = [s for s in self.scores if s.variant.kind == "absent"]
         ranked = sorted(absent, key=lambda score: (score.mean, score.variant.first))
         return tuple(score.variant.first for score in ranked)
+
+    def loss_of_run(
+        self, run: range, kind: Literal["run_absent", "run_map"] = "run_absent"
+    ) -> float:
+        """What it costs, in nats per token, that a run of blocks is gone: as it was scored, or the
+        least sum of what is known of its parts; infinite where nothing is known of some of it.
+        Nothing for no blocks."""
+        kinds = ("absent", "run_absent") if kind == "run_absent" else (kind,)
+        known = {place: loss for k in kinds for place, loss in self._runs.get(k, {}).items()}
+        least = {run.start: 0.0}
+        for stop in range(run.start + 1, run.stop + 1):
+            parts = (
+                least[start] + known.get((start, stop), math.inf)
+                for start in range(run.start, stop)
+            )
+            least[stop] = min(parts)
+        return known.get((run.start, run.stop), least[run.stop])
+
+    def losses_of_runs(self, length: int) -> tuple[float, ...]:
+        """What it costs that a run is gone, for every run of `length` blocks."""
+        starts = range(self.num_blocks - length + 1)
+        return tuple(self.loss_of_run(range(start, start + length)) for start in starts)
+
+    @cached_property
+    def _runs(self) -> dict[str, dict[tuple[int, int], float]]:
+        """The losses of runs that are gone, by kind."""
+        runs: dict[str, dict[tuple[int, int], float]] = {}
+        for score in self.scores:
+            gone = score.variant.gone
+            if gone:
+                runs.setdefault(score.variant.kind, {})[gone.start, gone.stop] = score.mean
+        return runs
+
+    def losses_of_sharing(self) -> dict[int, float]:
+        """By the first of two neighbours, what it costs that both use the linears of one, the
+        better one."""
+        losses: dict[int, float] = {}
+        for score in self.scores:
+            if score.variant.kind == "shared":
+                first = score.variant.first
+                losses[first] = min(losses.get(first, math.inf), score.mean)
+        return losses
 
     def table(self) -> list[dict[str, Any]]:
         """One row per variant."""

@@ -24,12 +24,16 @@ class LowRank(Record):
 
 class NarrowHeads(Record):
     """Attention whose heads have fewer coordinates than the base model's, one width for all heads
-    of a block; its scale stays that of the base model's heads."""
+    of a block, or of which there are fewer for keys and values; its scale stays that of the base
+    model's heads. Without any coordinates it adds its output bias alone, and has no KV cache."""
 
-    qk_dim: int = Field(ge=1)
+    qk_dim: int = Field(ge=0)
     """Coordinates of a query and of a key head."""
-    v_dim: int = Field(ge=1)
+    v_dim: int = Field(ge=0)
     """Coordinates of a value head, and of what the output projection reads of it."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads where they are fewer than the base model's; each serves equally many of
+    the base model's, neighbours."""
     rotary_dim: int = Field(default=0, ge=0)
     """How many of the first query-key coordinates rotate, i with i + rotary_dim / 2; 0 without
     rotary positions. Which of the base model's frequencies they are is stored with the weights."""
@@ -42,7 +46,17 @@ class NarrowHeads(Record):
             raise ValueError(
                 f"rotary_dim must be even and at most qk_dim {self.qk_dim}, got {self.rotary_dim}"
             )
+        if (self.qk_dim == 0) != (self.v_dim == 0):
+            raise ValueError(
+                f"queries, keys and values are absent together, got qk_dim {self.qk_dim} and v_dim "
+                f"{self.v_dim}"
+            )
         return self
+
+    @property
+    def attends(self) -> bool:
+        """Whether anything is computed between tokens."""
+        return self.v_dim > 0
 
 
 class Sliced(Record):
@@ -96,8 +110,9 @@ class BlockPlan(Record):
     (FoldGPT, 2407.00928)."""
     intermediate_size: int | None = None
     """Inner width of an ffn or swiglu replacement."""
-    mlp_width: int | None = Field(default=None, ge=1)
-    """Inner width of the block's own MLP where it is not the base model's."""
+    mlp_width: int | None = Field(default=None, ge=0)
+    """Inner width of the block's own MLP where it is not the base model's; 0: it adds its bias
+    alone."""
     narrow_heads: NarrowHeads | None = None
     """Widths of the attention heads where they are not the base model's."""
     sliced: Sliced | None = None

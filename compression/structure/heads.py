@@ -148,3 +148,19 @@ def stored_heads(model: PreTrainedModel, position: int, heads: Heads) -> dict[st
 def rotary_pairs_place(model: PreTrainedModel, position: int) -> str:
     """Where a cut stores which rotary frequencies the key heads of a block have kept."""
     return f"blocks.{position}.{_attention_path(architecture_of(model))}.rotary_pairs"
+
+
+def has_value_bias(model: PreTrainedModel) -> bool:
+    """Whether some block of a model adds a bias to its values."""
+    architecture = architecture_of(model)
+    last = _sites(architecture, "attention_input")[-1]
+    present = [dict(block.named_modules()).get(last) for block in architecture.blocks(model)]
+    return any(module is not None and module.bias is not None for module in present)
+
+
+def with_value_bias(heads: Heads, sizes: HeadSizes) -> Float[Tensor, " hidden"]:
+    """The output bias with the values' in it: the weights of a row of scores add up to one."""
+    assert heads.value_bias is not None
+    biases = heads.value_bias.repeat_interleave(sizes.group, dim=0)
+    moved = torch.einsum("hod,hd->o", heads.output, biases)
+    return moved if heads.output_bias is None else heads.output_bias + moved

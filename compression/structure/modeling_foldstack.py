@@ -173,7 +173,8 @@ class FoldstackConfig(PreTrainedConfig):
 
     @property
     def _attends(self) -> list[bool]:
-        return [block["kind"] not in ATTENTION_FREE for block in self.block_plans]
+        plans = self.block_plans
+        return [attends(plans, position) for position in range(len(plans))]
 
     @property
     def num_hidden_layers(self) -> int:
@@ -189,6 +190,15 @@ class FoldstackConfig(PreTrainedConfig):
         if types is None or not self._attends:
             return types
         return [kind for kind, attends in zip(types, self._attends, strict=True) if attends]
+
+
+def attends(block_plans: list[dict[str, Any]], position: int) -> bool:
+    """Whether a block has attention, and attention has heads of some width."""
+    block_plan = block_plans[position]
+    stored_at = block_plan.get("weights_of")
+    owner = block_plan if stored_at is None else block_plans[stored_at]
+    heads = owner.get("narrow_heads")
+    return block_plan["kind"] not in ATTENTION_FREE and (heads is None or heads["v_dim"] > 0)
 
 
 # How a KV cache has been called in the arguments of stock blocks. Since 5.24 it is `cache`; before,
@@ -360,6 +370,15 @@ class StoredBias(nn.Module):
     def __init__(self, bias: torch.Tensor) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
+class BiasAlone(nn.Module):
+    """A Conv1D that reads nothing, which the stock one cannot do."""
+
+    bias: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.bias.expand(*x.shape[:-1], -1)
@@ -669,7 +688,9 @@ class NarrowAttention(nn.Module):
     The same projections under the same names, with queries and keys of `qk_dim` and values of
     `v_dim` coordinates per head. The scale of the scores is the stock one: what is left of a dot
     product estimates the whole (MoDeGPT, arXiv 2408.09632). Every key head has its own selection
-    of the stock rotary frequencies, shared by the query heads that read it.
+    of the stock rotary frequencies, shared by the query heads that read it. Where there are fewer
+    key and value heads than in the stock module, the cache has so many, and each stands for several
+    of the stock ones. Heads without coordinates add nothing to the output's bias.
     """
 
     q_proj: nn.Module
@@ -687,8 +708,9 @@ class NarrowAttention(nn.Module):
         self._cache_name = cache_name(type(stock))
         self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, stock.is_causal
         self.num_heads = config.num_attention_heads
-        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
-        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.stock_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.num_kv_heads = form.get("kv_heads") or self.stock_kv_heads
+        self.num_key_value_groups = self.num_heads // self.stock_kv_heads
         self.qk_dim, self.v_dim = form["qk_dim"], form["v_dim"]
         self.head_dim = stock.head_dim
         """Of the stock heads: as wide as engines and caches of a fixed width expect them."""
@@ -703,7 +725,7 @@ class NarrowAttention(nn.Module):
         self._eager = sys.modules[type(stock).__module__].eager_attention_forward
         self._resize_linears(stock, form["value_bias_in_output"])
         for name in ("q_norm", "k_norm"):
-            norm = copy.deepcopy(getattr(stock, name, None))
+            norm = copy.deepcopy(getattr(stock, name, None)) if self.qk_dim else None
             if norm is not None:
                 norm.weight = nn.Parameter(norm.weight.new_ones(self.qk_dim))
             setattr(self, name, norm)
@@ -733,6 +755,9 @@ class NarrowAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.v_dim == 0:
+            nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+            return self.resid_dropout(getattr(self, self._output_name)(nothing)), None
         kwargs |= dict(zip(self._argument_names, args, strict=False))
         cache = take_cache(kwargs, self._cache_name)
         attention_mask = kwargs.pop("attention_mask", None)
@@ -741,7 +766,7 @@ class NarrowAttention(nn.Module):
         if position_embeddings is not None and self.rotary_pairs is not None:
             cos, sin = (self._of_kept_pairs(table) for table in position_embeddings)
             key = _rotated(key, cos, sin)
-            groups = self.num_key_value_groups
+            groups = self.num_heads // self.num_kv_heads
             query = _rotated(query, *(t.repeat_interleave(groups, dim=1) for t in (cos, sin)))
         if cache is not None:
             key, value = self._cached(cache, key, value, kwargs)
@@ -750,6 +775,7 @@ class NarrowAttention(nn.Module):
         )
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
+        key, value = self._of_stock_heads(key), self._of_stock_heads(value)
         query, key, value = self._of_one_width(query, key, value)
         output, weights = attend(
             self,
@@ -771,8 +797,10 @@ class NarrowAttention(nn.Module):
     def _cached(
         self, cache: Any, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values so far, as wide as the cache holds them."""
-        widths = _widths_in(cache, self.layer_idx, self.head_dim)
+        """All keys and values so far, as wide and as many as the cache holds them."""
+        heads, *widths = _shape_in(cache, self.layer_idx, (self.stock_kv_heads, self.head_dim))
+        if heads == self.stock_kv_heads:
+            key, value = self._of_stock_heads(key), self._of_stock_heads(value)
         key, value = _padded(key, widths[0]), _padded(value, widths[1])
         # Stock attention hands its arguments over since they belong to caches of pages.
         given = {"kwargs": kwargs} if self._cache_name == _NEW_CACHE_NAME else {}
@@ -791,6 +819,11 @@ class NarrowAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _of_stock_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Each of the fewer heads as often as it stands for a stock one."""
+        copies = self.stock_kv_heads // x.shape[1]
+        return x.repeat_interleave(copies, dim=1) if copies > 1 else x
 
     def _of_one_width(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -822,19 +855,21 @@ def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
     return nn.functional.pad(x, (0, missing)) if missing > 0 else x
 
 
-def _widths_in(cache: Any, layer_idx: int, dense_width: int) -> tuple[int, int]:
-    """The widths that a cache has settled for keys and values of a layer; 0 while any will do.
+def _shape_in(cache: Any, layer_idx: int, dense: tuple[int, int]) -> tuple[int, int, int]:
+    """The heads, and the widths of keys and values, that a cache has settled for a layer; 0 while
+    any will do.
 
-    A cache that was filled before it saw a key has the width of the config, and so have pages; one
-    that quantises in groups along the width takes what its group divides.
+    A cache that was filled before it saw a key has the shape of the config, `dense`, and so have
+    pages; one that quantises in groups along the width takes what its group divides.
     """
     layers = getattr(cache, "layers", None)
     layer: Any = layers[layer_idx] if layers is not None and layer_idx < len(layers) else None
+    heads, width = dense
     if layers is None or hasattr(layer, "q_group_size"):
-        return dense_width, dense_width
+        return heads, width, width
     if getattr(layer, "is_initialized", False) and layer.keys is not None and layer.keys.ndim == 4:
-        return layer.keys.shape[-1], layer.values.shape[-1]
-    return 0, 0
+        return layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]
+    return 0, 0, 0
 
 
 def _dropout_of(attention: Any) -> float:
@@ -876,7 +911,7 @@ def restructure(
         for module in blocks[position].modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.layer_idx = attention_position  # type: ignore[assignment]  # in the KV cache
-        attention_position += 1
+        attention_position += attends(block_plans, position)
         for name, form in block_plan["linears"].items():
             if form.get("kind") == "head_slices":
                 parent, attribute = _split(name)
@@ -976,7 +1011,8 @@ def _resize(block: nn.Module, name: str, in_features: int | None, out_features: 
     if linear is None:
         return
     outputs, inputs = linear_shape(linear)
-    inputs, outputs = in_features or inputs, out_features or outputs
+    inputs = inputs if in_features is None else in_features
+    outputs = outputs if out_features is None else out_features
     setattr(parent, attribute, _resized(linear, inputs, outputs, linear.bias is not None))
 
 
@@ -995,8 +1031,18 @@ def _narrow_embeddings(model: PreTrainedModel, blocks: nn.Module, width: int) ->
 def _resized(linear: Any, in_features: int, out_features: int, bias: bool) -> nn.Module:
     """A linear of the same class; a Conv1D always has a bias."""
     if type(linear).__name__ == "Conv1D":
-        return type(linear)(out_features, in_features)
-    return nn.Linear(in_features, out_features, bias=bias)
+        stock = type(linear)
+        made = stock if in_features else _class_of(stock.__name__, (BiasAlone, stock))
+        return made(out_features, in_features)
+    if in_features and out_features:
+        return nn.Linear(in_features, out_features, bias=bias)
+    # PyTorch warns of each that it would draw no weights for.
+    empty = nn.Linear(1, 1, bias=bias)
+    empty.in_features, empty.out_features = in_features, out_features
+    empty.weight = nn.Parameter(empty.weight.new_zeros(out_features, in_features))
+    if bias:
+        empty.bias = nn.Parameter(empty.bias.new_zeros(out_features))
+    return empty
 
 
 def _factor_linear(blocks: nn.ModuleList, position: int, name: str, form: dict[str, Any]) -> None:

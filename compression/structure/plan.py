@@ -162,7 +162,8 @@ class Plan(Record):
             and block.sliced is None
             for block in self.blocks
         )
-        return is_stock and len({block.mlp_width for block in self.blocks}) == 1
+        widths = {block.mlp_width for block in self.blocks}
+        return is_stock and len(widths) == 1 and 0 not in widths
 
     @property
     def is_sliced(self) -> bool:

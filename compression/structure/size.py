@@ -125,13 +125,15 @@ def _kv_elements_of(config: Any, position: int) -> int:
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
     narrow = plan.blocks[plan.owner(position)].narrow_heads
-    return int(heads * (2 * head_dim if narrow is None else narrow.qk_dim + narrow.v_dim))
+    if narrow is None:
+        return int(2 * heads * head_dim)
+    return int((narrow.kv_heads or heads) * (narrow.qk_dim + narrow.v_dim))
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[tuple[int, str], tuple[int, int]]:
     """(out, in) of every stored linear that a method may factor: (position, name) to shape.
 
-    One of which other positions use slices is none of them.
+    One of which other positions use slices is none of them, nor is one without any weight.
     """
     architecture, lenders = architecture_of(model), plan_of(model).lenders
     shapes = {}
@@ -141,6 +143,8 @@ def linear_shapes(model: PreTrainedModel) -> dict[tuple[int, str], tuple[int, in
                 module = block.get_submodule(site.name)
             except AttributeError:  # an attention-free replacement has none of the family's linears
                 continue
-            if is_linear(module) and (position, site.name) not in lenders:
-                shapes[position, site.name] = linear_shape(module)
+            if not is_linear(module) or (position, site.name) in lenders:
+                continue
+            if all(shape := linear_shape(module)):
+                shapes[position, site.name] = shape
     return shapes

@@ -113,9 +113,10 @@ class StageArithmetic:
         from foldstack.compression.methods.search.scoring import scoring_arithmetic
 
         tokens = min(stage.tokens, self._calibration)
-        work = scoring_arithmetic(self._meta, stage.family)
+        work = scoring_arithmetic(self._meta, stage.family, self._calibration)
         passing = tokens * (work.passes * self._token + work.heads * self._rates.head_seconds)
-        return (passing + work.float64 / self._rates.float64) / stage.shard.count
+        products = GRAM_FACTOR * work.products / self._rates.float32
+        return (passing + work.float64 / self._rates.float64 + products) / stage.shard.count
 
     def _passing(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens through the dense model or that of a branch, with its head, forward: less

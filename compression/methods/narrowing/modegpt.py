@@ -55,10 +55,12 @@ from foldstack.compression.structure.block_plan import BlockPlan, NarrowHeads
 from foldstack.compression.structure.heads import (
     Heads,
     HeadSizes,
+    has_value_bias,
     head_sizes,
     heads_of,
     rotary_pairs_place,
     stored_heads,
+    with_value_bias,
 )
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import count_parameters, linear_shapes
@@ -146,8 +148,8 @@ class MoDeGpt(Method):
         plan, total = self.outline(model), 0.0
         for position, block in enumerate(plan.blocks):
             for site in architecture.linears:
-                rows, columns = shapes[position, site.name]
-                if site.reads == "mlp_output" and block.mlp_width is not None:
+                rows, columns = shapes.get((position, site.name), (0, 0))
+                if site.reads == "mlp_output" and block.mlp_width:
                     is_greedy = self.mlp_selection == "greedy"
                     operations = removal_operations if is_greedy else narrowing_operations
                     total += operations(rows, columns, block.mlp_width)
@@ -194,12 +196,13 @@ class MoDeGpt(Method):
         evidence: Evidence,
         *,
         mlp: bool,
+        heads: bool = True,
     ) -> dict[str, Tensor]:
-        """What changes of one block, as the model stores it."""
+        """What changes of one block, as the model stores it: its MLP, its heads, or both."""
         tensors: dict[str, Tensor] = {}
         if mlp and form.mlp_width is not None:
             tensors |= self._narrow_mlp(model, position, form.mlp_width, evidence)
-        if form.narrow_heads is not None:
+        if heads and form.narrow_heads is not None:
             tensors |= self._narrow_heads(model, position, form.narrow_heads, evidence)
         return as_stored(tensors, model)
 
@@ -271,7 +274,7 @@ class MoDeGpt(Method):
             of_values += sizes.kv_heads if is_fused else 0
         step = self.head_multiple
         dimensions = []
-        if self.mlp:
+        if self.mlp and width > 0:
             price = hidden + ups // width
             dimensions.append(InnerDimension(position, "mlp", width, self.mlp_multiple, price))
         if self.query_key and not sizes.has_norms:
@@ -313,9 +316,9 @@ class MoDeGpt(Method):
         mlp_widths = {
             position: width
             for (position, kind), width in widths.items()
-            if kind == "mlp" and width < shapes[position, down][1]
+            if kind == "mlp" and width < shapes.get((position, down), (0, 0))[1]
         }
-        biased = _has_value_bias(model)
+        biased = has_value_bias(model)
         heads = {}
         for position in sorted({position for position, _ in widths}):
             qk = widths.get((position, "query_key"), sizes.head_dim)
@@ -341,7 +344,7 @@ class MoDeGpt(Method):
         weight = architecture.weight(down).detach().to(model.device)
         gram = evidence.statistics.gram(position, "mlp_output").to(model.device)
         place = f"blocks.{position}.{down_name}"
-        if self.mlp_selection == "leverage":
+        if self.mlp_selection == "leverage" and width > 0:
             kept = top(leverage_scores(gram, self.ridge), width)
             narrow = refitted(weight, gram, kept)
         else:
@@ -349,8 +352,11 @@ class MoDeGpt(Method):
             num_tokens = evidence.statistics.num_tokens
             if down.bias is not None:
                 gram = centred(gram, input_sum, num_tokens)
-            kept = removals(weight, gram, len(gram) - width).kept(width, len(gram))
-            narrow = refitted(weight, gram, kept)
+            if width > 0:
+                kept = removals(weight, gram, len(gram) - width).kept(width, len(gram))
+                narrow = refitted(weight, gram, kept)
+            else:  # its mean output stays, where there is a bias to hold it
+                kept, narrow = torch.arange(0, device=gram.device), weight[:, :0].double()
             if down.bias is not None:
                 bias, mean = down.bias.detach().to(model.device), input_sum / num_tokens
                 tensors[f"{place}.bias"] = refitted_bias(bias, weight, narrow, mean, kept)
@@ -382,10 +388,12 @@ class MoDeGpt(Method):
         of_query = kept.repeat_interleave(sizes.group, dim=0)
         value, output = heads.value, heads.output
         value_bias, output_bias = heads.value_bias, heads.output_bias
-        if form.v_dim < sizes.head_dim:
+        if not form.attends:
+            value, output = value[:, :0], output[..., :0]
+        elif form.v_dim < sizes.head_dim:
             value, output = self._narrow_values(heads, sizes, form.v_dim, gram / num_tokens)
         if form.value_bias_in_output:
-            output_bias = _with_value_bias(heads, sizes)
+            output_bias = with_value_bias(heads, sizes)
             value_bias = None
         narrow = Heads(
             query=_rows(heads.query, of_query),
@@ -437,13 +445,6 @@ class MoDeGpt(Method):
         return torch.stack(values), torch.cat(outputs)
 
 
-def _has_value_bias(model: PreTrainedModel) -> bool:
-    architecture = architecture_of(model)
-    last = [s.name for s in architecture.linears if s.reads == "attention_input"][-1]
-    present = [dict(block.named_modules()).get(last) for block in architecture.blocks(model)]
-    return any(module is not None and module.bias is not None for module in present)
-
-
 def _kept_rotary(qk_dim: int, sizes: HeadSizes) -> int:
     """How many of the kept coordinates rotate: their share of the whole head, in pairs."""
     still = sizes.head_dim - sizes.rotary_dim
@@ -455,11 +456,3 @@ def _kept_rotary(qk_dim: int, sizes: HeadSizes) -> int:
 def _rows(weight: Tensor, kept: Tensor) -> Tensor:
     """[heads, dim, hidden] with the kept [heads, k] of each head's rows."""
     return weight.gather(1, kept[:, :, None].expand(-1, -1, weight.shape[-1]))
-
-
-def _with_value_bias(heads: Heads, sizes: HeadSizes) -> Tensor:
-    """The output bias with the values' in it: the weights of a row of scores add up to one."""
-    assert heads.value_bias is not None
-    biases = heads.value_bias.repeat_interleave(sizes.group, dim=0)
-    moved = torch.einsum("hod,hd->o", heads.output, biases)
-    return moved if heads.output_bias is None else heads.output_bias + moved

@@ -1,7 +1,8 @@
 """ReplaceMe: runs of blocks become one linear map each, folded into the MLP before them."""
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -18,9 +19,11 @@ from foldstack.compression.methods.method import (
     Evidence,
     Method,
     check_evidence,
+    scores_of,
     smallest_reaching,
 )
 from foldstack.compression.methods.refit import Fit, Sides, adds_plainly, refitted_mlp
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.structure.architectures import architecture_of, base_config_of
 from foldstack.compression.structure.head_slices import HeadSlices
 from foldstack.compression.structure.plan import Plan
@@ -61,15 +64,21 @@ class ReplaceMe(Method):
     paper."""
     ridge: float = Field(default=1e-3, gt=0)
     """Strength that holds the weights where they are, over the mean energy of what is read."""
-    choice: Literal["cosine", "loss"] = "cosine"
+    choice: Literal["cosine", "loss", "sensitivity"] = "cosine"
     """cosine: the runs with the largest cosines of what enters and leaves them; loss: one block
-    after the other, each the one whose absence costs the least next-token loss."""
+    after the other, each the one whose absence costs the least next-token loss; sensitivity: the
+    runs whose maps alone cost the least divergence from the dense model
+    (`statistics.sensitivity`)."""
     loss_tokens: int = Field(default=16_384, ge=1)
     """Tokens of the calibration text that choice loss measures on."""
     runs: int = Field(default=1, ge=1)
     """The most runs; 1 in the paper."""
     protect_last: int = Field(default=0, ge=0)
     """Number of last blocks that stay; the paper protects none."""
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"runs"}) if self.choice == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.
@@ -78,7 +87,7 @@ class ReplaceMe(Method):
 
     @property
     def goes_in_turn(self) -> bool:
-        return self.choice == "cosine"
+        return self.choice != "loss"
 
     def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
         removable = self._removable(model)
@@ -94,7 +103,7 @@ class ReplaceMe(Method):
             passes=2.0 + 2.0 * runs / num_blocks,
             streams=2,
         )
-        if self.choice == "cosine":
+        if self.choice != "loss":
             return work
         share = min(1.0, self.loss_tokens / num_tokens)
         tried = count * len(removable)
@@ -138,7 +147,7 @@ class ReplaceMe(Method):
         """
         plan = plan_of(model)
         candidates = range(1, len(plan.blocks) - self.protect_last)
-        removable = [p for p in candidates if _can_take_in(model, plan, p - 1)]
+        removable = [p for p in candidates if can_take_in(model, plan, p - 1)]
         if not removable:
             raise InputError(
                 "replaceme folds a map into the last linear of the MLP before a run, which must be "
@@ -173,8 +182,9 @@ class ReplaceMe(Method):
             if self.choice == "loss":
                 chosen = self._by_loss(model, evidence, set(removable), count, chosen)
             else:
-                similarity = evidence.ranking.similarity
-                chosen = runs_of_least_distance(similarity, removable, count, self.runs)
+                distance = self._distance(evidence)
+                num_blocks = len(plan.blocks)
+                chosen = runs_of_least_distance(distance, num_blocks, removable, count, self.runs)
             try:
                 left = size_of_plan(model.config, self._plan(plan, sorted(chosen))).parameters
             except InputError:  # others have adapters on the linears of one of them
@@ -185,6 +195,14 @@ class ReplaceMe(Method):
             f"replaceme finds no {self.runs} run{'s' * (self.runs > 1)} of blocks that together "
             f"hold {self.sparsity:.1%} of this model's parameters; allow more runs or ask for less"
         )
+
+    def _distance(self, evidence: Evidence) -> Callable[[int, int], float]:
+        """What a run from a block up to another one costs."""
+        if self.choice == "sensitivity":
+            scores = scores_of(evidence, self)
+            return lambda start, stop: scores.loss_of_run(range(start, stop), "run_map")
+        similarity = evidence.ranking.similarity
+        return lambda start, stop: 1 - similarity[start][stop]
 
     def _by_loss(
         self,
@@ -209,15 +227,19 @@ class ReplaceMe(Method):
 
 
 def runs_of_least_distance(
-    similarity: Sequence[Sequence[float]], removable: Sequence[int], count: int, most_runs: int
+    distance_of: Callable[[int, int], float],
+    num_blocks: int,
+    removable: Sequence[int],
+    count: int,
+    most_runs: int,
 ) -> set[int]:
-    """`count` of the blocks `removable`, in at most so many runs, with the least sum of 1 - cosine
-    of what enters and what leaves each run; of equal ones the earlier. Empty if there are no such
-    runs.
+    """`count` of the blocks `removable`, in at most so many runs, with the least sum of what each
+    run costs, from its first block up to the one behind it; of equal ones the earlier. Empty if
+    there are no such runs.
 
     By dynamic programming: what comes before a block that stays does not matter behind it.
     """
-    num_blocks, may_go = len(similarity) - 1, set(removable)
+    may_go = set(removable)
     best: dict[tuple[int, int, int], tuple[float, tuple[int, ...]]] = {(0, 0, 0): (0.0, ())}
     for position in range(num_blocks):
         for removed in range(count + 1):
@@ -230,7 +252,9 @@ def runs_of_least_distance(
                 for stop in range(position + 1, min(num_blocks, position + count - removed) + 1):
                     if stop - 1 not in may_go:
                         break
-                    distance = 1 - similarity[position][stop]
+                    distance = distance_of(position, stop)
+                    if math.isinf(distance):  # nobody knows
+                        continue
                     cost = found[0] + distance, (*found[1], *range(position, stop))
                     # The block behind a run stays, where there is one.
                     state = min(stop + 1, num_blocks), removed + stop - position, runs + 1
@@ -253,7 +277,9 @@ def number_of_runs(positions: set[int]) -> int:
     return sum(position - 1 not in positions for position in positions)
 
 
-def _can_take_in(model: PreTrainedModel, plan: Plan, position: int) -> bool:
+def can_take_in(model: PreTrainedModel, plan: Plan, position: int) -> bool:
+    """Whether the last linear of a block's MLP can take in a map of what it writes: its output is
+    added to the residual stream as it is or normed, and it is the block's alone."""
     name = next(s.name for s in architecture_of(model).linears if s.reads == "mlp_output")
     is_sliced = isinstance(plan.blocks[position].linears.get(name), HeadSlices)
     is_lent = (position, name) in plan.lenders

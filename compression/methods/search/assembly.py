@@ -1,22 +1,21 @@
 """From a choice of variants to the model: the structure, the tensors, and single blocks of it."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foldstack.compression.closed_forms.low_rank import WhitenedSVD, truncate
-from foldstack.compression.methods.factoring.factored_linears import named_factors
-from foldstack.compression.methods.factoring.svd_llm import SvdLlm
 from foldstack.compression.methods.method import Evidence, no_progress
-from foldstack.compression.methods.search.library import Choice, Library
+from foldstack.compression.methods.search.kinds import KIND_OF
+from foldstack.compression.methods.search.library import Choice, Library, in_order, widths_of
+from foldstack.compression.methods.search.materials import Materials
 from foldstack.compression.statistics.sensitivity import Variant
 from foldstack.compression.storage.mapped_memory import release
 from foldstack.compression.storage.spool import Spool
 from foldstack.compression.structure.architectures import architecture_of
-from foldstack.compression.structure.surgery import Cut, as_stored, cut
+from foldstack.compression.structure.surgery import Cut, cut
 
 
 @dataclass
@@ -31,13 +30,13 @@ class Assembly:
     library: Library
     evidence: Evidence
 
-    def __post_init__(self) -> None:
-        self._factoring = SvdLlm(sparsity=0.5, update="none")
-        self._svds: dict[tuple[int, str], WhitenedSVD] = {}
-
     @property
     def model(self) -> PreTrainedModel:
         return self.library.model
+
+    @cached_property
+    def materials(self) -> Materials:
+        return Materials(self.library, self.evidence)
 
     def block(self, position: int, choice: Iterable[Variant]) -> nn.Module:
         """The block at `position` with what a choice has there, computing where the model does.
@@ -48,11 +47,16 @@ class Assembly:
         plan = self.library.plan_with(here).keep([position])
         made = cut(
             self.model,
-            Cut(plan, (position,), self._moved(position, 0, here)),
+            Cut(plan, (position,), _renamed(self.tensors(position, here), position, 0)),
             share_memory=True,
         )
         block = architecture_of(made).blocks(made)[0]
         return block.to(self.model.device)
+
+    def prepare(self, choices: Iterable[Choice]) -> None:
+        """Make what takes a pass through the dense model, while it is the dense one."""
+        for variant in in_order(set().union(*choices)):
+            KIND_OF[variant.kind].prepare(self.materials, variant)
 
     def cut(
         self,
@@ -64,51 +68,47 @@ class Assembly:
         spool = spool or Spool(None)
         plan, survivors = self.library.structure(choice)
         blocks = architecture_of(self.model).blocks(self.model)
+
+        def made(new: int, position: int) -> dict[str, Tensor]:
+            if plan.blocks[new].weights_of is not None:  # its linears are stored elsewhere
+                return {}
+            return _renamed(self.tensors(position, of_position(choice, position)), position, new)
+
         for new, position in enumerate(survivors):
-            here = of_position(choice, position)
-            spool.part(f"chosen-{position}", partial(self._moved, position, new, here))
+            spool.part(f"chosen-{position}", partial(made, new, position))
             release(blocks[position])
             self.forget()
             progress("search", new + 1, len(survivors))
         return Cut(plan, survivors, spool.tensors)
 
-    def _moved(self, position: int, new: int, here: Collection[Variant]) -> dict[str, Tensor]:
-        """What changes in a block, as a cut names it that has it at position `new`."""
-        start = f"blocks.{position}."
-        return {
-            f"blocks.{new}.{name.removeprefix(start)}": tensor
-            for name, tensor in self.tensors(position, here).items()
-        }
-
-    def tensors(self, position: int, here: Collection[Variant]) -> dict[str, Tensor]:
+    def tensors(self, position: int, here: Iterable[Variant]) -> dict[str, Tensor]:
         """What changes in a block, as a cut of the same depth names it and the model stores it."""
+        here = in_order(here)
         form = self.library.plan_with(here).blocks[position]
-        is_narrower = any(v.kind == "mlp_width" for v in here)
+        parts = {part for _, part in widths_of(here)}
         tensors = self.library.narrowing.narrow_block(
-            self.model, position, form, self.evidence, mlp=is_narrower
+            self.model,
+            position,
+            form,
+            self.evidence,
+            mlp="mlp" in parts,
+            heads=bool(parts - {"mlp"}),
         )
         for variant in here:
-            if variant.kind.endswith("_rank"):
-                tensors |= as_stored(self._factors(variant), self.model)
+            tensors |= KIND_OF[variant.kind].tensors(self.materials, variant, position)
         return tensors
 
     def forget(self) -> None:
         """Let go of what is kept for the other levels of a site."""
-        self._svds.clear()
+        self.materials.forget()
 
-    def _factors(self, variant: Variant) -> dict[str, Tensor]:
-        block = architecture_of(self.model).blocks(self.model)[variant.first]
-        tensors: dict[str, Tensor] = {}
-        for (position, name), rank in self.library.ranks(variant).items():
-            if (position, name) not in self._svds:
-                site = position, name
-                self._svds[site] = self._factoring.decomposed(self.model, site, self.evidence)
-            factors = truncate(self._svds[position, name], rank)
-            tensors |= named_factors(position, name, factors, block.get_submodule(name))
-        return tensors
+
+def _renamed(tensors: dict[str, Tensor], position: int, new: int) -> dict[str, Tensor]:
+    """As a cut names them that has the block at position `new`."""
+    start = f"blocks.{position}."
+    return {f"blocks.{new}.{name.removeprefix(start)}": t for name, t in tensors.items()}
 
 
 def of_position(choice: Iterable[Variant], position: int) -> list[Variant]:
     """What a choice has inside the block at `position`, in one order."""
-    here = (v for v in choice if v.kind != "absent" and v.first <= position < v.stop)
-    return sorted(here, key=lambda v: (v.kind, v.level))
+    return in_order(v for v in choice if v.first <= position < v.stop and position not in v.gone)

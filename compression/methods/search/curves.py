@@ -1,4 +1,5 @@
-"""From scores to options: what is known at some widths of a site, read off at all of them."""
+"""From scores to options of the program: what is known at some widths of a site is read off at all
+of them, and what excludes what is told."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,10 @@ FINEST = 0.05
 `FEW_WIDTHS`."""
 FEW_WIDTHS = 64
 WHOLE = "whole"
-NATIVE_KINDS = ("absent", "mlp_width")
+NATIVE_KINDS = ("absent", "mlp_width", "run_absent", "run_map")
 """Variants that a stock class knows: widths of MLPs only if all have one."""
+SILENCED = "attentions"
+"""What is saved by this name: blocks that attend."""
 
 
 def options_of(library: Library, sensitivity: Sensitivity) -> list[Option]:
@@ -34,13 +37,33 @@ def of_one_mlp_width(options: Iterable[Option]) -> list[Option]:
     """The options of which a stock class can have all that are chosen together."""
     kept = []
     for o in options:
-        if o.key:
-            if all(variant.kind in NATIVE_KINDS for variant in o.key):
-                kept.append(replace(o, of_class=o.key[0].level or None))
-        else:
-            is_mlp = any(isinstance(slot, tuple) and slot[1] == "mlp" for slot in o.slots)
-            kept.append(replace(o, of_class=WHOLE if is_mlp else None))
+        if any(variant.kind not in NATIVE_KINDS for variant in o.key):
+            continue
+        widths = {variant.level for variant in o.key if variant.kind == "mlp_width"}
+        gone = {position for variant in o.key for position in variant.gone}
+        stays = any(
+            isinstance(slot, tuple) and slot[1] == "mlp" and slot[0] not in gone for slot in o.slots
+        )
+        kept.append(replace(o, of_class=next(iter(widths), WHOLE if stays else None)))
     return kept
+
+
+def neighbours_counted_wrong(options: Iterable[Option]) -> list[list[object]]:
+    """Keys of options that are not to be chosen together: of blocks side by side that are gone,
+    where all of them are an option as well, whose loss is known and no sum of parts of it."""
+    runs: dict[tuple[int, int], list[object]] = {}
+    for o in options:
+        gone = {position for variant in o.key for position in variant.gone}
+        if gone and len(gone) == max(gone) + 1 - min(gone):
+            runs.setdefault((min(gone), max(gone) + 1), []).append(o.key)
+    return [
+        [first, second]
+        for (start, middle), firsts in runs.items()
+        for (other, stop), seconds in runs.items()
+        if other == middle and (start, stop) in runs
+        for first in firsts
+        for second in seconds
+    ]
 
 
 def originals(library: Library) -> list[Option]:
@@ -49,9 +72,19 @@ def originals(library: Library) -> list[Option]:
 
 
 def option(library: Library, variant: Variant, loss: float) -> Option:
-    """A variant as an option of the program; the key of an option are its variants."""
-    saved = {name: float(value) for name, value in library.saved(variant).model_dump().items()}
-    return Option((variant,), variant.slots, loss, saved)
+    """A variant as an option of the program."""
+    return bundle(library, (variant,), variant.slots, loss)
+
+
+def bundle(
+    library: Library, key: tuple[Variant, ...], slots: frozenset[Slot], loss: float
+) -> Option:
+    """Some variants as one option of the program, of which they are the key."""
+    saved: dict[str, float] = {SILENCED: float(sum(map(library.silenced, key)))}
+    for variant in key:
+        for name, value in library.saved(variant).model_dump().items():
+            saved[name] = saved.get(name, 0.0) + value
+    return Option(key, slots, loss, saved)
 
 
 def widths_between(library: Library, slot: Slot, farthest: int) -> list[int]:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from foldstack.compression.closed_forms.selection import Option, OutOfReach
-from foldstack.compression.methods.search.library import DENSE, Choice, Library, absent
-from foldstack.compression.methods.search.scoring import Scorer, with_variant
+from foldstack.compression.methods.search.curves import bundle
+from foldstack.compression.methods.search.library import DENSE, Choice, Library, in_order
+from foldstack.compression.methods.search.scoring import Scorer, displaced, with_variant
 from foldstack.compression.statistics.sensitivity import Slot, Variant, standard_error
 from foldstack.compression.storage.spool import Spool
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 STEP = 0.1
 """How far from its width a dimension is scored again, as a share of it, on either side."""
+MOST_OTHERS = 2
+"""Changes of another kind that are scored again in a round, for each block of the model."""
 
 Solve = Callable[[Sequence[Option]], list[Option]]
 
@@ -60,8 +63,8 @@ def improved(
         scorer: on the windows that scores are of.
         fresh: on others, which decide.
         solve: the options to choose, at the budget.
-        known: losses of variants in the dense model; blocks that cost less there than `choice`
-            does as a whole are tried absent.
+        known: losses of variants in the dense model; those that cost less there than `choice` does
+            as a whole are tried, the cheapest for what they save first.
         one_width: all MLPs have one width: what comes back has that of the others.
     """
     found: list[Improvement] = []
@@ -103,8 +106,8 @@ def options_around(
 ) -> list[Option]:
     """What may stand instead of single parts of a choice, with what each changes of its loss."""
     base = scorer.loss(choice)
-    removals = _removals(library, choice, known, float(base.mean()), one_width=one_width)
-    moves = [*_width_moves(library, choice), *removals]
+    moves = [*_width_moves(library, choice), *_returns(library, choice, one_width=one_width)]
+    moves += _others(library, choice, known, float(base.mean()))
     losses = scorer.losses([move.choice for move in moves], choice, spool, name)
     rises = [float((loss - base).mean()) for loss in losses]
     options = standing(library, choice)
@@ -130,27 +133,11 @@ class _Move:
     """The dimension that becomes narrower or wider; None where it is something else."""
 
 
-def bundle(
-    library: Library, key: tuple[Variant, ...], slots: frozenset[Slot], loss: float
-) -> Option:
-    """Some variants as one option of the program."""
-    saved: dict[str, float] = {}
-    for variant in key:
-        for name, value in library.saved(variant).model_dump().items():
-            saved[name] = saved.get(name, 0.0) + value
-    return Option(key, slots, loss, saved)
-
-
 def standing(library: Library, choice: Choice) -> list[Option]:
     """What a choice has at each slot, at no further loss."""
-    options = [bundle(library, (variant,), variant.slots, 0.0) for variant in sorted_(choice)]
+    options = [bundle(library, (variant,), variant.slots, 0.0) for variant in in_order(choice)]
     taken = {slot for variant in choice for slot in variant.slots}
     return options + [Option((), frozenset([s]), 0.0) for s in library.slots if s not in taken]
-
-
-def sorted_(choice: Iterable[Variant]) -> list[Variant]:
-    """Variants in one order, whatever the hashes of this process are."""
-    return sorted(choice, key=lambda v: (v.first, v.stop, v.kind, v.level))
 
 
 def _current(library: Library, choice: Choice, slot: Slot) -> int | None:
@@ -178,26 +165,40 @@ def _width_moves(library: Library, choice: Choice) -> list[_Move]:
     return moves
 
 
-def _removals(
-    library: Library,
-    choice: Choice,
-    known: Mapping[Variant, float],
-    loss: float,
-    *,
-    one_width: bool,
-) -> list[_Move]:
-    """Blocks that may go too, and those that may come back: whole, or as wide as the others."""
-    moves = []
-    gone = absent(choice)
+def _returns(library: Library, choice: Choice, *, one_width: bool) -> list[_Move]:
+    """What may come back where more than a width was changed: whole, or as wide as the others."""
     widths = {v.level for v in choice if v.kind == "mlp_width"} if one_width else set()
-    for variant in sorted_(known):
-        if variant.kind != "absent":
+    moves = []
+    for variant in in_order(choice):
+        if variant.kind.endswith("_width"):
             continue
-        if variant in choice:
-            back = tuple(library.width(variant.first, "mlp", width) for width in widths)
-            moves.append(_Move(frozenset([*choice - {variant}, *back]), back, variant.slots))
-        elif known[variant] <= max(loss, 1e-6) and variant.first not in gone:
-            moves.append(_Move(with_variant(choice, variant), (variant,), variant.slots))
+        back = tuple(
+            library.width(*slot, width)
+            for slot in sorted(variant.slots)
+            for width in widths
+            if slot[1] == "mlp"
+        )
+        moves.append(_Move(frozenset([*choice - {variant}, *back]), back, variant.slots))
+    return moves
+
+
+def _others(
+    library: Library, choice: Choice, known: Mapping[Variant, float], loss: float
+) -> list[_Move]:
+    """Changes of another kind than a width that may be made, each with all that it displaces: what
+    is not its own comes back whole."""
+    cheap = [
+        variant
+        for variant in in_order(known)
+        if not variant.kind.endswith("_width")
+        and variant not in choice
+        and known[variant] <= max(loss, 1e-6)
+    ]
+    cheap.sort(key=lambda v: known[v] / max(1, library.saved(v).parameters))
+    moves = []
+    for variant in cheap[: MOST_OTHERS * len(library.positions)]:
+        slots = variant.slots.union(*(other.slots for other in displaced(choice, variant)))
+        moves.append(_Move(with_variant(choice, variant), (variant,), slots))
     return moves
 
 

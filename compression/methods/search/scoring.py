@@ -20,15 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foldstack.compression.closed_forms.inner_pairs import narrowing_operations
-from foldstack.compression.closed_forms.low_rank import whitened_svd_operations
 from foldstack.compression.evaluation.candidate_loss import WINDOWS_AT_ONCE, windows_of
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.method import Evidence, no_progress
 from foldstack.compression.methods.search.assembly import Assembly
+from foldstack.compression.methods.search.kinds import KIND_OF
 from foldstack.compression.methods.search.library import DENSE, Choice, Library, absent
 from foldstack.compression.statistics.sensitivity import (
-    FAMILY_OF,
+    FAMILIES,
     SCORE_TOKENS,
     Family,
     Score,
@@ -44,7 +43,6 @@ from foldstack.compression.statistics.stream import (
 )
 from foldstack.compression.storage.mapped_memory import trim
 from foldstack.compression.storage.spool import Spool
-from foldstack.compression.structure.architectures import architecture_of
 
 TOP = 4096
 """Tokens of the vocabulary whose probabilities are kept."""
@@ -144,6 +142,8 @@ class Scorer:
         for index, choice in enumerate(alternatives):
             starts.setdefault(_first_difference(given, choice), []).append(index)
         found: dict[int, Values] = {}
+        if given:
+            self.assembly.prepare([given, *alternatives])
         with self.standing(given) as others:
             stream = BlockStream(self.model, self.windows, batch_size=WINDOWS_AT_ONCE)
             for position, here in sorted(starts.items()):
@@ -237,8 +237,12 @@ class Scorer:
 
 def with_variant(choice: Choice, variant: Variant) -> Choice:
     """A choice with this variant in the place of what decides about any of the same slots."""
-    rest = (other for other in choice if not other.slots & variant.slots)
-    return frozenset([*rest, variant])
+    return choice - displaced(choice, variant) | {variant}
+
+
+def displaced(choice: Choice, variant: Variant) -> Choice:
+    """What of a choice cannot stand beside a variant."""
+    return frozenset(other for other in choice if other.slots & variant.slots)
 
 
 def _first_difference(given: Choice, choice: Choice) -> int:
@@ -251,10 +255,12 @@ def score_variants(
     windows: Int[Tensor, "windows tokens"],
     variants: Iterable[Variant],
     *,
+    families: Iterable[Family] = (),
     spool: Spool | None = None,
     progress: Callable[[str, int, int], None] = no_progress,
 ) -> Sensitivity:
-    """The scores of variants, each alone in the dense model."""
+    """The scores of variants, each alone in the dense model; they are all that there is of
+    `families`, on some blocks."""
     variants = list(variants)
     scorer = Scorer(assembly, windows, progress=progress)
     losses = scorer.losses([frozenset([variant]) for variant in variants], spool=spool)
@@ -262,6 +268,7 @@ def score_variants(
         num_blocks=len(assembly.library.plan.blocks),
         num_windows=len(windows),
         window_tokens=windows.shape[1],
+        families=tuple(families),
         scores=tuple(
             Score(variant=variant, saved=assembly.library.saved(variant), kl=tuple(kl.tolist()))
             for variant, kl in zip(variants, losses, strict=True)
@@ -269,44 +276,39 @@ def score_variants(
     )
 
 
-def scored(evidence: Evidence, model: PreTrainedModel, families: Iterable[str]) -> Evidence:
-    """Evidence with the scores of these families of variants: as they were gathered, or gathered
-    now on the first `SCORE_TOKENS` of the calibration."""
-    families = set(families)
-    known = () if evidence.sensitivity is None else evidence.sensitivity.scores
-    if families <= {FAMILY_OF[score.variant.kind] for score in known}:
+def scored(evidence: Evidence, model: PreTrainedModel, families: Iterable[Family]) -> Evidence:
+    """Evidence with the scores of these families of variants: as they were gathered, and what is
+    missing gathered now on the first `SCORE_TOKENS` of the calibration."""
+    known = evidence.sensitivity
+    missing = [
+        f for f in FAMILIES if f in set(families) and (known is None or f not in known.known)
+    ]
+    if not missing:
         return evidence
     sensitivity = score_variants(
         Assembly(Library(model), evidence),
         windows_of(evidence.calibration, SCORE_TOKENS),
-        Library(model).variants(families),
+        Library(model).variants(missing),
+        families=missing,
         spool=evidence.spool(),
         progress=evidence.progress,
     )
+    if known is not None and known.is_of_the_windows_of(sensitivity):
+        sensitivity = known + sensitivity
     return replace(evidence, sensitivity=sensitivity)
 
 
-def scoring_arithmetic(model: PreTrainedModel, family: Family) -> Arithmetic:
-    """Of scoring all variants of a family, in passes of the scored tokens; `model` may be on the
-    meta device."""
+def scoring_arithmetic(model: PreTrainedModel, family: Family, num_tokens: int) -> Arithmetic:
+    """Of scoring all variants of a family, in passes of the scored tokens, after statistics of
+    `num_tokens`; `model` may be on the meta device."""
     library = Library(model)
     variants = library.variants([family])
     depth = len(library.plan.blocks)
     passes = 2.0 + sum((depth - variant.first) / depth for variant in variants)
-    float64 = 0.0
+    work = Arithmetic(passes=passes, heads=1.0 + len(variants))
     for variant in variants:
-        plan = library.plan_with([variant])
-        block = plan.blocks[variant.first]
-        for site in architecture_of(model).linears:
-            shape = library.shapes.get((variant.first, site.name))
-            if shape is None:
-                continue
-            if variant.kind == "mlp_width" and site.reads == "mlp_output" and block.mlp_width:
-                float64 += narrowing_operations(*shape, block.mlp_width)
-            elif variant.kind in ("query_key_width", "value_output_width"):
-                is_input = site.reads == "attention_input"
-                float64 += 2.0 * shape[0] * shape[1] ** 2 if is_input else 0.0
-            elif site.name in {name for _, name in library.ranks(variant)}:
-                # One decomposition serves all ranks of a linear.
-                float64 += whitened_svd_operations(*shape) / len(library.rank_grid)
-    return Arithmetic(float64=float64, passes=passes, heads=1.0 + len(variants))
+        of_tensors = KIND_OF[variant.kind].arithmetic(library, variant, num_tokens)
+        # Of its own passes all tokens go, not the scored ones alone.
+        scale = max(1.0, num_tokens / SCORE_TOKENS)
+        work = work + replace(of_tensors, passes=scale * of_tensors.passes)
+    return work

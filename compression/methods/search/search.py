@@ -23,12 +23,14 @@ from foldstack.compression.methods.narrowing.modegpt import MoDeGpt
 from foldstack.compression.methods.refit import Refit, refit_arithmetic
 from foldstack.compression.methods.search.assembly import Assembly
 from foldstack.compression.methods.search.curves import (
+    SILENCED,
+    neighbours_counted_wrong,
     of_one_mlp_width,
     option,
     options_of,
     originals,
 )
-from foldstack.compression.methods.search.library import Choice, Library, absent
+from foldstack.compression.methods.search.library import Choice, Library
 from foldstack.compression.methods.search.rounds import choice_of, improved, removed_in_turn
 from foldstack.compression.methods.search.scoring import Scorer, scored
 from foldstack.compression.statistics.sensitivity import (
@@ -53,8 +55,9 @@ _MEASURED_BY: dict[str, str] = {
 class Search(Method):
     """Choose for every site of the model what stands there, by the loss that each change costs.
 
-    A library of variants (widths of MLPs and heads, blocks absent, linears of a lower rank), each
-    with a score: KL(dense || changed) when it alone stands in the dense model. A binary program
+    A library of variants (widths of MLPs and heads; sublayers, blocks and runs of blocks absent, or
+    a linear map in their place; linears of a lower rank; one set of them for two blocks), each with
+    a score: KL(dense || changed) when it alone stands in the dense model. A binary program
     chooses one for every site, with the least sum of scores, such that the model loses `sparsity`
     of its parameters and keeps every other budget. Scores of single changes do not add up, so what
     is near the choice is scored again with the rest of it in place, and chosen again (`rounds`), as
@@ -77,8 +80,10 @@ class Search(Method):
     steps_of: ClassVar[str] = "what its library has"
     name: Literal["search"] = "search"
     library: tuple[Family, ...] = Field(default=("widths", "removals"), min_length=1)
-    """What may become of a site: widths (narrower MLPs and heads), removals (blocks absent), ranks
-    (all linears of an MLP or of an attention in two factors)."""
+    """What may become of a site: widths (narrower MLPs and heads), removals (blocks absent),
+    sublayers (attention or the MLP of a block absent), runs (of blocks: absent, or a linear map
+    that the MLP before them takes in), kv_groups (fewer key and value heads), ranks (all linears of
+    an MLP or of an attention in two factors), sharing (two neighbours on the linears of one)."""
     target: Literal["portable", "native"] = "portable"
     """native: only what the stock class loads, blocks absent and one width for all MLPs."""
     budget: dict[Budget, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
@@ -109,7 +114,7 @@ class Search(Method):
         options = originals(library)
         for variant in library.variants(self.library):
             saved = library.saved(variant).parameters
-            steepness = 2.0 if variant.kind == "absent" else 1.0
+            steepness = 2.0 if variant.gone else 1.0
             loss = (saved * 1e-6) ** 2 * steepness * (1 + 0.01 * (depth - variant.first))
             options.append(option(library, variant, loss))
         choice = choice_of(self._solve(library, options))
@@ -157,7 +162,7 @@ class Search(Method):
         scored_on = evidence.calibration[: sensitivity.num_windows]
         fresh = evidence.calibration[len(scored_on) : 2 * len(scored_on)]
         scorer = Scorer(assembly, scored_on, progress=evidence.progress)
-        if set(self.library) == {"removals"}:
+        if set(self.library) <= {"removals", "runs"}:
             choice = self._removed(library, scorer, sensitivity, choice)
         if self.rounds == 0 or len(fresh) < 2:
             return choice
@@ -187,7 +192,7 @@ class Search(Method):
             saved = [library.saved(variant).model_dump() for variant in gone]
             return all(sum(s[name] for s in saved) >= need for name, need in needs.items())
 
-        candidates = [score.variant for score in sensitivity.scores]
+        candidates = [s.variant for s in sensitivity.scores if s.variant.kind == "absent"]
         in_turn = removed_in_turn(library, scorer, candidates, is_enough)
         losses = {c: float(scorer.loss(c).mean()) for c in (choice, in_turn) if c is not None}
         return min(losses, key=losses.__getitem__)
@@ -203,7 +208,13 @@ class Search(Method):
         whole = size_of(library.model).as_dict()
         needs = self._needs(whole)
         try:
-            return select(options, needs, _not_all_gone(library, options))
+            return select(
+                options,
+                needs,
+                neighbours_counted_wrong(options),
+                # A cache counts the tokens so far in the blocks that attend.
+                limits={SILENCED: len(library.attending) - 1.0},
+            )
         except OutOfReach as error:
             raise self._refusal(error, whole, needs) from None
 
@@ -234,10 +245,3 @@ class Search(Method):
             f"of the dense model, and each alone goes {reach}; ask for less, or for a larger "
             "library"
         )
-
-
-def _not_all_gone(library: Library, options: Sequence[Option]) -> list[list[object]]:
-    """What must not be chosen together: the absence of every block."""
-    gone = [o for o in options if absent(o.key)]
-    everything = {p for o in gone for p in absent(o.key)} == set(library.positions)
-    return [[o.key for o in gone]] if everything else []

@@ -16,6 +16,7 @@ from foldstack.compression.methods.search.library import Library
 from foldstack.compression.methods.search.scoring import Scorer, score_variants, with_variant
 from foldstack.compression.statistics.gathering import KINDS, gather
 from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.statistics.sensitivity import KINDS as VARIANT_KINDS
 from foldstack.compression.statistics.sensitivity import Sensitivity, Variant, plot
 from foldstack.compression.storage.spool import Spool
 from foldstack.compression.structure.size import size_of, size_of_plan
@@ -51,7 +52,8 @@ def test_a_score_is_the_divergence_of_the_model_that_is_built(
     assembly = assembly_of(model)
     # The first and the last block: all kinds, and both ends of what is computed again.
     variants = [v for v in assembly.library.variants() if v.first in (0, 3)]
-    assert {v.kind for v in variants} >= {"mlp_width", "value_output_width", "mlp_rank", "absent"}
+    kept_whole = {"query_key_width", "kv_heads"} if assembly.library.heads.has_norms else set()
+    assert {v.kind for v in variants} == set(VARIANT_KINDS) - kept_whole
     sensitivity = score_variants(assembly, windows, variants)
     dense = size_of(model)
     for score in sensitivity.scores:
@@ -69,8 +71,9 @@ def test_a_score_is_the_divergence_of_the_model_that_is_built(
 
 
 def test_heads_with_norms_keep_their_queries_and_keys(tiny_model: Any, assembly_of: Any) -> None:
+    """Nor are their keys merged: a norm of a mixture is no mixture of norms."""
     kinds = {v.kind for v in assembly_of(tiny_model("qwen3")).library.variants()}
-    assert kinds == {"mlp_width", "value_output_width", "mlp_rank", "attention_rank", "absent"}
+    assert set(VARIANT_KINDS) - kinds == {"query_key_width", "kv_heads"}
 
 
 def test_what_is_given_stands_while_others_are_scored(

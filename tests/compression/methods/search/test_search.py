@@ -165,17 +165,15 @@ def test_a_native_target_gives_a_stock_model(
         for parameter in model.model.layers.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     evidence = evidence_of(model)
-    for sparsity in (0.1, 0.4):
-        losses = []
-        for rounds in (0, 3):
-            method = Search(sparsity=sparsity, target="native", rounds=rounds, refit="none")
-            change = method.compress(model, evidence)
-            assert change.plan.is_native
-            smaller = cut(model, change)
-            assert 1 - size_of(smaller).parameters / size_of(model).parameters >= sparsity - 1e-9
-            losses.append(divergence(model, smaller, windows[4:]))
-        assert losses[1] <= losses[0] + 1e-9
-    assert losses[1] < losses[0]
+    losses = []
+    for sparsity, rounds in ((0.1, 0), (0.4, 0), (0.4, 2)):
+        method = Search(sparsity=sparsity, target="native", rounds=rounds, refit="none")
+        change = method.compress(model, evidence)
+        assert change.plan.is_native
+        smaller = cut(model, change)
+        assert 1 - size_of(smaller).parameters / size_of(model).parameters >= sparsity - 1e-9
+        losses.append(divergence(model, smaller, windows[4:]))
+    assert losses[2] <= losses[1] + 1e-9
 
 
 def test_widths_are_multiples_where_scored_ones_are_not(tiny_model: Any, evidence_of: Any) -> None:
