@@ -1,5 +1,6 @@
 """UIDL: remove the run of blocks that turns the last token's hidden state least."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -11,8 +12,10 @@ from foldstack.compression.methods.method import (
     Evidence,
     Method,
     check_evidence,
+    scores_of,
     smallest_reaching,
 )
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import count_parameters, size_of_plan
 from foldstack.compression.structure.surgery import Cut, plan_of
@@ -42,10 +45,17 @@ class Uidl(Method):
     run: Literal["least_angle", "deepest"] = "least_angle"
     """least_angle: the run of least angular distance; deepest: the last blocks that may go, without
     a look at the data."""
+    ranking: Literal["angle", "sensitivity"] = "angle"
+    """What least_angle compares. angle: the paper's distance; sensitivity: the divergence from the
+    dense model when the run alone is absent (`statistics.sensitivity`)."""
     protect_first: int = Field(default=0, ge=0)
     """Number of first blocks that stay; the paper protects none."""
     protect_last: int = Field(default=1, ge=0)
     """Number of last blocks that stay; 1 is the paper's simple variant."""
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"removals", "runs"}) if self.ranking == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # Where the run is is not known yet: the deepest one stands in.
@@ -94,8 +104,10 @@ class Uidl(Method):
         return next((run for run in runs if _can_go(plan, run)), None)
 
     def _least_angle(self, model: PreTrainedModel, evidence: Evidence, deepest: range) -> range:
-        angle = evidence.ranking.run_angle(len(deepest))
-        starts = range(self.protect_first, deepest.start + 1)
+        length, starts = len(deepest), range(self.protect_first, deepest.start + 1)
+        angle: Sequence[float] = evidence.ranking.run_angle(length)
+        if self.ranking == "sensitivity":
+            angle = scores_of(evidence, self).losses_of_runs(length)
         dense, before = count_parameters(model), plan_of(model)
         for start in sorted(starts, key=lambda start: (angle[start], start)):
             run = range(start, start + len(deepest))

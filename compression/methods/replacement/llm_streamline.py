@@ -17,10 +17,12 @@ from foldstack.compression.methods.method import (
     Evidence,
     Method,
     check_evidence,
+    scores_of,
     unreachable,
 )
 from foldstack.compression.methods.replacement.block_start import refit_outputs, start_as_linear_map
 from foldstack.compression.statistics.run_states import RunStates, States
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.structure.architectures import (
     Architecture,
     architecture_of,
@@ -77,6 +79,9 @@ class LlmStreamline(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
 
     name: Literal["llm_streamline"] = "llm_streamline"
+    ranking: Literal["similarity", "sensitivity"] = "similarity"
+    """Which run goes. similarity: the paper's; sensitivity: the one whose absence alone costs the
+    least divergence from the dense model (`statistics.sensitivity`)."""
     replacement: Replacement = "layer"
     """What stands for the run; with none it is only removed."""
     loss: Literal["mse", "llm"] = "mse"
@@ -109,6 +114,10 @@ class LlmStreamline(Method):
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the calibration windows that choose the best state and train nothing."""
 
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"removals", "runs"}) if self.ranking == "sensitivity" else frozenset()
+
     def outline(self, model: PreTrainedModel) -> Plan:
         # The place is not known yet: the deepest allowed run stands in.
         length, starts = self._runs(model)
@@ -117,8 +126,12 @@ class LlmStreamline(Method):
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         length, starts = self._runs(model)
-        similarity = evidence.ranking.run_similarity(length)
-        start = max(starts, key=lambda start: (similarity[start], -start))
+        if self.ranking == "sensitivity":
+            losses = scores_of(evidence, self).losses_of_runs(length)
+            start = min(starts, key=lambda start: (losses[start], start))
+        else:
+            similarity = evidence.ranking.run_similarity(length)
+            start = max(starts, key=lambda start: (similarity[start], -start))
         plan = self._plan(model, start, length)
         inherits = self._inherits(model, start, length)
         if self.replacement == "none" or length == 0:

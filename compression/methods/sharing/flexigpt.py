@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.closed_forms.low_rank import whitened_svd_operations
 from foldstack.compression.methods.arithmetic import Arithmetic
-from foldstack.compression.methods.method import Evidence, Method, check_evidence, smallest_reaching
+from foldstack.compression.methods.method import (
+    Evidence,
+    Method,
+    check_evidence,
+    scores_of,
+    smallest_reaching,
+)
 from foldstack.compression.methods.sharing.gain_fitting import better_gains
 from foldstack.compression.methods.sharing.virtual_blocks import (
     Aggregate,
@@ -26,6 +32,7 @@ from foldstack.compression.methods.sharing.virtual_blocks import (
     lenders,
     nearest,
 )
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.structure.architectures import base_config_of
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import count_parameters, size_of_plan
@@ -71,6 +78,10 @@ class FlexiGpt(Method):
 
     steps_of: ClassVar[str] = "virtual blocks and ranks of their adapters"
     name: Literal["flexigpt"] = "flexigpt"
+    ranking: Literal["block_influence", "sensitivity"] = "block_influence"
+    """Which blocks become virtual ones. block_influence: those of the least, as in the paper;
+    sensitivity: those whose absence alone costs the least divergence from the dense model
+    (`statistics.sensitivity`)."""
     rank: Annotated[int, Field(ge=1)] | Literal["by_width"] = "by_width"
     """Rank of the adapters and of the leading parts that are compared, at most half a linear's
     smaller side; by_width: a sixteenth of the hidden width, at most 256."""
@@ -91,6 +102,10 @@ class FlexiGpt(Method):
     outputs: Literal["normed", "plain"] = "normed"
     """plain leaves the norms of the sub-layers' outputs out, which the paper shows to break the
     start."""
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"removals"}) if self.ranking == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         count, ranks = self._count_and_ranks(model)
@@ -113,7 +128,10 @@ class FlexiGpt(Method):
         if count == 0:
             return Cut(plan, inherits)
         may_go = set(self._removable(model))
-        virtual = [block for block in evidence.ranking.order() if block in may_go][:count]
+        order = evidence.ranking.order()
+        if self.ranking == "sensitivity":
+            order = scores_of(evidence, self).order_of_removal()
+        virtual = [block for block in order if block in may_go][:count]
         candidates = [block for block in lenders(model) if block not in virtual]
         # The metric has the method's own rank, whatever the adapters get on top of it.
         by_metric = adapter_ranks(block_shapes(model, candidates[0]), self._base_rank(model))

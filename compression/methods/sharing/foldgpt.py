@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,12 +17,14 @@ from foldstack.compression.methods.method import (
     TOLERANCE,
     Evidence,
     check_evidence,
+    scores_of,
     smallest_reaching,
     unreachable,
 )
 from foldstack.compression.methods.sharing.gate_training import train_gates
 from foldstack.compression.methods.sharing.gates import Gates, GateTraining, mean_jaccard
 from foldstack.compression.methods.sharing.group_sharing import GroupSharing
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.statistics.stream import skipping
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import count_parameters, size_of_plan
@@ -54,6 +56,10 @@ class FoldGpt(GroupSharing):
     removal_portion: float = Field(default=0.5, ge=0, le=1)
     """Fraction of what is removed that goes as whole blocks, at least; sharing takes the rest. 1:
     only removal; 0: only sharing."""
+    ranking: Literal["gates", "sensitivity"] = "gates"
+    """Which blocks go. gates: those whose trained gates close, as in the paper; sensitivity: those
+    whose absence alone costs the least divergence from the dense model (`statistics.sensitivity`);
+    no gates are trained then."""
     gate_runs: int = Field(default=2, ge=1)
     """Trainings of the gates with seeds of their own, every second one of the other form than
     `gates` has."""
@@ -82,6 +88,19 @@ class FoldGpt(GroupSharing):
             work=None if evidence.work is None else evidence.work / f"gates-{run}",
             progress=evidence.progress,
         )
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"removals"}) if self.ranking == "sensitivity" else frozenset()
+
+    @model_validator(mode="after")
+    def _shares_what_is_left(self) -> "FoldGpt":
+        if self.groups == "sensitivity":
+            raise ValueError(
+                "foldgpt shares what its removal leaves, of which there are no scores yet; use "
+                "groups similar, or block_sharing, which removes nothing"
+            )
+        return self
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.
@@ -122,9 +141,12 @@ class FoldGpt(GroupSharing):
         return replace(shared, plan=shared.plan.after(pruning.plan))
 
     def _gates(self, model: PreTrainedModel, evidence: Evidence, count: int) -> list[float]:
-        """The gate of every block, a mean over the runs; block influence where no block goes."""
+        """The gate of every block, a mean over the runs; block influence where no block goes, and
+        measured losses if they rank."""
         if count == 0:
             return list(evidence.ranking.scores["block_influence"])
+        if self.ranking == "sensitivity":
+            return list(scores_of(evidence, self).losses_of_runs(1))
         num_blocks = len(plan_of(model).blocks)
         runs = [
             self.train(model, evidence, num_blocks - count, run) for run in range(self.gate_runs)

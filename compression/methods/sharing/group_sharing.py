@@ -7,7 +7,7 @@ paper's formulas are not public. What `block_sharing` and `foldgpt` have in comm
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -21,10 +21,12 @@ from foldstack.compression.methods.method import (
     TOLERANCE,
     Evidence,
     Method,
+    scores_of,
     smallest_reaching,
     unreachable,
 )
 from foldstack.compression.statistics.ranking import Ranking
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.statistics.stream import BlockStream
 from foldstack.compression.structure.architectures import (
     Architecture,
@@ -66,9 +68,10 @@ class GroupSharing(Method):
     """Number of first blocks that share with nobody."""
     keep_tail: int = Field(default=1, ge=0)
     """Number of last blocks that share with nobody."""
-    groups: Literal["similar", "front"] = "similar"
+    groups: Literal["similar", "front", "sensitivity"] = "similar"
     """similar: the windows of highest score; front: from the first block that may share on,
-    whatever the data say."""
+    whatever the data say; sensitivity: the windows whose neighbours, two and two, cost the least
+    divergence from the dense model on the linears of one of them (`statistics.sensitivity`)."""
     leader: Literal["loss", "first", "mean"] = "loss"
     """Whose weights a group takes. loss: the best of all candidates; first: its first member's;
     mean: the mean of its members'."""
@@ -77,6 +80,10 @@ class GroupSharing(Method):
     scale_outputs: bool = False
     """Give every block of a group two vectors of its own, 1 at first, by which attention's and the
     MLP's outputs are multiplied; recovery trains them."""
+
+    @property
+    def scores(self) -> frozenset[Family]:
+        return frozenset({"sharing"}) if self.groups == "sensitivity" else frozenset()
 
     def sharing_outline(self, model: PreTrainedModel) -> Plan:
         """The structure after sharing, as far as it is known before any data."""
@@ -91,17 +98,33 @@ class GroupSharing(Method):
         """Choose the groups and their weights; `importance` of every block weighs one mean."""
         size, count = self._size_and_count(model)
         stretches = self.stretches(model)
-        groups = (
-            best_windows(stretches, size, count, evidence.ranking)
-            if self.groups == "similar"
-            else _first_windows(stretches, size)[:count]
-        )
+        groups = _first_windows(stretches, size)[:count]
+        if self.groups != "front":
+            score = self._score_of(evidence)
+            groups = best_windows(stretches, size, count, len(plan_of(model).blocks), score)
         tensors = self._leaders(model, groups, evidence, importance)
         plan = self._shared(plan_of(model), groups)
         if self.scale_outputs:
             hidden_size = base_config_of(model.config).hidden_size
             tensors |= _unit_scales(plan_of(model), groups, hidden_size)
         return Cut(plan, tuple(range(len(plan.blocks))), tensors)
+
+    def _score_of(self, evidence: Evidence) -> Callable[[Window], float]:
+        """How well a window may share."""
+        if self.groups == "similar":
+            return lambda window: window_score(window, evidence.ranking)
+        losses = scores_of(evidence, self).losses_of_sharing()
+
+        def score(window: Window) -> float:
+            if unknown := [first for first in window[:-1] if first not in losses]:
+                raise InputError(
+                    f"blocks {unknown[0]} and {unknown[0] + 1} were not scored on one another's "
+                    "linears: some block of this model has no dense ones of its own; use groups "
+                    "similar"
+                )
+            return -math.fsum(losses[first] for first in window[:-1])
+
+        return score
 
     def _shared(self, plan: Plan, groups: Sequence[Window]) -> Plan:
         for group in groups:
@@ -260,7 +283,11 @@ def window_score(window: Window, ranking: Ranking) -> float:
 
 
 def best_windows(
-    stretches: Sequence[Window], size: int, count: int, ranking: Ranking
+    stretches: Sequence[Window],
+    size: int,
+    count: int,
+    num_blocks: int,
+    score_of: Callable[[Window], float],
 ) -> list[Window]:
     """`count` disjoint windows of `size` neighbouring blocks with the largest total score.
 
@@ -272,14 +299,13 @@ def best_windows(
         for stretch in stretches
         for start in range(len(stretch) - size + 1)
     }
-    num_blocks = ranking.num_blocks
     # best[end][c]: score and windows of the best choice of c windows among blocks 0 ... end - 1.
     nothing: tuple[float, list[Window]] = (-math.inf, [])
     best: list[list[tuple[float, list[Window]]]] = [[(0.0, []), *[nothing] * count]]
     for end in range(1, num_blocks + 1):
         row = list(best[end - 1])
         if (window := ends.get(end)) is not None:
-            score = window_score(window, ranking)
+            score = score_of(window)
             for c in range(1, count + 1):
                 before, chosen = best[end - size][c - 1]
                 if before + score > row[c][0]:

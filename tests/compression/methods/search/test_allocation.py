@@ -1,5 +1,6 @@
 """What the methods of the papers make of measured losses."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,13 @@ from foldstack.compression.methods.method import Evidence
 from foldstack.compression.methods.search.scoring import scored
 from foldstack.compression.statistics.gathering import KINDS, gather
 from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.statistics.sensitivity import (
+    Saved,
+    Score,
+    Sensitivity,
+    Variant,
+    VariantKind,
+)
 from foldstack.compression.structure.size import count_parameters
 from foldstack.compression.structure.surgery import cut
 
@@ -22,6 +30,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "svd_llm": {"allocation": "sensitivity", "update": "none"},
     "basis_sharing": {"allocation": "sensitivity", "update": "none"},
     "shortgpt": {"ranking": "sensitivity"},
+    "uidl": {"ranking": "sensitivity", "protect_last": 0},
+    "llm_streamline": {"ranking": "sensitivity", "replacement": "none"},
+    "replaceme": {"choice": "sensitivity"},
+    "flexigpt": {"ranking": "sensitivity", "rank": 1, "gain_windows": 2},
+    "foldgpt": {"ranking": "sensitivity", "removal_portion": 1},
+    "block_sharing": {"groups": "sensitivity", "keep_head": 0, "keep_tail": 0},
 }
 
 
@@ -50,6 +64,12 @@ def silent(tiny_model: Any) -> Any:
     return model
 
 
+def least_pair(evidence: Evidence) -> int:
+    assert evidence.sensitivity is not None
+    losses = evidence.sensitivity.losses_of_sharing()
+    return min(losses, key=losses.__getitem__)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_costs_nothing_loses_most(name: str, silent: Any, evidence_of: Any) -> None:
     method = METHODS[name](sparsity=0.15, **SETTINGS[name])
@@ -58,8 +78,12 @@ def test_what_costs_nothing_loses_most(name: str, silent: Any, evidence_of: Any)
     change = method.compress(silent, evidence)
     removed = 1 - count_parameters(cut(silent, change)) / count_parameters(silent)
     assert removed >= 0.145
-    if name == "shortgpt":
+    if name in ("shortgpt", "uidl", "llm_streamline", "replaceme", "foldgpt"):
         assert change.inherits == (0, 2, 3)
+        return
+    if name in ("flexigpt", "block_sharing"):
+        users = [p for p, block in enumerate(change.plan.blocks) if block.weights_of is not None]
+        assert users == ([1] if name == "flexigpt" else [least_pair(evidence) + 1])
         return
     assert removed <= 0.155
     blocks = change.plan.blocks
@@ -79,8 +103,8 @@ def test_without_scores_it_says_what_it_reads(name: str, silent: Any, evidence_o
     method = METHODS[name](sparsity=0.15, **SETTINGS[name])
     with pytest.raises(InputError, match=f"{name} with these settings reads scores of"):
         method.compress(silent, evidence_of(silent))
-    other = {"widths", "ranks", "removals"} - method.scores
-    evidence = scored(evidence_of(silent), silent, {min(other)})
+    other = "widths" if "widths" not in method.scores else "removals"
+    evidence = scored(evidence_of(silent), silent, [other])
     with pytest.raises(InputError, match="no variants of"):
         method.compress(silent, evidence)
 
@@ -90,6 +114,22 @@ def test_a_stack_scores_what_each_step_is_given(silent: Any, evidence_of: Any) -
     method = METHODS["stack"](sparsity=0.4, steps=steps)
     change = method.compress(silent, evidence_of(silent))
     assert 1 - count_parameters(cut(silent, change)) / count_parameters(silent) >= 0.395
+
+
+def test_a_run_costs_what_was_measured_of_it_or_the_least_sum_of_its_parts() -> None:
+    def score(kind: VariantKind, first: int, stop: int, loss: float) -> Score:
+        variant = Variant(kind=kind, first=first, stop=stop)
+        return Score(variant=variant, saved=Saved(), kl=(loss, loss))
+
+    scores = [score("absent", p, p + 1, 1.0) for p in range(4)]
+    scores += [score("run_absent", 1, 3, 3.0), score("run_absent", 2, 4, 0.5)]
+    scores += [score("run_map", 0, 2, 0.25), score("run_map", 0, 3, 0.75)]
+    found = Sensitivity(num_blocks=4, num_windows=2, window_tokens=4, scores=tuple(scores))
+    assert found.losses_of_runs(2) == (2.0, 3.0, 0.5)
+    assert found.loss_of_run(range(1, 4)) == 1.5
+    assert found.loss_of_run(range(1, 3), "run_map") == 0.75
+    assert found.loss_of_run(range(2, 4), "run_map") == math.inf
+    assert found.loss_of_run(range(2, 2)) == 0.0
 
 
 def test_scores_of_another_model_are_refused(silent: Any, evidence_of: Any) -> None:

@@ -69,7 +69,7 @@ def test_the_windows_are_the_best_of_all_choices(size: int, count: int, random: 
         if all(a.stop <= b.start for a, b in itertools.pairwise(choice))
     ]
     best = max(sum(window_score(w, ranking) for w in choice) for choice in choices)
-    chosen = best_windows(stretches, size, count, ranking)
+    chosen = best_windows(stretches, size, count, num_blocks, lambda w: window_score(w, ranking))
     assert len(chosen) == count
     assert set(chosen) <= set(every)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(chosen))
