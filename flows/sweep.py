@@ -26,7 +26,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.storage.durable import write_whole
 from foldstack.flows.comparison import files as result_files
 from foldstack.flows.comparison.findings import findings
-from foldstack.flows.comparison.report import REPORT, write_report
+from foldstack.flows.comparison.report import REPORT, is_drawn, page_key, write_report
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.comparison.rows import rivals, row_of
 from foldstack.flows.comparison.run_records import SweepLog, has_tracking_server
@@ -152,8 +152,13 @@ def _publish(
     """Write, show and log the comparison; fail the flow when a variant failed."""
     folder = layout.report_folder
     config = to_yaml(layout.resolved_config)
-    files = result_files.save(comparison, folder)
-    files[REPORT] = _report(layout, comparison, runs, folder, config)
+    stages = (layout.ranking, *layout.scores, layout.branches[0].before)
+    key = page_key(comparison, [config, *(stage.fingerprint for stage in stages)])
+    drawn = is_drawn(folder, key)  # to draw the same again is half of what a cached run takes
+    files = result_files.save(comparison, folder, is_drawn=drawn)
+    files[REPORT] = (
+        folder / REPORT if drawn else _report(layout, comparison, runs, folder, config, key)
+    )
     write_whole(folder / "config.yaml", config)
     links, warnings = log.finish(comparison, runs, {**files, "config.yaml": folder / "config.yaml"})
     comparison = comparison.model_copy(
@@ -172,7 +177,12 @@ def _publish(
 
 
 def _report(
-    layout: Layout, comparison: Comparison, runs: StageRuns, folder: Path, config: str
+    layout: Layout,
+    comparison: Comparison,
+    runs: StageRuns,
+    folder: Path,
+    config: str,
+    key: str,
 ) -> Path:
     ranked = runs.artifact(layout.ranking)
     scored = [found for stage in layout.scores if (found := runs.artifact(stage)) is not None]
@@ -185,6 +195,7 @@ def _report(
         sensitivity=score_variants.load_sensitivity(tuple(scored)),
         config=config,
         origin={} if manifest is None else {"hardware": manifest.hardware, **manifest.versions},
+        key=key,
     )
 
 

@@ -116,8 +116,11 @@ def _file_of(module: str) -> Path:
 
 def _find_file(module: str) -> Path | None:
     package, *parts = module.split(".")
-    if package != PACKAGE or not parts:
-        return None
-    path = PACKAGE_FOLDER.joinpath(*parts)
+    return _file_below(PACKAGE_FOLDER, tuple(parts)) if package == PACKAGE and parts else None
+
+
+@lru_cache(maxsize=2048)
+def _file_below(folder: Path, parts: tuple[str, ...]) -> Path | None:
+    path = folder.joinpath(*parts)
     candidates = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in candidates if file.is_file()), None)

@@ -27,10 +27,11 @@ class Comparisons:
     """A sentence on each file that could not be read."""
 
 
-def save(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Write comparison.json, .csv and .md and, where there is something to show, the plot."""
+def save(comparison: Comparison, folder: Path, *, is_drawn: bool = False) -> dict[str, Path]:
+    """Write comparison.json, .csv and .md and, where there is something to show, the plot; it is
+    there already if `is_drawn`."""
     files = save_texts(comparison, folder)
-    if plot_quality(comparison, folder / PLOT):
+    if (folder / PLOT).is_file() if is_drawn else plot_quality(comparison, folder / PLOT):
         files[PLOT] = folder / PLOT
     return files
 

@@ -15,6 +15,7 @@ from foldstack.compression.checkpoints.checkpoint import PLAN_FILE, load_config
 from foldstack.compression.errors import InputError
 from foldstack.compression.statistics.ranking import Ranking, scores_figure
 from foldstack.compression.statistics.sensitivity import Sensitivity, curves_figure
+from foldstack.compression.storage.digest import code_sources, digest_json
 from foldstack.compression.storage.durable import write_whole
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import block_parameters
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT = "report.html"
+_OF_ONE_RUN = {"made_at", "num_stages", "num_cached", "seconds", "links", "warnings"}
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PICTURES: dict[Against, str] = {
     "size": "Bits per byte against parameters",
@@ -63,6 +65,30 @@ Labels = Collection[tuple[str, str]]
 """Sweep and label of rows."""
 
 
+def page_key(comparison: Comparison, others: Sequence[str]) -> str:
+    """Digest of what the pictures and the page of a sweep show, but for the time and the cost of
+    one run of it, and of the code that draws them.
+
+    Args:
+        comparison: what the sweep found.
+        others: all else that is on the page.
+    """
+    package = __name__.rpartition(".")[0]
+    code = code_sources(f"{package}.{file.stem}" for file in Path(__file__).parent.glob("*.py"))
+    texts = [_text(ending) for ending in (".html.j2", ".css", ".js")]
+    told = comparison.model_dump_json(exclude=_OF_ONE_RUN)
+    return digest_json([told, *others, code, texts])
+
+
+def is_drawn(folder: Path, key: str) -> bool:
+    """Whether the page in `folder` was written with this key."""
+    try:
+        with (folder / REPORT).open(encoding="utf-8") as page:
+            return key in page.read(1000)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def write_report(
     comparison: Comparison,
     folder: Path,
@@ -71,6 +97,7 @@ def write_report(
     sensitivity: Sensitivity | None = None,
     config: str,
     origin: Mapping[str, str],
+    key: str = "",
 ) -> Path:
     """Write the page of a sweep into `folder`, whole or not at all.
 
@@ -81,10 +108,13 @@ def write_report(
         sensitivity: what changes of its sites cost, drawn if it is there.
         config: the resolved config as YAML.
         origin: versions and hardware that the numbers come from.
+        key: by which `is_drawn` knows the page again.
     """
     scores = None if ranking is None else _inline(scores_figure(ranking))
     curves = None if sensitivity is None else _inline(curves_figure(sensitivity))
-    page = _render([comparison], scores=scores, curves=curves, config=config, origin=origin)
+    page = _render(
+        [comparison], scores=scores, curves=curves, config=config, origin=origin, key=key
+    )
     file = folder / REPORT
     write_whole(file, page)
     return file
@@ -103,6 +133,7 @@ def _render(
     curves: str | None = None,
     config: str = "",
     origin: Mapping[str, str] | None = None,
+    key: str = "",
 ) -> str:
     from jinja2 import Environment
 
@@ -136,6 +167,7 @@ def _render(
         use=[_use(row) for part in parts for row in part.rows if row.label in part.best],
         config=config,
         origin=origin,
+        key=key,
     )  # fmt: skip
 
 

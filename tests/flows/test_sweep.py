@@ -309,6 +309,8 @@ def test_second_run_finds_everything_and_logs_nothing(
     def refuse(self: Tracker, item: RunRecord) -> None:
         raise AssertionError(f"{item} was logged again")
 
+    page = Path(first.links["page"])
+    drawn = page.stat().st_mtime_ns
     monkeypatch.setattr(Tracker, "_write", refuse)
     again, outcomes = run(make(home, tracking={"enabled": True}))
     assert set(outcomes.values()) == {"cached"}
@@ -316,6 +318,7 @@ def test_second_run_finds_everything_and_logs_nothing(
     assert again.warnings == ()
     assert again.rows == first.rows
     assert again.sweep == first.sweep
+    assert page.stat().st_mtime_ns == drawn
 
 
 def test_a_method_that_is_added_runs_alone(

@@ -22,7 +22,7 @@ from foldstack.compression.structure.surgery import build_on_meta, config_for, p
 from foldstack.flows.comparison import plots
 from foldstack.flows.comparison.block_rows import cells_of, is_aligned
 from foldstack.flows.comparison.findings import findings
-from foldstack.flows.comparison.report import page_of_sweeps, write_report
+from foldstack.flows.comparison.report import is_drawn, page_key, page_of_sweeps, write_report
 from foldstack.flows.comparison.result import Comparison
 
 DENSE = Plan.identity("llama", 6)
@@ -169,6 +169,19 @@ def report(
     )
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["report.html"]
     return file.read_text(encoding="utf-8")
+
+
+def test_a_page_is_known_again_until_what_it_shows_changes(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    key = page_key(comparison, ["name: demo"])
+    assert not is_drawn(tmp_path, key)
+    write_report(comparison, tmp_path, ranking=None, config="", origin={}, key=key)
+    later = comparison.model_copy(update={"seconds": 3.0, "num_cached": 7})
+    assert is_drawn(tmp_path, page_key(later, ["name: demo"]))
+    other = comparison.model_copy(update={"rows": comparison.rows[:-1]})
+    assert not is_drawn(tmp_path, page_key(other, ["name: demo"]))
+    assert not is_drawn(tmp_path, page_key(comparison, ["name: other"]))
 
 
 def test_the_page_is_one_small_file_that_refers_to_nothing_outside(report: str) -> None:
