@@ -31,7 +31,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: service help install demo test test-engines lint format audit ui constraints clean
+.PHONY: service help install demo test test-all test-engines lint format audit ui constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -56,9 +56,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Compress the reference model by four methods and print the comparison
 	$(BIN)/foldstack run flows/recipes/demo.yaml
 
-# A process per core; the tests of one file stay together, since they share models and servers.
-test: $(INSTALLED) ## Run the tests
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+# A process per core; the tests of one file stay together, since they share models and servers, and
+# the files keep their order, so that none of the long ones is the last.
+EVENLY := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 10
+
+test: $(INSTALLED) ## Run the tests, some minutes
+	$(BIN)/pytest $(EVENLY)
+
+test-all: $(INSTALLED) ## Run the tests that are slow, too (browser, Postgres, fan-out, faults)
+	$(BIN)/pytest $(EVENLY) -m 'not network and not engines'
 
 # The versions of transformers that the modelling file names, newest and oldest, each over the
 # packages that are installed here; then the engines of other people, in environments of their own.

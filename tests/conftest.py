@@ -130,7 +130,14 @@ FOREIGN_WARNINGS = (
 """Of libraries in their own code, on Python 3.11 with our versions."""
 
 
+LONGEST_FIRST = ("flows", "tasks", "deploy", "benchmarks")
+"""Folders whose tests start servers and processes: begun last, one of them would run alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).parts[0], len(order)))
     for item in items:
         if "foreign_warnings" in item.keywords:
             for category in FOREIGN_WARNINGS:

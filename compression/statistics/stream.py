@@ -20,7 +20,11 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.statistics.hidden_states import MEMORY_BYTES, HiddenStates, file_name
-from foldstack.compression.structure.architectures import architecture_of, base_config_of
+from foldstack.compression.structure.architectures import (
+    architecture_of,
+    base_config_of,
+    stock_of,
+)
 from foldstack.compression.structure.modeling_foldstack import Borrowed, SlicedLinear
 from foldstack.compression.structure.surgery import plan_of
 
@@ -390,28 +394,34 @@ def _first_input(
     return caught[0]
 
 
+_SEEN: dict[tuple[type[nn.Module], type[nn.Module]], bool] = {}
+
+
 def _returns_tuple(
     model: nn.Module, blocks: nn.ModuleList, windows: Int[Tensor, "windows tokens"]
 ) -> list[bool]:
     """Per block, whether its forward returns a tuple; seen on two tokens of one window.
 
-    One block of each class is run and says it for all, so that the weights of the others are not
-    read. In a sliced model, whose hidden states change their width, all are.
+    One block of each class is run and says it for all, in this model and in others of its class, so
+    that the weights of the others are not read. In a sliced model, whose hidden states change their
+    width, all are.
     """
-    seen: dict[type[nn.Module], bool] = {}
+    kinds = [(type(stock_of(model)), type(block)) for block in blocks]
+    if all(kind in _SEEN for kind in kinds):
+        return [_SEEN[kind] for kind in kinds]
     run_all = plan_of(model).is_sliced
     forwards = [block.forward for block in blocks]
 
     def forward_of(position: int) -> Callable[..., Any]:
-        kind = type(blocks[position])
+        kind = kinds[position]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if run_all or kind not in seen:
+            if run_all or kind not in _SEEN:
                 output = forwards[position](*args, **kwargs)
-                seen[kind] = isinstance(output, tuple)
+                _SEEN[kind] = isinstance(output, tuple)
             else:
                 hidden, _, _ = _take_hidden(args, kwargs)
-                output = (hidden,) if seen[kind] else hidden
+                output = (hidden,) if _SEEN[kind] else hidden
             if position == len(blocks) - 1:
                 raise _PrefixDone
             return output
@@ -420,7 +430,7 @@ def _returns_tuple(
 
     with _replaced_forwards(blocks, forward_of):
         _run_until_done(model, windows[:1, :2])
-    return [seen[type(block)] for block in blocks]
+    return [_SEEN[kind] for kind in kinds]
 
 
 def _run_until_done(model: nn.Module, tokens: Int[Tensor, "batch tokens"]) -> None:

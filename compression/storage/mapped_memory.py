@@ -24,18 +24,21 @@ FILE_MAPPING = re.compile(
     r"^(?P<first>[0-9a-f]+)-(?P<last>[0-9a-f]+) ...p [0-9a-f]+ [0-9a-f:]+ [1-9]", re.MULTILINE
 )
 UNCHANGED = "0 kB"
+WORTH_A_LOOK = 1 << 20
+"""Bytes. To ask the system where a tensor lies takes as long as to read this much again."""
 
 
 def release(tensors: nn.Module | Iterable[Tensor]) -> None:
     """Give back the memory of those tensors that are mapped from files; using them reads it again.
 
     Tensors in memory of their own stay as they are, and so does every file of whose mapped pages
-    one was written to. Does nothing where the system has no /proc.
+    one was written to. Does nothing where the system has no /proc, or less than `WORTH_A_LOOK`
+    would be won.
     """
     if isinstance(tensors, nn.Module):
         tensors = [*tensors.parameters(), *tensors.buffers()]
     ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu"]
-    if not ranges or not MAPPINGS.exists():
+    if sum(stop - start for start, stop in ranges) < WORTH_A_LOOK or not MAPPINGS.exists():
         return
     page = mmap.PAGESIZE
     # Most models lie in memory of their own: that is seen in a fraction of the time which it takes

@@ -1,6 +1,7 @@
 """How big a structure is: parameters, bytes, FLOPs, KV cache; no memory for weights needed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,21 @@ def sparsity_between(dense: Size, compressed: Size) -> float:
 def size_of_plan(config: PreTrainedConfig, plan: Plan, dtype: torch.dtype | None = None) -> Size:
     """The size of what `plan` makes of the model with this config."""
     stored_dtype: torch.dtype | None = getattr(config, "dtype", None)
-    return size_of(build_on_meta(config_for(config, plan)), dtype or stored_dtype)
+    key = f"{config.to_json_string(use_diff=False)}\n{plan.model_dump_json()}"
+    return _size(_Structure(key, config, plan), dtype or stored_dtype)
+
+
+@dataclass(frozen=True)
+class _Structure:
+    key: str
+    config: PreTrainedConfig = field(compare=False)
+    plan: Plan = field(compare=False)
+
+
+@lru_cache(maxsize=4096)
+def _size(structure: _Structure, dtype: torch.dtype | None) -> Size:
+    """Kept, since a method that looks for the plan of a size asks for the same ones again."""
+    return size_of(build_on_meta(config_for(structure.config, structure.plan)), dtype)
 
 
 def size_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Size:

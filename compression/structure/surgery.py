@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.storage.mapped_memory import release
@@ -128,9 +129,12 @@ def _stock_class(base: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a stock config or FoldstackConfig without memory for its weights."""
-    with BUILDING, torch.device("meta"):
-        is_foldstack = config.model_type == "foldstack"
-        model = (FoldstackForCausalLM if is_foldstack else _stock_class(config))(config)
+    is_foldstack = config.model_type == "foldstack"
+    model_class = FoldstackForCausalLM if is_foldstack else _stock_class(config)
+    # Drawing first values for weights without memory is half the time; tying is done with them.
+    with BUILDING, torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = model_class(config)
+    model.tie_weights(recompute_mapping=False)
     return model.eval()
 
 

@@ -149,7 +149,7 @@ def test_ui_serves_both_pages_until_ctrl_c(tmp_path: Path) -> None:
                 assert b"<html" in page.read().lower()
         assert "Ctrl-C" in said[2]
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(200) == 130
     for port in ports.values():
         with pytest.raises(OSError, match="refused"):
             urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
