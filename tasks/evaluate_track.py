@@ -60,7 +60,10 @@ class EvaluateTrack(ComputedStage):
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.checkpoints.checkpoint import load_tokenizer
-        from foldstack.compression.evaluation.tracks.measure import TrackMeasurement
+        from foldstack.compression.evaluation.tracks.measure import (
+            TrackMeasurement,
+            evidence_gains,
+        )
 
         progress("load the model", 0, 1)
         measurement = TrackMeasurement(
@@ -74,7 +77,11 @@ class EvaluateTrack(ComputedStage):
             dense = load_track(self.dense)
             found = measurement.until_decided(dense, self.rule, self.sequential)
         found.save(folder)
-        return track_facts(found)
+        facts = track_facts(found)
+        for name, gain in evidence_gains(found, self.track).items():
+            facts[f"{name}/gain_by_evidence"] = gain.difference
+            facts[f"{name}/gain_by_evidence_stderr"] = gain.stderr
+        return facts
 
 
 def track_facts(found: "TrackEvaluation") -> Facts:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from foldstack.compression.evaluation.beside_dense import beside_dense
+from foldstack.compression.evaluation.tracks.measure import measured_anyway
+from foldstack.compression.evaluation.tracks.result import model_verdict
 from foldstack.flows.config.config_file import find_config, read_config
 from foldstack.flows.config.run_config import RunConfig, parse_config
 from foldstack.flows.running.measures import evaluation_digests, evaluation_of, speed_of
@@ -45,7 +47,7 @@ def config_for(
 
 def evaluate_command(config: RunConfig, against: str = "") -> Facts:
     """Perplexity, bits per byte and benchmarks of the config's model, from the store if there; with
-    `against` also its differences from that model, under "beside_dense/" (see `beside_dense`).
+    `against` also the verdict beside that model, and the differences from it under "beside_dense/".
 
     Raises:
         InputError: a model, the text or a benchmark cannot be had, or the two models do not read
@@ -67,8 +69,11 @@ def evaluate_command(config: RunConfig, against: str = "") -> Facts:
     facts = evaluated.manifest().facts
     if not dense:
         return facts
-    beside = beside_dense(load_evaluation(dense[0]), load_evaluation(evaluated))
-    return {**facts, **{f"beside_dense/{name}": value for name, value in beside.items()}}
+    pair = load_evaluation(dense[0]), load_evaluation(evaluated)
+    rule = config.evaluation.verdict
+    verdict = model_verdict(measured_anyway(*pair, rule), rule.within)
+    beside = {f"beside_dense/{name}": value for name, value in beside_dense(*pair).items()}
+    return {"verdict": str(verdict), **facts, **beside}
 
 
 def bench_command(config: RunConfig, against: str) -> Facts:

@@ -3,9 +3,11 @@
 import logging
 import os
 import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.evaluation.tracks.settings import Track
 from foldstack.flows.planning.needs import check_room
 from foldstack.flows.running.branches import Layout
 from foldstack.tasks.environment.home import HOME_VARIABLE, disk_full, is_disk_full
@@ -122,24 +124,38 @@ def unreachable_variants(layout: Layout, missing: set[str]) -> list[str]:
 
 
 def unknown_benchmarks(layout: Layout, missing: set[str]) -> list[str]:
-    """A sentence about benchmarks that nobody knows, and one about those without data."""
+    """A sentence about benchmarks that nobody knows, and one about those without data; one for each
+    file of a track that is not of its form."""
     evaluation = layout.config.evaluation
     names: list[str] = []
     if any(branch.before.fingerprint in missing for branch in layout.branches):
         names += evaluation.benchmarks
     waiting = {
-        name
+        name: stage.track
         for branch in layout.branches
         for name, stage in branch.tracks.items()
         if stage.fingerprint in missing
     }
-    of_tracks = [task for name in waiting for task in evaluation.tracks[name].tasks]
-    if not names and not of_tracks:
-        return []
+    of_tracks = sorted({task for track in waiting.values() for task in track.tasks})
+    names = list(dict.fromkeys([*names, *of_tracks]))
+    if not names:
+        return list(_unfit_files(waiting.values()))
     from foldstack.compression.evaluation.benchmark_index import check_tasks, without_data
 
     try:
-        check_tasks(list(dict.fromkeys([*names, *of_tracks])), evaluation.include_paths)
+        check_tasks(names, evaluation.include_paths)
     except InputError as error:
-        return [str(error)]
-    return without_data(sorted(set(of_tracks)), evaluation.include_paths)
+        return [str(error), *_unfit_files(waiting.values())]
+    return [*without_data(of_tracks, evaluation.include_paths), *_unfit_files(waiting.values())]
+
+
+def _unfit_files(tracks: Iterable[Track]) -> Iterator[str]:
+    """A sentence for each local file that is not of its form."""
+    for track in tracks:
+        for name, local in track.files.items():
+            from foldstack.compression.evaluation.tracks.local_tasks import check_local
+
+            try:
+                check_local(name, local)
+            except InputError as error:
+                yield str(error)

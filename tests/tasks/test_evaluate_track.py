@@ -103,3 +103,16 @@ def test_what_is_missing_is_said_in_one_sentence_before_anything_runs(
     assert "piqa" in sentence
     assert "stdlib_continuation" not in sentence
     assert json.dumps(sentence)  # one line
+
+
+def test_a_file_of_another_form_is_refused_before_anything_runs(lay: Lay, tmp_path: Path) -> None:
+    """Breaks when a wrong file is found out after an hour of compressing."""
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"query": "Which?", "choices": ["a", "b"]}\n')
+    layout = lay(tracks={"own": {"files": {"mine": {"file": str(file), "form": "choices"}}}})
+    (sentence,) = unknown_benchmarks(layout, {stage.fingerprint for stage in layout.stages})
+    assert sentence.endswith(
+        "which needs query, choices and gold, the place of the right one: KeyError 'gold'"
+    )
+    with pytest.raises(InputError, match=r"items are read from .*none\.jsonl, which is no file"):
+        lay(tracks={"own": {"files": {"mine": {"file": "none.jsonl", "form": "choices"}}}})

@@ -107,9 +107,10 @@ def check_local(name: str, local: LocalFile) -> None:
         InputError: says which field is missing.
     """
     form = local.form or name
-    make = _FORMS.get(form)
     records = read_records(local.file)
-    if make is not None:
+    if form not in _FORMS:
+        _stock_config(form)
+    else:
         for number, record in enumerate(records):
             try:
                 _CANONICAL[form](record)

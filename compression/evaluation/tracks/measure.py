@@ -21,8 +21,9 @@ from foldstack.compression.evaluation.harness import (
     read_items,
     write_items,
 )
-from foldstack.compression.evaluation.paired import Item
+from foldstack.compression.evaluation.paired import Item, PairedDifference, paired_ratio
 from foldstack.compression.evaluation.perplexity import PerplexityResult, measure_perplexity
+from foldstack.compression.evaluation.tracks.answers import f1
 from foldstack.compression.evaluation.tracks.local_tasks import Reader, local_task
 from foldstack.compression.evaluation.tracks.result import (
     BENCHMARKS_TRACK,
@@ -39,6 +40,7 @@ from foldstack.compression.evaluation.tracks.verdict import Thresholds, VerdictR
 from foldstack.compression.text.corpus import documents
 
 Progress = Callable[[str, int, int], None]
+OPEN, CLOSED, DESCRIBED = "triviaqa_open", "triviaqa_closed", "instructions"
 BENCHMARKS, ITEMS, LOOKS, SPREAD = "benchmarks.json", "items.jsonl", "looks.json", "spread.json"
 
 
@@ -225,7 +227,35 @@ def track_result_of(
     rule: VerdictRule,
 ) -> TrackResult:
     """A model's result on a track beside the dense model's."""
-    return track_result(name, _task_results(other, dense, track.names, track, rule))
+    result = track_result(name, _task_results(other, dense, track.names, track, rule))
+    described = [task for task, local in track.files.items() if (local.form or task) == DESCRIBED]
+    agreement = {task: agreement_of(dense.of(task), other.of(task)) for task in described}
+    return result.model_copy(update={"agreement": agreement})
+
+
+def agreement_of(dense: Sequence[Item], other: Sequence[Item]) -> float:
+    """Mean F1 of the words of two models' answers to the same questions."""
+    answers = {item.doc_id: item.responses[0] for item in dense}
+    return fmean(f1(item.responses[0], [answers[item.doc_id]]) for item in other)
+
+
+def evidence_gains(found: TrackEvaluation, track: Track) -> dict[str, PairedDifference]:
+    """What evidence in the prompt adds to exact match: each open-book task less the closed-book one
+    of the same file, by question."""
+    gains = {}
+    forms = {name: (local.form or name, local.file) for name, local in track.files.items()}
+    for name, (form, file) in forms.items():
+        closed = next((n for n, each in forms.items() if each == (CLOSED, file)), None)
+        if form == OPEN and closed is not None:
+            scores = [
+                {item.doc_id: float(str(item.metrics["em"])) for item in found.of(task)}
+                for task in (closed, name)
+            ]
+            shared = sorted(scores[0].keys() & scores[1].keys())
+            if len(shared) > 1:
+                pair = [[some[number] for number in shared] for some in scores]
+                gains[name] = paired_ratio(pair[0], pair[1], [1.0] * len(shared))
+    return gains
 
 
 def measured_anyway(dense: Evaluation, other: Evaluation, rule: VerdictRule) -> list[TrackResult]:
@@ -255,9 +285,14 @@ def measured_anyway(dense: Evaluation, other: Evaluation, rule: VerdictRule) -> 
 def joined(tracks: Sequence[TrackResult]) -> list[TrackResult]:
     """One result of each name: a track of yours called `modelling` gets the run's text too."""
     tasks: dict[str, list[TaskResult]] = defaultdict(list)
+    agreement: dict[str, dict[str, float]] = defaultdict(dict)
     for track in tracks:
         tasks[track.track] += track.tasks
-    return [track_result(name, some) for name, some in tasks.items()]
+        agreement[track.track] |= track.agreement
+    return [
+        track_result(name, some).model_copy(update={"agreement": agreement[name]})
+        for name, some in tasks.items()
+    ]
 
 
 def averaged(results: Sequence[HarnessResult]) -> tuple[HarnessResult, dict[str, float]]:

@@ -96,6 +96,8 @@ class TrackResult(_Record):
     stderr: float | None = None
     worst: str = ""
     """The task that retains least."""
+    agreement: dict[str, float] = {}
+    """Of answers that nothing is right about: mean F1 of their words with the dense model's."""
     om_llmcbench: float | None = None
     """Quadratic mean of the raw ratios, as LLMCBench's overall metric is said to be."""
 

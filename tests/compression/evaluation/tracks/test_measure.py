@@ -10,10 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.harness import evaluate
+from foldstack.compression.evaluation.paired import Item
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol
 from foldstack.compression.evaluation.tracks.measure import (
     TrackEvaluation,
     TrackMeasurement,
+    agreement_of,
+    evidence_gains,
     track_result_of,
 )
 from foldstack.compression.evaluation.tracks.sequential import SequentialRule
@@ -181,3 +184,31 @@ def test_a_track_that_cannot_be_is_refused() -> None:
         Track(tasks=("quiz",), limit={"quizz": 3})
     with pytest.raises(ValueError, match="needs tasks, files or texts"):
         Track()
+
+
+def answered(task: str, answers: list[str], right: list[float]) -> list[Item]:
+    return [
+        Item(benchmark=task, doc_id=number, doc_hash=f"{task}{number}", filter="none", target="",
+             responses=(answer,), metrics={"em": score})
+        for number, (answer, score) in enumerate(zip(answers, right, strict=True))
+    ]  # fmt: skip
+
+
+def test_what_evidence_adds_is_paired_by_question(tmp_path: Path) -> None:
+    """Breaks when open and closed book are compared as if they were other questions."""
+    files = {name: {"file": tmp_path / "qa.json", "form": f"triviaqa_{name}"}
+             for name in ("open", "closed")}  # fmt: skip
+    track = Track.model_validate({"files": files})
+    items = [
+        *answered("open", ["a", "b", "c", "d"], [1, 1, 1, 0]),
+        *answered("closed", ["a", "b", "c", "d"], [1, 0, 1, 0]),
+    ]
+    (gain,) = evidence_gains(TrackEvaluation(items=items), track).values()
+    assert (gain.difference, gain.only_first, gain.only_second) == (0.25, 0, 1)
+
+
+def test_answers_without_a_right_one_are_compared_with_dense() -> None:
+    """Breaks when a model that says something else altogether looks the same."""
+    dense = answered("ask", ["the red fox", "no"], [0, 0])
+    assert agreement_of(dense, dense) == 1
+    assert agreement_of(dense, answered("ask", ["a red dog", "yes"], [0, 0])) == 0.25
