@@ -36,7 +36,8 @@ class EvaluateTrack(ComputedStage):
     digest: str
     """Of the files that the track is read from; see `track_digest`."""
     dense: Artifact | None = None
-    """What the dense model made of the track, where reading stops at a verdict."""
+    """What the dense model made of the track, where reading stops at a verdict, or a judge compares
+    answers."""
     rule: VerdictRule | None = None
     """Of that verdict; None where all is read."""
     sequential: SequentialRule | None = None
@@ -63,6 +64,7 @@ class EvaluateTrack(ComputedStage):
         from foldstack.compression.evaluation.tracks.measure import (
             TrackMeasurement,
             evidence_gains,
+            judged,
         )
 
         progress("load the model", 0, 1)
@@ -71,11 +73,13 @@ class EvaluateTrack(ComputedStage):
             load_tokenizer(model_folder(self.model)),
             self.track, self.include_paths, self.batch_size, progress,
         )  # fmt: skip
-        if self.dense is None or self.rule is None or self.sequential is None:
+        dense = None if self.dense is None else load_track(self.dense)
+        if dense is None or self.rule is None or self.sequential is None:
             found = measurement.whole()
         else:
-            dense = load_track(self.dense)
             found = measurement.until_decided(dense, self.rule, self.sequential)
+        if dense is not None:
+            found = judged(found, dense, self.track, progress)
         found.save(folder)
         facts = track_facts(found)
         for name, gain in evidence_gains(found, self.track).items():

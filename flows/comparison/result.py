@@ -267,6 +267,7 @@ def _of_tracks(tracks: Sequence[TrackResult]) -> Facts:
         facts[f"{track.track}_stderr"] = track.stderr
         facts[f"{track.track}_om_llmcbench"] = track.om_llmcbench
         facts |= {f"{track.track}/{task}_agreement": v for task, v in track.agreement.items()}
+        facts |= {f"{track.track}/{task}_win_rate": v.rate for task, v in track.win_rates.items()}
         for task in track.tasks:
             name = f"{track.track}/{task.task}"
             facts[name] = task.other

@@ -91,7 +91,7 @@ def tracks_of(
             model=model,
             track=track,
             digest=digests.tracks[track_name],
-            dense=dense[track_name] if is_stopped and dense else None,
+            dense=dense[track_name] if dense and (is_stopped or track.judge) else None,
             rule=evaluation.verdict if is_stopped else None,
             sequential=evaluation.sequential if is_stopped else None,
             include_paths=evaluation.include_paths,

@@ -3,6 +3,8 @@
 - `answers`: How written answers are scored: exact match and F1 as SQuAD has them, rouge-L, and
   variety.
 - `costs`: The tracks that nothing is asked for: footprint and speed, from what is measured anyway.
+- `judge`: A judge behind an OpenAI-compatible address: which of two answers is better, in both
+  orders.
 - `local_tasks`: Benchmarks over files of the user's own, in the forms that their authors publish.
 - `measure`: A track measured: every item of its tasks, every window of its texts, kept in a folder.
 - `paired_task`: One task of a track: what the dense model and a compressed one made of the same

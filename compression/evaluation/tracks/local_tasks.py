@@ -121,6 +121,11 @@ def check_local(name: str, local: LocalFile) -> None:
                 ) from error
 
 
+def questions_in(local: LocalFile) -> list[str]:
+    """What a file of instructions asks, in its order."""
+    return [_instruction(record)["question"] for record in read_records(local.file)]
+
+
 def local_task(name: str, local: LocalFile, reader: Reader) -> "Task | Group":
     """An lm-eval task, or a group, over a file of yours.
 

@@ -1,5 +1,6 @@
 """A track measured: every item of its tasks, every window of its texts, kept in a folder."""
 
+import dataclasses
 import functools
 import json
 from collections import defaultdict
@@ -24,7 +25,12 @@ from foldstack.compression.evaluation.harness import (
 from foldstack.compression.evaluation.paired import Item, PairedDifference, paired_ratio
 from foldstack.compression.evaluation.perplexity import PerplexityResult, measure_perplexity
 from foldstack.compression.evaluation.tracks.answers import f1
-from foldstack.compression.evaluation.tracks.local_tasks import Reader, local_task
+from foldstack.compression.evaluation.tracks.judge import WinRate, win_rate
+from foldstack.compression.evaluation.tracks.local_tasks import (
+    Reader,
+    local_task,
+    questions_in,
+)
 from foldstack.compression.evaluation.tracks.result import (
     BENCHMARKS_TRACK,
     MODELLING,
@@ -40,8 +46,9 @@ from foldstack.compression.evaluation.tracks.verdict import Thresholds, VerdictR
 from foldstack.compression.text.corpus import documents
 
 Progress = Callable[[str, int, int], None]
-OPEN, CLOSED, DESCRIBED = "triviaqa_open", "triviaqa_closed", "instructions"
+OPEN, CLOSED = "triviaqa_open", "triviaqa_closed"
 BENCHMARKS, ITEMS, LOOKS, SPREAD = "benchmarks.json", "items.jsonl", "looks.json", "spread.json"
+WIN_RATES = "win_rates.json"
 
 
 class Looks(BaseModel):
@@ -66,6 +73,8 @@ class TrackEvaluation:
     """Standard deviation of scores over seeds, by "task/metric"; of one seed none."""
     looks: Mapping[str, Looks] = field(default_factory=dict)
     """By task, where reading might have been stopped early."""
+    win_rates: Mapping[str, WinRate] = field(default_factory=dict)
+    """By task, where a judge was asked."""
 
     def of(self, benchmark: str) -> Sequence[Item]:
         """The items of one benchmark."""
@@ -82,6 +91,7 @@ class TrackEvaluation:
         """Write it as JSON files."""
         (folder / BENCHMARKS).write_bytes(_BENCHMARKS.dump_json(dict(self.benchmarks), indent=1))
         (folder / LOOKS).write_bytes(_LOOKS.dump_json(dict(self.looks), indent=1))
+        (folder / WIN_RATES).write_bytes(_WIN_RATES.dump_json(dict(self.win_rates), indent=1))
         (folder / SPREAD).write_text(json.dumps(dict(self.spread), indent=1), encoding="utf-8")
         write_items(self.items, folder / ITEMS)
         for name, text in self.texts.items():
@@ -102,11 +112,13 @@ class TrackEvaluation:
              for name, file in texts.items()},
             json.loads((folder / SPREAD).read_bytes()),
             _LOOKS.validate_json((folder / LOOKS).read_bytes()),
+            _WIN_RATES.validate_json((folder / WIN_RATES).read_bytes()),
         )  # fmt: skip
 
 
 _BENCHMARKS = TypeAdapter(dict[str, Benchmark])
 _LOOKS = TypeAdapter(dict[str, Looks])
+_WIN_RATES = TypeAdapter(dict[str, WinRate])
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,10 @@ class TrackMeasurement:
         """
         found = TrackEvaluation(dense.benchmarks, texts=self._texts())
         orders = {name: _Order.of(name, dense, sequential) for name in self.track.names}
+        # What is never judged is never decided: it is read whole.
+        for name in orders:
+            if not _task_results(dense, dense, [name], self.track, rule):
+                orders[name] = orders[name].at_once()
         items: list[Item] = []
         looks: dict[str, Looks] = {}
         waiting = list(orders)
@@ -228,9 +244,27 @@ def track_result_of(
 ) -> TrackResult:
     """A model's result on a track beside the dense model's."""
     result = track_result(name, _task_results(other, dense, track.names, track, rule))
-    described = [task for task, local in track.files.items() if (local.form or task) == DESCRIBED]
-    agreement = {task: agreement_of(dense.of(task), other.of(task)) for task in described}
-    return result.model_copy(update={"agreement": agreement})
+    agreement = {task: agreement_of(dense.of(task), other.of(task)) for task in track.described}
+    return result.model_copy(update={"agreement": agreement, "win_rates": dict(other.win_rates)})
+
+
+def judged(
+    found: TrackEvaluation, dense: TrackEvaluation, track: Track, progress: Progress | None = None
+) -> TrackEvaluation:
+    """The same with the win rates that the track's judge gives it over the dense model."""
+    if track.judge is None:
+        return found
+    rates = {}
+    for task in track.described:
+        questions = questions_in(track.files[task])
+        of_dense = {item.doc_id: item.responses[0] for item in dense.of(task)}
+        pairs = [
+            (questions[item.doc_id], of_dense[item.doc_id], item.responses[0])
+            for item in found.of(task)
+        ]
+        asked, before, after = (list(column) for column in zip(*pairs, strict=True))
+        rates[task] = win_rate(track.judge, asked, before, after, progress)
+    return dataclasses.replace(found, win_rates=rates)
 
 
 def agreement_of(dense: Sequence[Item], other: Sequence[Item]) -> float:
@@ -341,6 +375,10 @@ class _Order:
         }
         whole = cls(ordered, [sum(map(len, ids.values()))])
         return cls(ordered, whole.growing(rule.counts(whole.counts[-1])))
+
+    def at_once(self) -> "_Order":
+        """The same in a single look."""
+        return _Order(self.documents, self.counts[-1:])
 
     def growing(self, counts: Sequence[int]) -> list[int]:
         """The looks at which every member has more documents than at the one before: lm-eval takes

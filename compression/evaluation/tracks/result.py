@@ -16,6 +16,7 @@ from foldstack.compression.evaluation.beside_dense import leaves
 from foldstack.compression.evaluation.harness import Benchmark
 from foldstack.compression.evaluation.paired import Item, PairedDifference
 from foldstack.compression.evaluation.perplexity import PerplexityResult
+from foldstack.compression.evaluation.tracks.judge import WinRate
 from foldstack.compression.evaluation.tracks.paired_task import (
     ROLLING,
     PairedLoss,
@@ -98,6 +99,8 @@ class TrackResult(_Record):
     """The task that retains least."""
     agreement: dict[str, float] = {}
     """Of answers that nothing is right about: mean F1 of their words with the dense model's."""
+    win_rates: dict[str, WinRate] = {}
+    """Of such answers: how often a judge prefers them to the dense model's."""
     om_llmcbench: float | None = None
     """Quadratic mean of the raw ratios, as LLMCBench's overall metric is said to be."""
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from foldstack.compression.evaluation.harness import SEED
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol
+from foldstack.compression.evaluation.tracks.judge import Judge
 from foldstack.compression.text.corpus import SELF, TextSource
 
 Limit = Annotated[int, Field(ge=1)]
@@ -86,6 +87,8 @@ class Track(_Settings):
     """What a task is scored by, where not by its acc, exact match, F1 or bits per byte."""
     chance: dict[str, float] = {}
     """What guessing scores, where it is not one over the number of choices."""
+    judge: Judge | None = None
+    """Who compares the answers to `instructions` with the dense model's; null: nobody."""
     seeds: tuple[int, ...] = Field(default=(SEED,), min_length=1)
     """Of few-shot examples and of sampled answers; the scores of several are averaged by item."""
     temperature: float = Field(default=0.0, ge=0)
@@ -114,6 +117,11 @@ class Track(_Settings):
     def names(self) -> tuple[str, ...]:
         """Of all tasks."""
         return (*self.tasks, *self.files)
+
+    @property
+    def described(self) -> tuple[str, ...]:
+        """Tasks without right answers."""
+        return tuple(n for n, local in self.files.items() if (local.form or n) == "instructions")
 
     @property
     def limits(self) -> dict[str, int | None]:
