@@ -6,7 +6,6 @@ from itertools import combinations
 from foldstack.compression.evaluation.beside_dense import beside_dense, bits_per_byte_difference
 from foldstack.compression.evaluation.tracks.costs import footprint, speed_score
 from foldstack.compression.evaluation.tracks.measure import (
-    joined,
     measured_anyway,
     track_result_of,
 )
@@ -118,7 +117,7 @@ def _tracks(
             found.append(
                 track_result_of(name, track, load_track(pair[0]), load_track(pair[1]), rule)
             )
-    return joined(found)
+    return found
 
 
 def _costs(facts: Mapping[str, Facts], layout: Layout, outcomes: Mapping[str, Outcome]) -> Facts:

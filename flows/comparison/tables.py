@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.tracks.result import BENCHMARKS_TRACK, MODELLING
+from foldstack.compression.evaluation.tracks.result import BENCHMARKS_TRACK, TEXT_TRACK
 from foldstack.flows.config.config_errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ SHOWN_METRICS = ("acc", "exact_match", "acc_norm", "f1")
 """A benchmark's column shows the first of these that it has."""
 Record = Mapping[str, Any]
 BITS = "bits_per_byte"
-MEASURED_ANYWAY = {MODELLING, BENCHMARKS_TRACK}
+MEASURED_ANYWAY = {TEXT_TRACK, BENCHMARKS_TRACK}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol
 from foldstack.compression.evaluation.samples import SampleSpec
 from foldstack.compression.evaluation.speed import SpeedSpec
+from foldstack.compression.evaluation.tracks.result import BENCHMARKS_TRACK, TEXT_TRACK
 from foldstack.compression.evaluation.tracks.sequential import SequentialRule
 from foldstack.compression.evaluation.tracks.settings import Name, Track
 from foldstack.compression.evaluation.tracks.verdict import VerdictRule
@@ -132,6 +133,15 @@ class Evaluation(_Section):
     @classmethod
     def _preset_is_tracks(cls, value: Any) -> Any:
         return with_preset(value) if isinstance(value, Mapping) else value
+
+    @field_validator("tracks")
+    @classmethod
+    def _names_are_free(cls, value: dict[str, Track]) -> dict[str, Track]:
+        if taken := sorted({TEXT_TRACK, BENCHMARKS_TRACK} & value.keys()):
+            raise ValueError(
+                f"{taken[0]} is the track of what is measured anyway; give yours another name"
+            )
+        return value
 
     @field_validator("include_paths")
     @classmethod

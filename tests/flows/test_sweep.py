@@ -162,7 +162,7 @@ def test_every_variant_has_a_verdict_its_tracks_and_samples(first: Comparison) -
     assert (dense.verdict, dense.tracks) == (None, ())
     assert len(dense.samples) == 2
     for row in smaller:
-        assert [track.track for track in row.tracks] == ["modelling", "reading"]
+        assert [track.track for track in row.tracks] == ["text", "reading"]
         (lines,) = row.tracks[1].tasks
         assert (lines.task, lines.metric) == ("lines", "perplexity")
         assert row.tracks[1].score == pytest.approx(min(1.0, lines.dense / lines.other))

@@ -47,6 +47,10 @@ class Reader:
     max_length: int
     """Tokens that prompt and answer may have together."""
 
+    def room(self, tokens: int) -> int:
+        """So many tokens for an answer, or half of a short context."""
+        return min(tokens, self.max_length // 2)
+
     def cut(self, text: str, tokens: int) -> str:
         """The beginning of a text, of so many tokens."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -291,17 +295,17 @@ def _answered(doc: Record, answers: Sequence[str]) -> dict[str, float]:
     return {"em": exact_match(answer, doc["answers"]), "f1": f1(answer, doc["answers"])}
 
 
-def _factoid_task(name: str, docs: Sequence[Record], _: LocalFile, __: Reader) -> "Task":
+def _factoid_task(name: str, docs: Sequence[Record], _: LocalFile, reader: Reader) -> "Task":
     return _task(name, docs, {
-        **_writing(FACTOID_TOKENS), "doc_to_text": lambda doc: FACTOID.format(**doc),
+        **_writing(reader.room(FACTOID_TOKENS)), "doc_to_text": lambda doc: FACTOID.format(**doc),
         "doc_to_target": lambda doc: doc["answers"][0], "process_results": _answered,
         "metric_list": _mean("em", "f1"),
     })  # fmt: skip
 
 
-def _closed_task(name: str, docs: Sequence[Record], _: LocalFile, __: Reader) -> "Task":
+def _closed_task(name: str, docs: Sequence[Record], _: LocalFile, reader: Reader) -> "Task":
     return _task(name, docs, {
-        **_writing(ANSWER_TOKENS),
+        **_writing(reader.room(ANSWER_TOKENS)),
         "doc_to_text": lambda doc: CLOSED_BOOK.format(question=doc["question"]),
         "doc_to_target": lambda doc: doc["answers"][0], "process_results": _answered,
         "metric_list": _mean("em", "f1"),
@@ -311,7 +315,7 @@ def _closed_task(name: str, docs: Sequence[Record], _: LocalFile, __: Reader) ->
 def _open_task(name: str, docs: Sequence[Record], local: LocalFile, reader: Reader) -> "Task":
     prompts = [{**doc, "prompt": open_book(doc, reader)} for doc in docs]
     return _task(name, prompts, {
-        **_writing(ANSWER_TOKENS), "doc_to_text": lambda doc: doc["prompt"],
+        **_writing(reader.room(ANSWER_TOKENS)), "doc_to_text": lambda doc: doc["prompt"],
         "doc_to_target": lambda doc: doc["answers"][0], "process_results": _answered,
         "metric_list": _mean("em", "f1"),
     })  # fmt: skip
@@ -321,10 +325,11 @@ def open_book(doc: Record, reader: Reader) -> str:
     """The evidence, cut where question and answer would not fit behind it, and the question."""
     asked = CLOSED_BOOK.format(question=doc["question"])
     evidence = "\n\n".join(doc["evidence"])
-    room = reader.max_length - ANSWER_TOKENS - reader.length(asked) - 2
+    answer = reader.room(ANSWER_TOKENS)
+    room = reader.max_length - answer - reader.length(asked) - 2
     while room > 0:  # tokens of two texts joined may be more than of each
         prompt = f"{reader.cut(evidence, room)}\n\n{asked}"
-        over = reader.length(prompt) + ANSWER_TOKENS - reader.max_length
+        over = reader.length(prompt) + answer - reader.max_length
         if over <= 0:
             return prompt
         room -= over
@@ -344,7 +349,9 @@ def _adversarial_group(name: str, docs: Sequence[Record], _: LocalFile, __: Read
 
 def _summaries_group(name: str, docs: Sequence[Record], _: LocalFile, reader: Reader) -> "Group":
     """Thirds of the articles by their tokens, each article cut to leave room for a summary."""
-    room = reader.max_length - SUMMARY_TOKENS - reader.length(SUMMARY.format(article=""))
+    room = (
+        reader.max_length - reader.room(SUMMARY_TOKENS) - reader.length(SUMMARY.format(article=""))
+    )
     by_length = sorted(docs, key=lambda doc: reader.length(doc["article"]))
     tasks = []
     for number, length in enumerate(LENGTHS):
@@ -355,7 +362,8 @@ def _summaries_group(name: str, docs: Sequence[Record], _: LocalFile, reader: Re
         ]
         if prompts:
             tasks.append(_task(f"{name}_{length}", prompts, {
-                **_writing(SUMMARY_TOKENS, ["\n\n"]), "doc_to_text": lambda doc: doc["prompt"],
+                **_writing(reader.room(SUMMARY_TOKENS), ["\n\n"]),
+                "doc_to_text": lambda doc: doc["prompt"],
                 "doc_to_target": lambda doc: doc["highlights"],
                 "process_results": lambda doc, answers: {
                     "rougeL": rouge_l(answers[0], doc["highlights"])
@@ -376,7 +384,7 @@ def _instructions_task(
         }  # fmt: skip
 
     return _task(name, docs, {
-        **_writing(INSTRUCTION_TOKENS, []),
+        **_writing(reader.room(INSTRUCTION_TOKENS), []),
         "doc_to_text": lambda doc: doc["question"] + local.suffix,
         "doc_to_target": lambda doc: "", "process_results": described,
         "metric_list": _mean("distinct_1", "distinct_2", "tokens", "repetition"),

@@ -33,7 +33,7 @@ from foldstack.compression.evaluation.tracks.local_tasks import (
 )
 from foldstack.compression.evaluation.tracks.result import (
     BENCHMARKS_TRACK,
-    MODELLING,
+    TEXT_TRACK,
     TaskResult,
     TrackResult,
     benchmark_results,
@@ -293,7 +293,7 @@ def evidence_gains(found: TrackEvaluation, track: Track) -> dict[str, PairedDiff
 
 
 def measured_anyway(dense: Evaluation, other: Evaluation, rule: VerdictRule) -> list[TrackResult]:
-    """The tracks `modelling` and `benchmarks`, of what every model is evaluated by.
+    """The tracks `text` and `benchmarks`, of what every model is evaluated by.
 
     The first is the perplexity of the text; fewer than two windows or items say nothing.
     """
@@ -304,7 +304,7 @@ def measured_anyway(dense: Evaluation, other: Evaluation, rule: VerdictRule) -> 
             loss_difference(dense.perplexity, other.perplexity),
             ratio=rule.ratio, thresholds=rule.thresholds(1),
         )  # fmt: skip
-        found.append(track_result(MODELLING, [text]))
+        found.append(track_result(TEXT_TRACK, [text]))
     inner = {member for each in dense.benchmarks.values() for member in each.members}
     names = [name for name in dense.benchmarks if name not in inner]
     if names:
@@ -314,19 +314,6 @@ def measured_anyway(dense: Evaluation, other: Evaluation, rule: VerdictRule) -> 
         )
         found.append(track_result(BENCHMARKS_TRACK, results))
     return found
-
-
-def joined(tracks: Sequence[TrackResult]) -> list[TrackResult]:
-    """One result of each name: a track of yours called `modelling` gets the run's text too."""
-    tasks: dict[str, list[TaskResult]] = defaultdict(list)
-    agreement: dict[str, dict[str, float]] = defaultdict(dict)
-    for track in tracks:
-        tasks[track.track] += track.tasks
-        agreement[track.track] |= track.agreement
-    return [
-        track_result(name, some).model_copy(update={"agreement": agreement[name]})
-        for name, some in tasks.items()
-    ]
 
 
 def averaged(results: Sequence[HarnessResult]) -> tuple[HarnessResult, dict[str, float]]:

@@ -21,7 +21,9 @@ from foldstack.compression.evaluation.tracks.verdict import as_normal, ratio_sta
 
 Weighting = Literal["items", "members"]
 """How a group is averaged: over all items (micro), or over its members' means (macro)."""
-METRICS = ("acc", "exact_match", "em", "f1", "acc_norm", "rougeL", "pass@1")
+METRICS = (
+    "acc", "exact_match", "em", "f1", "acc_norm", "rougeL", "pass@1", "prompt_level_strict_acc",
+)  # fmt: skip
 """The metric that is scored: the first of these that a task has."""
 NORMALISED = ("arc_challenge", "hellaswag", "openbookqa")
 """Tasks whose acc_norm is what papers report."""

@@ -28,7 +28,7 @@ from foldstack.compression.evaluation.tracks.paired_task import (
 )
 from foldstack.compression.evaluation.tracks.verdict import Thresholds, Verdict
 
-MODELLING, BENCHMARKS_TRACK = "modelling", "benchmarks"
+TEXT_TRACK, BENCHMARKS_TRACK = "text", "benchmarks"
 """The tracks of what every model of a run is evaluated by."""
 LEAST, MOST = 0.01, 1.0
 """Shares count for a track's score within these."""

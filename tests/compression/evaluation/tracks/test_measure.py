@@ -186,6 +186,30 @@ def test_a_track_that_cannot_be_is_refused() -> None:
         Track()
 
 
+def test_local_files_are_read_like_any_task(measure: Measure, tmp_path: Path) -> None:
+    """Breaks when tasks over local files need the net, or cannot be stopped early: the macro mean
+    of AdvGLUE has every part in it at each look."""
+    parts = {
+        "sst2": [{"sentence": f"film {n}", "label": n % 2} for n in range(30)],
+        "rte": [{"sentence1": f"{n}", "sentence2": "x", "label": n % 2} for n in range(24)],
+    }
+    (tmp_path / "dev.json").write_text(json.dumps(parts))
+    (tmp_path / "ask.jsonl").write_text('{"text": "Why?"}\n{"text": "How?"}\n')
+    track = Track.model_validate({"files": {
+        "advglue": {"file": tmp_path / "dev.json"},
+        "ask": {"file": tmp_path / "ask.jsonl", "form": "instructions"},
+    }, "chance": {"advglue": 0.0}})  # fmt: skip
+    dense = measure(track).whole()
+    early = measure(track, stranger=True).until_decided(dense, RULE, LOOKS)
+    result = track_result_of("own", track, dense, early, RULE)
+    (task,) = result.tasks
+    scores = [dense.benchmarks[f"advglue_{part}"].scores["acc"].value for part in parts]
+    assert dense.benchmarks["advglue"].scores["acc"].value == pytest.approx(sum(scores) / 2)
+    assert (task.task, task.of_items) == ("advglue", 54)
+    assert len(early.of("ask")) == 2
+    assert result.agreement.keys() == {"ask"}
+
+
 def answered(task: str, answers: list[str], right: list[float]) -> list[Item]:
     return [
         Item(benchmark=task, doc_id=number, doc_hash=f"{task}{number}", filter="none", target="",
