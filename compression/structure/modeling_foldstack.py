@@ -1141,8 +1141,6 @@ class _Restructured(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # as far as the stock class
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    # What folders of foldstack 0.1 hold of a linear that stores nothing.
-    _keys_to_ignore_on_load_unexpected = [r"\.stored\.weight$"]  # noqa: RUF012
 
     def __init__(self, config: FoldstackConfig, stock_class: Any) -> None:
         for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
@@ -1161,6 +1159,13 @@ class _Restructured(PreTrainedModel):
         self._no_split_modules = sorted({type(block).__name__ for block in blocks})
         self._can_compile_fullgraph = self.stock._can_compile_fullgraph
         self._cache_name = cache_name(type(self.stock))
+        # What folders of foldstack 0.1 hold of linears that store nothing; by whole names, since an
+        # engine passes over whatever fits.
+        self._keys_to_ignore_on_load_unexpected = {
+            rf"(^|\.){re.escape(name)}\.stored\.weight$"
+            for name, linear in self.named_modules()
+            if isinstance(linear, SlicedLinear) and not linear.own
+        }
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property

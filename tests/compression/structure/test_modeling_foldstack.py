@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,9 @@ def test_linears_that_store_nothing_are_no_modules_and_old_files_that_have_them_
     state = model.state_dict()
     empty = [f"{n}.stored.weight" for n, m in model.named_modules() if getattr(m, "own", 1) == []]
     assert empty
+    # vLLM passes over what fits these, and computed with memory that nobody had filled.
+    ignored = model._keys_to_ignore_on_load_unexpected
+    assert not [name for name in state for pattern in ignored if re.search(pattern, name)]
     state |= {name: torch.zeros(0, 32) for name in empty}
     from safetensors.torch import save_file
 
