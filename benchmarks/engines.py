@@ -1,28 +1,27 @@
 """Which engine runs which structure: a table of differences and tokens per second.
 
-python benchmarks/engines.py [FOLDER ...] [--vllm PYTHON] [--llama_cpp PYTHON] [--json FILE]
+python benchmarks/engines.py [FOLDER ...] [--forms vllm,gguf,deci,openelm,mlx] [--json FILE]
 
-Each folder (of runs/models/..., say) is compared with transformers in each engine by the
-log-probabilities of a fixed text and by greedy tokens. vLLM loads the folder as it is; llama.cpp
-what `foldstack export --to gguf` makes of it. Without folders one model of every structure is made,
-with random weights and the tokenizer of the reference model. An engine without a Python that has it
-is left out.
+Each folder (of runs/models/..., say) is written in each form and compared with transformers in its
+engine, by the log-probabilities of a fixed text and by greedy tokens. Without folders one model of
+every structure is made, with random weights and the tokenizer of the reference model. Engines are
+in the Pythons that FOLDSTACK_VLLM_PYTHON, FOLDSTACK_LLAMA_CPP_PYTHON and FOLDSTACK_MLX_PYTHON name;
+what is not here is left out.
 """
 
 import argparse
 import importlib.util
 import json
-import subprocess
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer, save_model
-from foldstack.compression.errors import InputError
-from foldstack.compression.export import vllm_check
+from foldstack.compression.export.engines import ENGINES, ask, engine_of, rates_in_turns
 from foldstack.compression.export.exported import (
     GREEDY_TOKENS,
     TEXT,
@@ -30,6 +29,7 @@ from foldstack.compression.export.exported import (
     greedy_tokens,
     log_probabilities_of,
 )
+from foldstack.compression.export.forms import ENGINES_OF, Form, NoSuchForm
 from foldstack.compression.reference import MODEL_FOLDER
 from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.structure.surgery import config_for, plan_of
@@ -45,6 +45,7 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 256,
 }
+TURNS = 3
 EQUAL = 1e-4
 """Nats: what a float32 engine may differ by."""
 
@@ -75,22 +76,24 @@ def made(work: Path) -> list[Path]:
 
 
 def in_vllm(folders: list[Path], python: str) -> list[dict[str, Any]]:
-    """What vLLM says to each folder, all in one process."""
+    """What vLLM makes of each folder as it is, all in one process: it takes long to start."""
     requests = []
     for folder in folders:
         tokens = load_tokenizer(folder)(TEXT)["input_ids"]
-        requests.append({"folder": str(folder), "tokens": tokens, "generate": GREEDY_TOKENS})
-    finished = subprocess.run(
-        [python, "-P", vllm_check.__file__],
-        input="".join(json.dumps(request) + "\n" for request in requests),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
+        requests.append(
+            {"model": str(folder), "tokens": tokens, "generate": GREEDY_TOKENS, "texts": []}
+        )
+    checks = [request | {"do": "check"} for request in requests]
+    speeds = [
+        {**request, "do": "speed", "models": {"this": request["model"]}, "turns": TURNS}
+        for request in requests
+    ]
+    seen = ask(ENGINES["vLLM"], python, checks)
+    rates = ask(ENGINES["vLLM"], python, speeds)
+    return [judged(*answers) for answers in zip(folders, seen, rates, strict=True)]
 
 
-def judged(folder: Path, seen: dict[str, Any]) -> dict[str, Any]:
+def judged(folder: Path, seen: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
     """An engine's answer beside transformers'."""
     if "error" in seen:
         return {"verdict": f"fails: {seen['error'][:90]}"}
@@ -100,53 +103,68 @@ def judged(folder: Path, seen: dict[str, Any]) -> dict[str, Any]:
     difference = float((torch.tensor(seen["log_probabilities"]) - expected).abs().max())
     is_equal = difference < EQUAL and greedy_tokens(model, ids) == seen["greedy"]
     return {
-        "verdict": "equal" if is_equal else "DIFFERS",
+        "verdict": "equal, as it is" if is_equal else "DIFFERS",
         "difference": difference,
-        "tokens_per_second": seen["tokens_per_second"],
+        "tokens_per_second": median(timed["rates"]["this"]) if "rates" in timed else None,
     }
 
 
-def in_llama_cpp(folder: Path, python: str, work: Path) -> dict[str, Any]:
-    """What llama.cpp makes of the folder's GGUF file."""
+def exported(folder: Path, form: Form, work: Path) -> dict[str, Any]:
+    """What the form's engine makes of what the folder is exported as."""
+    out = work / f"{folder.name}-{form.name}"
     try:
-        report = export_model(folder, "gguf", work / f"{folder.name}-gguf", engine_python=python)
-    except InputError as error:
-        return {"verdict": f"refused: {str(error).partition(': ')[2] or error}"[:100]}
+        report = export_model(folder, form, out)
+    except NoSuchForm as error:
+        return {"verdict": f"refused: {str(error).partition(': ')[2] or error}"[:110]}
     except RuntimeError as error:
-        return {"verdict": f"fails: {error}"[:100]}
-    is_equal = (report.difference or 0) < EQUAL and report.greedy_is_equal
-    is_same_size = report.parameters_after == report.parameters_before
+        return {"verdict": f"fails: {error}"[:110]}
+    engine = engine_of(form)
+    rates: dict[str, list[float]] = {}
+    tokens = load_tokenizer(folder)(TEXT)["input_ids"]
+    path = {"this": report.path(out, folder)}
+    if engine is not None:
+        rates = rates_in_turns(engine, path, tokens, generate=GREEDY_TOKENS, turns=TURNS)
+    difference = max(check.difference for check in report.checks)
+    is_equal = all(check.greedy_is_equal for check in report.checks) and difference < EQUAL
+    grew = report.parameters_after / report.parameters_before - 1
     return {
         "verdict": f"{'equal' if is_equal else 'DIFFERS'} as {report.form}"
-        + ("" if is_same_size else ", multiplied out"),
-        "difference": report.difference,
-        "tokens_per_second": report.tokens_per_second,
+        + (f", {grew:+.0%} parameters" if abs(grew) > 5e-4 else ""),
+        "difference": difference,
+        "tokens_per_second": median(rates["this"]) if rates else None,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="*")
-    parser.add_argument("--vllm", default="")
-    parser.add_argument("--llama_cpp", default="")
+    parser.add_argument("--forms", default="vllm,gguf,deci,openelm,mlx,stock")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    forms = [Form.of(name) for name in arguments.forms.split(",")]
     with tempfile.TemporaryDirectory(prefix="foldstack-engines-") as folder:
         work = Path(folder)
         folders = [f.resolve() for f in arguments.folders] or made(work)
         rows: dict[str, dict[str, Any]] = {f.name: {} for f in folders}
-        if arguments.llama_cpp:
-            for f in folders:
-                rows[f.name]["llama.cpp"] = in_llama_cpp(f, arguments.llama_cpp, work)
-        if arguments.vllm:
-            for f, seen in zip(folders, in_vllm(folders, arguments.vllm), strict=True):
-                rows[f.name]["vLLM"] = judged(f, seen)
+        for form in forms:
+            if form.target != "stock" and (engine := engine_of(form)) is None:
+                names = " and ".join(ENGINES[n].how_to_have_it for n in ENGINES_OF[form.target])
+                print(f"{form.name}: left out, {names}")
+            elif form.target == "vllm":
+                assert engine is not None
+                for f, seen in zip(folders, in_vllm(folders, str(engine.python())), strict=True):
+                    rows[f.name][form.name] = seen
+            else:
+                for f in folders:
+                    rows[f.name][form.name] = exported(f, form, work)
     for name, engines in rows.items():
-        for engine, found in engines.items():
+        for engine_name, found in engines.items():
             numbers = ""
             if "difference" in found:
-                numbers = f"{found['difference']:9.1e} nats {found['tokens_per_second']:7.1f} tok/s"
-            print(f"{name:<18} {engine:<10} {numbers:<32} {found['verdict']}")
+                numbers = f"{found['difference']:9.1e} nats"
+            if found.get("tokens_per_second"):
+                numbers += f" {found['tokens_per_second']:7.1f} tok/s"
+            print(f"{name:<18} {engine_name:<10} {numbers:<32} {found['verdict']}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,13 +1,18 @@
 """A compressed model in the form that another program loads, checked in that program.
 
-- `exported`: `export_model`: write a model folder in another form, load it in its engine, and
+- `block_configs`: Folders whose blocks have widths of their own: `DeciLMForCausalLM` and OpenELM's.
+- `configuration_nemotron_nas`: The config of a folder with block_configs, as vLLM and SGLang read
+  it: by attribute.
+- `engines`: The engines that load what is exported, each in a process of its own: found, and asked.
+- `exported`: `export_model`: write a model folder in another form, load it in its engines, and
   compare.
+- `forms`: The forms that a model may be exported to: what loads each, and what of a structure it
+  keeps.
 - `gguf_file`: A model as a GGUF file for llama.cpp, written with the `gguf` package.
 - `gguf_tokenizer`: The tokenizer of a model folder as llama.cpp stores it: read from
   tokenizer.json.
-- `llama_cpp_check`: Load a GGUF file in llama.cpp and say what it computes; quantise it before, if
-  asked.
+- `in_engine`: Load models in an engine that is not ours and say what it computes.
+- `mlx_folder`: A model as a folder that mlx-lm loads with its own class of the family.
 - `multiplied_out`: Any structure as its stock class: factors multiplied, borrowed weights copied,
   widths padded.
-- `vllm_check`: Load model folders in vLLM and say what it computes.
 """

@@ -1,19 +1,16 @@
-"""`export_model`: write a model folder in another form, load it in its engine, and compare.
+"""`export_model`: write a model folder in another form, load it in its engines, and compare.
 
-The engine runs in a process of its own. Beside what was written lies `export.json`: what it was
-made from, and what the comparison found or how it can be made.
+Engines run in processes of their own. Beside what was written lie `export.json`: what it was made
+from, and what the comparison found or how it can be made; and a card that says the same.
 """
 
-import importlib.util
 import json
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from foldstack.compression.checkpoints.checkpoint import (
     check_reload,
@@ -23,14 +20,18 @@ from foldstack.compression.checkpoints.checkpoint import (
     save_model,
 )
 from foldstack.compression.errors import InputError
-from foldstack.compression.export import llama_cpp_check
-from foldstack.compression.export.gguf_file import why_not_gguf, write_gguf
+from foldstack.compression.export.block_configs import write_deci, write_openelm
+from foldstack.compression.export.engines import ENGINES, answer_of
+from foldstack.compression.export.forms import ENGINES_OF, Form, NoSuchForm, Target
+from foldstack.compression.export.gguf_file import elements_in, write_gguf
+from foldstack.compression.export.mlx_folder import write_mlx
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.size import count_parameters
 
-Target = Literal["stock", "gguf"]
 REPORT_FILE = "export.json"
 GREEDY_TOKENS = 16
+FARTHEST = 0.05
+"""Nats: an engine that differs by more, where nothing was quantised, computes another model."""
 TEXT = "The house was built in 1904, and nobody has lived in it since; the garden grew over the"
 TEXTS = (
     TEXT,
@@ -43,162 +44,212 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
+class Check:
+    """What an engine makes of the form beside transformers."""
+
+    engine: str
+    version: str
+    difference: float
+    """Largest difference of a token's log-probability, in nats."""
+    greedy_is_equal: bool
+    tokens_are_equal: bool | None = None
+    """None where the engine reads text with the folder's own tokenizer."""
+
+
+@dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what its engine makes of it beside transformers."""
+    """What was written, and what its engines make of it beside transformers."""
 
     target: str
+    scheme: str | None
     file: str
+    """What an engine is given: a file in the new folder, "." for the folder itself, or empty for
+    the model's own folder, where nothing had to be written."""
     form: str
     """The class or the architecture that the engine loads."""
     source: str
     """Fingerprint of the folder that it was made from."""
     parameters_before: int
     parameters_after: int
-    checked_with: str | None = None
-    difference: float | None = None
-    """Largest difference of a token's log-probability, in nats."""
-    greedy_is_equal: bool | None = None
-    tokens_are_equal: bool | None = None
-    tokens_per_second: float | None = None
-    """Of decoding in the engine, where it was measured."""
-    unchecked: str | None = None
-    """How it can be checked, where the engine is not here."""
+    bytes: int
+    vocabulary: int
+    checks: tuple[Check, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    """How it can be checked in engines that are not here, a sentence each."""
+
+    @classmethod
+    def load(cls, out: Path) -> "ExportReport":
+        """What was written into `out`."""
+        stored = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+        checks = tuple(Check(**check) for check in stored.pop("checks"))
+        unchecked = tuple(stored.pop("unchecked"))
+        return cls(**stored, checks=checks, unchecked=unchecked)
+
+    def path(self, out: Path, folder: Path) -> Path:
+        """What an engine is given: it lies in `out`, or is the model's own `folder`."""
+        return out / self.file if self.file else folder
+
+
+@dataclass(frozen=True)
+class _Written:
+    file: str
+    form: str
+    parameters: int
 
 
 def export_model(
     folder: Path,
-    target: Target,
+    form: Form,
     out: Path,
     *,
-    quantise: str | None = None,
     engine_python: str | None = None,
 ) -> ExportReport:
     """Write the model in `folder` for other programs into the new folder `out`.
 
     Args:
-        target: stock writes the family's own class, larger and with the same logits; gguf a file
-            for llama.cpp.
-        quantise: one of llama.cpp's schemes (q8_0, q4_k_m) for the file, by its own quantiser.
-        engine_python: a Python that has the engine; by default this one, if it has.
+        form: stock is the family's own class, larger and with the same logits; gguf a file for
+            llama.cpp; vllm the folder as it is; deci and openelm folders whose blocks have widths
+            of their own (vLLM, SGLang, mlx-lm); mlx one for mlx-lm, whatever the structure.
+        engine_python: a Python that has the engine; by default that of the engine's variable, or
+            this one.
 
     Raises:
-        InputError: the structure or the tokenizer has no such form, or `out` holds something.
-        RuntimeError: what was written computes something else.
+        NoSuchForm: the structure, the family or the tokenizer has no such form.
+        InputError: `out` holds something, or quantising is asked for without llama.cpp.
+        RuntimeError: an engine does not run what was written, or computes something else.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already: give a folder that is new or empty")
-    if quantise is not None and target != "gguf":
-        raise InputError("quantise is for --to gguf alone")
+    if form.scheme is not None and ENGINES["llama.cpp"].python(engine_python) is None:
+        raise InputError(f"quantising is done by llama.cpp; {ENGINES['llama.cpp'].how_to_have_it}")
     model = load_model(folder)
-    write = _write_stock if target == "stock" else _write_gguf
-    report = write(model, folder, out, quantise, engine_python)
+    before = count_parameters(model)
+    try:
+        written = _WRITERS[form.target](model, folder, out)
+    except InputError as error:
+        raise NoSuchForm(str(error)) from None
+    file = _quantised(out, written.file, form.scheme, engine_python)
+    report = ExportReport(
+        target=form.target,
+        scheme=form.scheme,
+        file=file,
+        form=written.form,
+        source=model_fingerprint(folder),
+        parameters_before=before,
+        parameters_after=written.parameters,
+        bytes=_bytes_of(out / file if file else folder),
+        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
+    )
+    report = _checked(report, model.float(), folder, out, engine_python)
+    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(report), indent=2) + "\n"
     (out / REPORT_FILE).write_text(text, encoding="utf-8")
     return report
 
 
-def _write_stock(
-    model: PreTrainedModel, folder: Path, out: Path, _quantise: Any, _python: Any
-) -> ExportReport:
+def _stock(model: PreTrainedModel, folder: Path, out: Path) -> _Written:
     stock = multiplied_out(model)
     save_model(stock, out, tokenizer_from=folder)
     reloaded = check_reload(stock, out, tokenizer_from=folder)
-    ids = torch.tensor([load_tokenizer(folder)(TEXT)["input_ids"]])
-    one, other = (log_probabilities_of(m, ids) for m in (model, stock))
-    return ExportReport(
-        target="stock",
-        file=out.name,
-        form=type(stock).__name__,
-        source=model_fingerprint(folder),
-        parameters_before=count_parameters(model),
-        parameters_after=reloaded.parameters,
-        checked_with="transformers",
-        difference=float((one - other).abs().max()),
-        greedy_is_equal=greedy_tokens(model, ids) == greedy_tokens(stock, ids),
-        tokens_are_equal=True,
-    )
+    return _Written(".", type(stock).__name__, reloaded.parameters)
 
 
-def _write_gguf(
-    model: PreTrainedModel, folder: Path, out: Path, quantise: str | None, python: str | None
-) -> ExportReport:
-    if (reason := why_not_gguf(model)) is not None:
-        raise InputError(reason)
-    python = python or (sys.executable if importlib.util.find_spec("llama_cpp") else None)
-    if quantise is not None and python is None:
-        raise InputError(
-            "quantising is done by llama.cpp: pip install llama-cpp-python, or name a Python that "
-            "has it (--engine-python)"
-        )
-    tokenizer = load_tokenizer(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    plain = out / f"{folder.name}.gguf"
-    form = write_gguf(model, folder, tokenizer, plain, folder.name)
-    file = plain if quantise is None else out / f"{folder.name}-{quantise.lower()}.gguf"
-    report = ExportReport(
-        target="gguf",
-        file=file.name,
-        form=form,
-        source=model_fingerprint(folder),
-        parameters_before=count_parameters(model),
-        parameters_after=_elements_in(plain),
-        unchecked=f"pip install llama-cpp-python, then: foldstack export {folder} --to gguf",
-    )
-    if python is None:
-        return report
-    return _checked(report, model, tokenizer, plain, file, quantise, python)
+def _gguf(model: PreTrainedModel, folder: Path, out: Path) -> _Written:
+    file = out / f"{folder.name}.gguf"
+    form = write_gguf(model, folder, load_tokenizer(folder), file, folder.name)
+    return _Written(file.name, form, elements_in(file))
 
 
-def _elements_in(file: Path) -> int:
-    from gguf import GGUFReader
+def _as_it_is(model: PreTrainedModel, folder: Path, out: Path) -> _Written:
+    return _Written("", type(model).__name__, count_parameters(model))
 
-    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+
+def _folder(
+    write: Callable[[PreTrainedModel, Path, Path], tuple[str, int]],
+) -> Callable[[PreTrainedModel, Path, Path], _Written]:
+    return lambda model, folder, out: _Written(".", *write(model, folder, out))
+
+
+_WRITERS: dict[Target, Callable[[PreTrainedModel, Path, Path], _Written]] = {
+    "stock": _stock,
+    "gguf": _gguf,
+    "vllm": _as_it_is,
+    "deci": _folder(write_deci),
+    "openelm": _folder(write_openelm),
+    "mlx": _folder(write_mlx),
+}
+
+
+def _quantised(out: Path, file: str, scheme: str | None, given: str | None) -> str:
+    """The file of fewer bits in place of the plain one."""
+    if scheme is None:
+        return file
+    smaller = f"{Path(file).stem}-{scheme}.gguf"
+    engine = ENGINES["llama.cpp"]
+    python = engine.python(given)
+    assert python is not None
+    request = {"do": "quantise", "source": str(out / file), "file": str(out / smaller)}
+    answer_of(engine, python, {**request, "scheme": scheme})
+    (out / file).unlink()
+    return smaller
+
+
+def _bytes_of(path: Path) -> int:
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _checked(
-    report: ExportReport,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plain: Path,
-    file: Path,
-    quantise: str | None,
-    python: str,
+    report: ExportReport, model: PreTrainedModel, folder: Path, out: Path, given: str | None
 ) -> ExportReport:
-    """What llama.cpp makes of the file beside transformers; the file before quantising goes."""
+    """With what its engines make of it; `model` is what it was made from, in float32."""
+    target = Form.of(report.target).target
+    tokenizer = load_tokenizer(folder)
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
-    request = {
-        "file": str(file),
-        "source": str(plain),
-        "quantise": quantise,
-        "tokens": ids[0].tolist(),
-        "texts": TEXTS,
-        "generate": GREEDY_TOKENS,
-    }
-    finished = subprocess.run(
-        [python, "-P", llama_cpp_check.__file__],
-        input=json.dumps(request) + "\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if finished.returncode != 0:
-        last = (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RuntimeError(f"llama.cpp does not run {file}: {last}")
-    seen = json.loads(finished.stdout.splitlines()[-1])
-    expected = log_probabilities_of(model, ids)
-    difference = float((torch.tensor(seen["log_probabilities"]) - expected).abs().max())
+    expected = log_probabilities_of(model, ids), greedy_tokens(model, ids)
     tokens = [list(map(int, tokenizer(text)["input_ids"])) for text in TEXTS]
-    if quantise is not None:
-        plain.unlink()
-    fields = asdict(report) | {
-        "checked_with": f"llama-cpp-python {seen['version']}",
-        "difference": difference,
-        "greedy_is_equal": greedy_tokens(model, ids) == seen["greedy"],
-        "tokens_are_equal": tokens == seen["tokens"],
-        "tokens_per_second": seen["tokens_per_second"],
-        "unchecked": None,
-    }
-    return ExportReport(**fields)
+    if target == "stock":
+        stock = load_model(out, dtype=torch.float32)
+        seen = log_probabilities_of(stock, ids), greedy_tokens(stock, ids)
+        difference = float((seen[0] - expected[0]).abs().max())
+        check = Check("transformers", _transformers(), difference, seen[1] == expected[1], True)
+        return _judged(replace(report, checks=(check,)))
+    engines = [ENGINES[name] for name in ENGINES_OF[target]]
+    here = [engine for engine in engines if engine.python(given) is not None]
+    missing = [engine.how_to_have_it for engine in engines if engine not in here]
+    checks = []
+    for engine in here:
+        request = {"do": "check", "model": str(report.path(out, folder)), "tokens": ids[0].tolist()}
+        answer = answer_of(
+            engine, str(engine.python(given)),
+            {**request, "texts": TEXTS, "generate": GREEDY_TOKENS},
+        )  # fmt: skip
+        checks.append(
+            Check(
+                engine.name,
+                engine.version(given),
+                float((torch.tensor(answer["log_probabilities"]) - expected[0]).abs().max()),
+                answer["greedy"] == expected[1],
+                None if answer["tokens"] is None else answer["tokens"] == tokens,
+            )
+        )
+    return _judged(replace(report, checks=tuple(checks), unchecked=tuple(missing)))
+
+
+def _judged(report: ExportReport) -> ExportReport:
+    for check in report.checks:
+        if report.scheme is None and not check.difference <= FARTHEST:
+            raise RuntimeError(
+                f"{check.engine} computes something else from {report.form}: log-probabilities "
+                f"differ by {check.difference:.2g} nats"
+            )
+    return report
+
+
+def _transformers() -> str:
+    import transformers
+
+    return f"transformers {transformers.__version__}"
 
 
 @torch.inference_mode()

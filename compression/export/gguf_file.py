@@ -1,7 +1,8 @@
 """A model as a GGUF file for llama.cpp, written with the `gguf` package.
 
-Structures are multiplied out (`multiplied_out`); where MLPs have widths of their own and the family
-is Llama-shaped, the file is of the architecture `deci`, which keeps them.
+Structures are multiplied out (`multiplied_out`); where MLPs have widths of their own, the file is
+of an architecture that keeps them: `deci` where the family is Llama-shaped, `openelm` where it is
+Qwen3-shaped and tied.
 """
 
 import math
@@ -16,11 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.export.block_configs import (
+    head_width,
+    mlp_widths,
+    openelm_tensors,
+    why_not_openelm,
+)
 from foldstack.compression.export.gguf_tokenizer import read_vocabulary, write_vocabulary
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.modeling_foldstack import MLP_DOWN_NAMES, MLP_UP_NAMES
-from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import plan_of
 
 ARCHITECTURES = {
@@ -31,12 +37,15 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "gpt2": "gpt2",
 }
 """llama.cpp's name for a family."""
 LLAMA_SHAPED = ("llama", "mistral", "qwen2")
 """Families whose blocks `deci` computes, which has a width for each."""
-WIDTH_PER_BLOCK = "deci"
-ROTATED_IN_PAIRS = ("llama", WIDTH_PER_BLOCK)
+DECI, OPENELM = "deci", "openelm"
+WIDTH_PER_BLOCK = (DECI, OPENELM)
+ROTATED_IN_PAIRS = ("llama", DECI)
 """They rotate neighbouring coordinates, where transformers rotates i with i + half."""
 GEMMA = ("gemma", "gemma2", "gemma3")
 
@@ -67,16 +76,18 @@ def write_gguf(
     stock = multiplied_out(model)
     config: Any = stock.config
     vocabulary = read_vocabulary(tokenizer_folder, config.vocab_size)
-    widths = _mlp_widths(plan_of(model), config.intermediate_size)
-    is_own = len(set(widths)) > 1 and config.model_type in LLAMA_SHAPED
-    arch = WIDTH_PER_BLOCK if is_own else ARCHITECTURES[config.model_type]
-    if not is_own:
-        widths = [config.intermediate_size] * len(widths)
+    full = _full_width(config)
+    widths = mlp_widths(plan_of(model), full)
+    arch = _architecture(stock, widths)
+    if arch not in WIDTH_PER_BLOCK:
+        widths = [full] * len(widths)
+    file.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(file, arch)
     writer.add_name(name)
     _write_settings(writer, config, arch, widths)
     write_vocabulary(writer, vocabulary, tokenizer)
-    for tensor_name, tensor in _tensors(stock, arch, widths):
+    tensors = _openelm if arch == OPENELM else _tensors
+    for tensor_name, tensor in tensors(stock, arch, widths):
         _add(writer, tensor_name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -85,9 +96,24 @@ def write_gguf(
     return arch
 
 
-def _mlp_widths(plan: Plan, full: int) -> list[int]:
-    owners = [plan.blocks[plan.owner(position)] for position in range(len(plan.blocks))]
-    return [full if block.mlp_width is None else block.mlp_width for block in owners]
+def _full_width(config: Any) -> int:
+    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return width or 4 * config.hidden_size
+
+
+def _architecture(stock: PreTrainedModel, widths: list[int]) -> str:
+    family = str(stock.config.model_type)
+    if len(set(widths)) > 1 and family in LLAMA_SHAPED:
+        return DECI
+    is_tied = stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
+    if len(set(widths)) > 1 and family == "qwen3" and is_tied and why_not_openelm(stock) is None:
+        return OPENELM
+    return ARCHITECTURES[family]
+
+
+def elements_in(file: Path) -> int:
+    """Stored weights of a GGUF file."""
+    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors)
 
 
 def _add(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
@@ -103,19 +129,23 @@ def _add(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
 
 def _write_settings(writer: GGUFWriter, config: Any, arch: str, widths: list[int]) -> None:
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = head_width(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(widths if arch == WIDTH_PER_BLOCK else widths[0])
+    is_own = arch in WIDTH_PER_BLOCK
+    writer.add_feed_forward_length(widths if is_own else widths[0])
     blocks = config.num_hidden_layers
-    kv_heads = config.num_key_value_heads
-    writer.add_head_count([heads] * blocks if arch == WIDTH_PER_BLOCK else heads)
-    writer.add_head_count_kv([kv_heads] * blocks if arch == WIDTH_PER_BLOCK else kv_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    writer.add_head_count([heads] * blocks if is_own else heads)
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_head_count_kv([kv_heads] * blocks if is_own else kv_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * getattr(config, "partial_rotary_factor", 1)))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     _write_rotary(writer, config)
     if arch in ("gemma2", "gemma3"):
@@ -175,12 +205,28 @@ def _tensors(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[t
         if arch in ("gemma2", "gemma3"):
             tensor = _scaled_queries(tensor, name, arch, config)
         yield found, tensor
-    if config.rope_parameters.get("rope_type") == "llama3":
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_factors(config)
+
+
+def _openelm(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OPENELM, len(widths))
+    for name, tensor in openelm_tensors(stock, widths):
+        if name.endswith("ffn.proj_1.weight"):
+            block = f"blk.{name.split('.')[2]}"
+            gate, up = tensor.chunk(2)
+            yield f"{block}.ffn_gate.weight", gate
+            yield f"{block}.ffn_up.weight", up
+            continue
+        found = names.get_name(name, try_suffixes=(".weight",))
+        assert found is not None, name
+        yield found, tensor
 
 
 def _as_computed(tensor: Tensor, inside: str, width: int, arch: str, config: Any) -> Tensor:
     linear = inside.rpartition(".")[0]
+    if arch == "gpt2":  # its linears are stored transposed
+        return tensor.T if tensor.ndim > 1 else tensor
     if linear in MLP_UP_NAMES:
         return tensor[:width]
     if linear in MLP_DOWN_NAMES and tensor.ndim > 1:
@@ -202,7 +248,7 @@ def _scaled_queries(tensor: Tensor, name: str, arch: str, config: Any) -> Tensor
 def _llama3_factors(config: Any) -> Tensor:
     """By what each rotary frequency is divided (transformers' `_compute_llama3_parameters`)."""
     rope = config.rope_parameters
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_width(config)
     powers = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     wavelength = 2 * math.pi * rope["rope_theta"] ** powers
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -403,7 +403,13 @@ def evaluate(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Directory, hub id, or reference.")],
-    to: Annotated[str, typer.Option(help="stock (the family's own class) or gguf (llama.cpp).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gguf (llama.cpp; gguf-q4_k_m and other schemes), vllm (as it is), deci, openelm, "
+            "mlx (mlx-lm), stock (the family's own class)."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="New folder. [exports/NAME-TO]")] = None,
     quantise: Annotated[
         str, typer.Option(metavar="SCHEME", help="With gguf: q8_0, q4_k_m, ... by llama.cpp.")
@@ -414,7 +420,7 @@ def export(
             "--engine_python",
             "--engine-python",
             metavar="FILE",
-            help="A Python that has llama-cpp-python. [this one]",
+            help="A Python that has the engine. [that of FOLDSTACK_..._PYTHON, or this one]",
         ),
     ] = "",
     as_json: AsJson = False,

@@ -68,6 +68,8 @@ class Row(BaseModel):
     """Prompts that the final model continued."""
     costs: Facts = {}
     """Footprint and speed in one figure each."""
+    engines: Facts = {}
+    """What it is exported as, and how fast that decodes: "gguf-q4_k_m/decode_speedup"."""
     seconds: dict[str, float] = {}
     """Wall time of each stage when it was computed."""
     fingerprints: dict[str, str] = {}
@@ -105,6 +107,7 @@ class Row(BaseModel):
             "recovery": self.recovery,
             "speed": self.speed,
             "track": {**self.costs, **_of_tracks(self.tracks)},
+            "engines": self.engines,
             "time": {f"{part}_seconds": seconds for part, seconds in self.seconds.items()},
         }
         return {f"{part}/{k}": v for part, facts in parts.items() for k, v in facts.items()}

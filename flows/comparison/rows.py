@@ -11,7 +11,7 @@ from foldstack.compression.evaluation.tracks.measure import (
 )
 from foldstack.compression.evaluation.tracks.result import TrackResult, model_verdict
 from foldstack.flows.comparison.result import Comparison, Facts, Rival, Row
-from foldstack.flows.running.branches import DENSE, TRACK, Branch, Layout
+from foldstack.flows.running.branches import DENSE, ENGINE_SPEED, EXPORT, TRACK, Branch, Layout
 from foldstack.flows.running.stage_runs import Outcome
 from foldstack.tasks.evaluate_model import load_evaluation, load_perplexity
 from foldstack.tasks.evaluate_track import load_track
@@ -54,12 +54,23 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
         tracks=tuple(tracks),
         samples=tuple(load_samples(made["samples"])) if "samples" in made else (),
         costs=_costs(facts, layout, outcomes) if variant else {},
+        engines=_engines(branch, facts),
         recovery={name: facts["recover"][name] for name in TRAINING if name in facts["recover"]}
         if "recover" in facts
         else {},
         seconds={part: item.manifest().seconds for part, item in made.items()},
         fingerprints={part: item.fingerprint for part, item in made.items()},
     )
+
+
+def _engines(branch: Branch, facts: Mapping[str, Facts]) -> Facts:
+    """What was exported and how fast it is, by form: "gguf-q4_k_m/decode_speedup"."""
+    return {
+        f"{form}/{name}": value
+        for form in branch.exports
+        for part in (EXPORT, ENGINE_SPEED)
+        for name, value in facts.get(part + form, {}).items()
+    }
 
 
 def rivals(

@@ -204,7 +204,7 @@ def variant_config(config: RunConfig, row: Row) -> dict[str, Any]:
     for name in ("methods", "sparsities", "seeds"):
         del data[name]
     if row.is_dense:
-        return {name: data[name] for name in ("model", "evaluation", "speed")}
+        return {name: data[name] for name in ("model", "evaluation", "speed", "export")}
     settings = {k: v for k, v in row.settings.items() if k not in ("sparsity", "seed")}
     return {**data, "methods": [settings], "sparsities": [row.sparsity], "seeds": [row.seed]}
 

@@ -64,8 +64,9 @@ def columns(frame: "pandas.DataFrame") -> list[Column]:
         for column in _of_benchmark(*found, place)
     ]
     sweeps = [SWEEP] if frame["sweep"].nunique() > 1 else []
+    engines = [column for form in exported_in(present) for column in _of_export(form)]
     tracks = [_of_track(track) for track in tracks_in(present)]
-    order = [MODEL, VERDICT, *sweeps, *tracks, *TEXT_QUALITY, SPEED, *benchmarks, *COSTS]
+    order = [MODEL, VERDICT, *sweeps, *tracks, *TEXT_QUALITY, SPEED, *engines, *benchmarks, *COSTS]
     if not tracks:
         order = [column for column in order if not column.source.startswith("track/")]
     return [column for column in order if column.source in present]
@@ -109,6 +110,12 @@ def tracks_in(names: "set[str]") -> list[str]:
         if not name.endswith("_retained_stderr")
     )
     return found if set(found) - MEASURED_ANYWAY else []
+
+
+def exported_in(names: "set[str]") -> list[str]:
+    """The forms that models of a frame with these columns were exported to."""
+    parts = [name.split("/") for name in sorted(names) if name.startswith("engines/")]
+    return list(dict.fromkeys(form for _, form, *_ in parts))
 
 
 def chosen(frame: "pandas.DataFrame", names: Sequence[str]) -> list[Column]:
@@ -299,4 +306,21 @@ def _of_benchmark(benchmark: str, metric: str, place: int) -> list[Column]:
         Column(f"{benchmark}_stability", f"{benchmark} stability",
                f"beside_dense/{benchmark}/stability", fixed(3), 19, meaning="weighted share of the "
                "items still answered as dense does (LLM-Streamline, arXiv 2403.19135, eq. 6)"),
+    ]  # fmt: skip
+
+
+def _of_export(form: str) -> list[Column]:
+    """The columns of a form that models were exported to."""
+    source = f"engines/{form}"
+    return [
+        Column(f"{form}_speed", f"{form} x dense", f"{source}/decode_speedup", fixed(2), 5,
+               meaning="decoded tokens per second in its engine over the dense model's there"),
+        Column(f"{form}_tokens", f"{form} tok/s", f"{source}/decode_tokens_per_second", fixed(0),
+               9, meaning="decoded tokens per second in its engine"),
+        Column(f"{form}_bytes", f"{form} file", f"{source}/bytes", mebibytes, 11,
+               meaning="weights that the engine loads"),
+        Column(f"{form}_checked", f"{form} checked", f"{source}/checked_with", str, 18,
+               is_text=True, meaning="the engine that computes the same as transformers"),
+        Column(f"{form}_refused", f"{form} refused", f"{source}/refused", str, 17, is_text=True,
+               meaning="why the model has no such form"),
     ]  # fmt: skip

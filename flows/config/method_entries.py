@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from foldstack.compression.export.forms import Form
 from foldstack.compression.methods import METHODS
 from foldstack.compression.methods.method import Method
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 FROM_SWEEP = ("sparsity", "seed")
+MULTIPLES = ("rank_multiple", "mlp_multiple")
+"""Settings of methods that a form to export to decides, where the user does not."""
 
 
 class MethodEntry(BaseModel):
@@ -87,9 +90,13 @@ class Variant:
 
 
 def expand(
-    entries: Sequence[MethodEntry], sparsities: Sequence[float], seeds: Sequence[int]
+    entries: Sequence[MethodEntry],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    target: str = "",
 ) -> tuple[Variant, ...]:
-    """Every (method, sparsity, seed) that the entries stand for, in their order.
+    """Every (method, sparsity, seed) that the entries stand for, in their order; with the
+    multiples that a form to export to wants, where an entry gives none.
 
     Raises:
         ValidationError: a method refuses its settings.
@@ -98,7 +105,7 @@ def expand(
     names = _names(entries)
     variants: list[Variant] = []
     for entry, name in zip(entries, names, strict=True):
-        settings = entry.settings()
+        settings = entry.settings() | _multiples(entry, target)
         of_entry = entry.seeds or seeds
         for sparsity in entry.sparsities or sparsities:
             for seed in of_entry:
@@ -109,6 +116,12 @@ def expand(
     if repeated := [label for label, count in counts.items() if count > 1]:
         raise ValueError(f"each variant may stand there once, and {repeated[0]} stands there twice")
     return tuple(variants)
+
+
+def _multiples(entry: MethodEntry, target: str) -> dict[str, int]:
+    wanted = Form.of(target).multiple if target else 1
+    names = [name for name in MULTIPLES if name in type(entry).model_fields]
+    return {name: wanted for name in names if wanted > 1 and name not in entry.model_fields_set}
 
 
 def sparsity_text(sparsity: float) -> str:

@@ -18,6 +18,7 @@ from foldstack.compression.evaluation.tracks.result import BENCHMARKS_TRACK, TEX
 from foldstack.compression.evaluation.tracks.sequential import SequentialRule
 from foldstack.compression.evaluation.tracks.settings import Name, Track
 from foldstack.compression.evaluation.tracks.verdict import VerdictRule
+from foldstack.compression.export.forms import Form
 from foldstack.compression.statistics.gathering import Kind
 from foldstack.compression.statistics.sensitivity import SCORE_TOKENS
 from foldstack.compression.text.calibration import WindowSpec
@@ -271,6 +272,12 @@ class RunConfig(_Section):
     """Left out, or with steps 0: no recovery."""
     evaluation: Evaluation = Evaluation()
     speed: Speed = Speed()
+    export: tuple[str, ...] = ()
+    """Forms that every model is written in, the dense one too, and what it decodes with in their
+    engines: vllm, gguf, gguf-q4_k_m (any scheme of llama.cpp's), deci, openelm, mlx, stock."""
+    target: str = ""
+    """A form of those: what it cannot keep is refused before anything is computed, and where a
+    method has multiples (of ranks, of MLP widths), they are those that it wants."""
     best_by: Literal["quality", "speed_at_quality", "size_at_quality"] = "quality"
     """What the best variant of a sparsity is best in, in tables, aliases and at the gate: quality:
     the lowest in bits per byte; else the fastest or the smallest of those near the lowest."""
@@ -296,6 +303,23 @@ class RunConfig(_Section):
             return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
         return value
 
+    @field_validator("export")
+    @classmethod
+    def _forms_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            names = [Form.of(name).name for name in value]
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return tuple(dict.fromkeys(names))
+
+    @field_validator("target")
+    @classmethod
+    def _target_is_known(cls, value: str) -> str:
+        try:
+            return Form.of(value).name if value else ""
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
     @model_validator(mode="after")
     def _workers_are_ours(self) -> Self:
         if self.execution.engine == "dask" and self.workers != "auto":
@@ -318,11 +342,11 @@ class RunConfig(_Section):
     def _variants_are_valid(self) -> Self:
         for index, entry in enumerate(self.methods):
             try:
-                expand([entry], self.sparsities, self.seeds)
+                expand([entry], self.sparsities, self.seeds, self.target)
             except ValidationError as error:
                 reasons = problems(error, type(entry).model_json_schema())
                 raise ValueError(f"methods[{index}]: {reasons[0]}") from None
-        expand(self.methods, self.sparsities, self.seeds)
+        expand(self.methods, self.sparsities, self.seeds, self.target)
         return self
 
     @model_validator(mode="after")
@@ -334,7 +358,7 @@ class RunConfig(_Section):
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """Every (method, sparsity, seed)."""
-        return expand(self.methods, self.sparsities, self.seeds)
+        return expand(self.methods, self.sparsities, self.seeds, self.target)
 
     @property
     def recovery_settings(self) -> Recovery:

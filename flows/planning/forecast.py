@@ -79,7 +79,8 @@ def dry_run(config: RunConfig) -> DryRun:
     check(layout)
     models = expected_models(layout)
     stages = expected_stages(layout, models)
-    alone = sum(stage.seconds for stage in stages if stage.stage == "benchmark_speed")
+    timed = ("benchmark_speed", "benchmark_engine")
+    alone = sum(stage.seconds for stage in stages if stage.stage in timed)
     shared = sum(stage.seconds for stage in stages) - alone
     longest = max((stage.seconds for stage in stages), default=0.0)
     return DryRun(

@@ -34,6 +34,8 @@ KNOBS = {
     "evaluate_track": "lower evaluation.batch_size, or the window_tokens of the track's texts",
     "write_samples": "leave evaluation.samples out",
     "recover_model": "lower recovery.batch_size and raise recovery.gradient_accumulation",
+    "export_model": "leave forms out of export",
+    "benchmark_engine": "leave forms out of export",
     "benchmark_speed": "lower speed.batch_sizes, or set speed.enabled to false",
 }
 
@@ -222,7 +224,11 @@ def _of_measuring(
         return Need(PROCESS_BYTES + model_bytes + batch, 0)
     if stage.stage == "write_samples":
         return Need(PROCESS_BYTES + model_bytes, 0)
-    assert stage.stage == "benchmark_speed", stage.stage
+    if stage.stage == "export_model":
+        # The model, the stock one, the same in float32, and the engine with it.
+        in_float32 = shapes.dense_bytes * 4 // shapes.element_bytes
+        return Need(2 * PROCESS_BYTES + model_bytes + 3 * in_float32, shapes.dense_bytes)
+    assert stage.stage in ("benchmark_speed", "benchmark_engine"), stage.stage
     beside = 0 if branch.variant is None else shapes.dense_bytes
     return Need(PROCESS_BYTES + beside + model_bytes, 0)
 

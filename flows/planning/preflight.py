@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.tracks.settings import Track
+from foldstack.compression.export.forms import Form
 from foldstack.flows.planning.needs import check_room
 from foldstack.flows.running.branches import Layout
 from foldstack.tasks.environment.home import HOME_VARIABLE, disk_full, is_disk_full
@@ -105,7 +106,8 @@ def check_model(layout: Layout) -> None:
 
 
 def unreachable_variants(layout: Layout, missing: set[str]) -> list[str]:
-    """A sentence for each variant whose sparsity its method cannot reach for this model."""
+    """A sentence for each variant whose sparsity its method cannot reach for this model, or whose
+    structure the target does not keep."""
     waiting = [b for b in layout.branches if b.compress and b.compress.fingerprint in missing]
     if not waiting:
         return []
@@ -117,9 +119,15 @@ def unreachable_variants(layout: Layout, missing: set[str]) -> list[str]:
     for branch in waiting:
         assert branch.variant is not None
         try:
-            branch.variant.method.outline(model)
+            plan = branch.variant.method.outline(model)
         except InputError as error:
             sentences.append(str(error))
+            continue
+        if layout.config.target and (what := Form.of(layout.config.target).why_not_kept(plan)):
+            sentences.append(
+                f"target {layout.config.target} does not keep {what}, which {branch.label} makes: "
+                "set the method so that it makes none, take another, or another target"
+            )
     return sentences
 
 

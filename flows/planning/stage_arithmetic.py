@@ -86,6 +86,11 @@ class StageArithmetic:
                 assert isinstance(stage, WriteSamples)
                 spec = stage.spec
                 return OPENING_SECONDS + self._decoding(spec.count * spec.new_tokens, branch)
+            case "export_model":
+                engine = rates.fresh_seconds + OPENING_SECONDS if stage.engines else 0.0  # type: ignore[attr-defined]
+                return OPENING_SECONDS + self._checking(branch) + engine
+            case "benchmark_engine":
+                return rates.fresh_seconds + self._timing(branch)
             case "benchmark_speed":
                 return rates.fresh_seconds + self._timing(branch)
             case _:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from foldstack.compression.statistics.sensitivity import FAMILIES
 from foldstack.compression.storage.digest import digest_json
@@ -15,8 +15,10 @@ from foldstack.flows.config.method_entries import Variant
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.running.measures import (
     EvaluationDigests,
+    engine_speed_of,
     evaluation_digests,
     evaluation_of,
+    exports_of,
     samples_of,
     speed_of,
     tracks_of,
@@ -28,6 +30,7 @@ from foldstack.tasks.dequantize_model import find_model
 from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.evaluate_model import EvaluateModel
 from foldstack.tasks.evaluate_track import EvaluateTrack
+from foldstack.tasks.export_model import BenchmarkEngine, ExportModel
 from foldstack.tasks.gather_statistics import AddStatistics, GatherStatistics, Shard
 from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.recover_model import RecoverModel
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 DENSE = "dense"
 TRACK = "track_"
 """What the name of a branch's part begins with that measures a track."""
+EXPORT, ENGINE_SPEED = "export_", "engine_"
+"""How the parts of a branch begin that write a form of its model, and measure it."""
 Purpose = Literal["calibration", "recovery"]
 CollectWindows = CollectCalibration | WriteWindows
 """From text, or from the dense model itself."""
@@ -64,6 +69,10 @@ class Branch:
     """Of the model that the branch ends with."""
     samples: WriteSamples | None = None
     """Of that model."""
+    exports: dict[str, ExportModel] = field(default_factory=dict)
+    """By the name of the form."""
+    engine_speeds: dict[str, BenchmarkEngine] = field(default_factory=dict)
+    """Of those forms whose engine is here."""
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -75,9 +84,17 @@ class Branch:
             "evaluate_after": self.after,
             **{f"{TRACK}{name}": stage for name, stage in self.tracks.items()},
             "samples": self.samples,
+            **{EXPORT + form: stage for form, stage in self.exports.items()},
             "speed": self.speed,
+            **{ENGINE_SPEED + form: stage for form, stage in self.engine_speeds.items()},
         }
         return {part: stage for part, stage in parts.items() if stage is not None}
+
+    @property
+    def speeds(self) -> list[BenchmarkSpeed | BenchmarkEngine]:
+        """The stages that are to run alone."""
+        timed = (BenchmarkSpeed, BenchmarkEngine)
+        return [stage for stage in self.stages.values() if isinstance(stage, timed)]
 
     @property
     def final_maker(self) -> CompressModel | RecoverModel | None:
@@ -130,7 +147,8 @@ class Layout:
     @property
     def before_speeds(self) -> list[Stage]:
         """The stages that may run side by side."""
-        return [stage for stage in self.stages if not isinstance(stage, BenchmarkSpeed)]
+        timed = (BenchmarkSpeed, BenchmarkEngine)
+        return [stage for stage in self.stages if not isinstance(stage, timed)]
 
     @property
     def resolved_config(self) -> RunConfig:
@@ -162,10 +180,13 @@ class Layout:
             ("recover", "evaluate_before"),
             ("evaluate_after",),
             (*(TRACK + name for name in self.config.evaluation.tracks), "samples"),
-            ("speed",),
         ):
             for branch in self.branches:
                 yield from (branch.stages[part] for part in parts if part in branch.stages)
+        for branch in self.branches:
+            yield from branch.exports.values()
+        for branch in self.branches:
+            yield from branch.speeds
 
 
 def lay_out(config: RunConfig) -> Layout:
@@ -327,7 +348,26 @@ class _BranchBuilder:
             speed=self._speed(self.model, DENSE),
             tracks=self._dense_tracks,
             samples=self._samples(self.model, DENSE),
+            **self._engines(self.model, DENSE),
         )
+
+    def _engines(self, model: ModelRef | Artifact, name: str) -> dict[str, Any]:
+        """The exports of a branch, and their speeds."""
+        exports = exports_of(self.config, model, name, self.execution)
+        dense = exports_of(self.config, self.model, DENSE, self.execution)
+        speeds = {
+            form: engine_speed_of(
+                self.config,
+                (self.model, dense[form].artifact(self.store)),
+                (model, stage.artifact(self.store)),
+                form,
+                name,
+            )
+            for form, stage in exports.items()
+            if self.config.speed.enabled
+        }
+        there = {form: stage for form, stage in speeds.items() if stage is not None}
+        return {"exports": exports, "engine_speeds": there}
 
     def of(self, variant: Variant) -> Branch:
         compress = CompressModel(
@@ -351,17 +391,20 @@ class _BranchBuilder:
         if recover is None:
             before = self._evaluate(compressed, variant.label)
             speed = self._speed(compressed, variant.label)
+            engines = self._engines(compressed, variant.label)
             return Branch(
                 variant.label, variant, compress, before, speed=speed,
                 tracks=self._tracks(compressed, variant.label),
-                samples=self._samples(compressed, variant.label),
+                samples=self._samples(compressed, variant.label), **engines,
             )  # fmt: skip
         recovered = recover.artifact(self.store)
         after = self._evaluate(recovered, f"{variant.label} after recovery")
         speed = self._speed(recovered, variant.label)
+        engines = self._engines(recovered, variant.label)
         return Branch(
             variant.label, variant, compress, before, recover, after, speed,
             self._tracks(recovered, variant.label), self._samples(recovered, variant.label),
+            **engines,
         )  # fmt: skip
 
     def _recover(self, compressed: Artifact, variant: Variant) -> RecoverModel | None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from foldstack.compression.evaluation.speed import SpeedSpec
+from foldstack.compression.export.engines import ENGINES, engine_of
+from foldstack.compression.export.forms import ENGINES_OF, Form
 from foldstack.compression.text.corpus import source_digest
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.tasks.benchmark_speed import BenchmarkSpeed
@@ -11,6 +13,7 @@ from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.environment.hardware import hardware
 from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
 from foldstack.tasks.evaluate_track import EvaluateTrack, track_digest
+from foldstack.tasks.export_model import BenchmarkEngine, ExportModel
 from foldstack.tasks.stage import ModelRef
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.write_samples import WriteSamples
@@ -140,5 +143,47 @@ def speed_of(
         execution=Execution(device=config.model.device, threads=config.speed.threads or cores()),
         machine=hardware(),
         dtype=config.model.dtype,
+        name=name,
+    )
+
+
+def exports_of(
+    config: RunConfig, model: ModelRef | Artifact, name: str, execution: Execution
+) -> dict[str, ExportModel]:
+    """The stages that write `model` in every form that `config` names."""
+    stages = {}
+    for form in config.export:
+        names = ENGINES_OF[Form.of(form).target]
+        here = tuple(version for name in names if (version := ENGINES[name].version()))
+        stages[form] = ExportModel(
+            model=model, form=form, engines=here, execution=execution, name=name
+        )
+    return stages
+
+
+def engine_speed_of(
+    config: RunConfig,
+    dense: tuple[ModelRef, Artifact],
+    exported: tuple[ModelRef | Artifact, Artifact],
+    form: str,
+    name: str,
+) -> BenchmarkEngine | None:
+    """The stage that measures an export in its engine beside the dense model's; None where the
+    engine is not here. Each of both is a model and its export."""
+    engine = engine_of(Form.of(form))
+    if engine is None:
+        return None
+    return BenchmarkEngine(
+        dense_model=dense[0],
+        dense=dense[1],
+        model=exported[0],
+        exported=exported[1],
+        form=form,
+        engine=engine.version(),
+        machine=hardware(),
+        execution=Execution(device=config.model.device, threads=config.speed.threads or cores()),
+        prompt_tokens=config.speed.prompt_tokens,
+        new_tokens=config.speed.new_tokens,
+        turns=config.speed.repeats,
         name=name,
     )

@@ -117,18 +117,22 @@ class StageRuns:
     def run_speeds(self) -> None:
         """Run the speed stages one after the other, where there is a model to measure."""
         for branch in self.layout.branches:
-            stage = branch.speed
-            if stage is None:
-                continue
-            maker = branch.final_maker
-            if maker is not None and self.artifact(maker) is None:
-                self._finish(stage.fingerprint, stage.label, Outcome("skipped"))
-                continue
-            self._note(stage.fingerprint, self.submit(stage))
+            for stage in branch.speeds:
+                references = {reference.rpartition("/")[2] for reference in stage.inputs()}
+                missing = [
+                    name
+                    for name in references
+                    if name in self.outcomes and self.outcomes[name].artifact is None
+                ]
+                if missing:
+                    self._finish(stage.fingerprint, stage.label, Outcome("skipped"))
+                else:
+                    self._note(stage.fingerprint, self.submit(stage))
 
     def _is_over(self, branch: Branch) -> bool:
-        stages = [stage for part, stage in branch.stages.items() if part != "speed"]
-        return all(stage.fingerprint in self.outcomes for stage in stages)
+        timed = {stage.fingerprint for stage in branch.speeds}
+        awaited = {stage.fingerprint for stage in branch.stages.values()} - timed
+        return all(fingerprint in self.outcomes for fingerprint in awaited)
 
     def _note(self, fingerprint: str, future: Future) -> None:
         future.wait()  # also a future that is over does not know its own state before

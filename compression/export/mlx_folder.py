@@ -1,0 +1,49 @@
+"""A model as a folder that mlx-lm loads with its own class of the family."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from foldstack.compression.errors import InputError
+from foldstack.compression.export.block_configs import (
+    both_ropes,
+    mlp_widths,
+    why_not_openelm,
+    write_folder,
+    write_openelm,
+)
+from foldstack.compression.export.forms import OPENELM_FAMILIES
+from foldstack.compression.export.multiplied_out import multiplied_out
+from foldstack.compression.structure.surgery import plan_of
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2")
+"""Those whose own class mlx-lm has."""
+
+
+def write_mlx(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int]:
+    """Write the model for mlx-lm; returns the class that it loads and its parameters.
+
+    Where MLPs have widths of their own it is OpenELM's, if that has what the family has; else the
+    family's own, multiplied out. Rotary settings are written in both spellings: mlx-lm reads the
+    older one for most families, and takes its own base where it finds none.
+
+    Raises:
+        InputError: mlx-lm has no such family, or the structure has no stock form.
+    """
+    plan = plan_of(model)
+    if plan.base_model_type not in FAMILIES:
+        raise InputError(f"mlx-lm has no class for {plan.base_model_type}")
+    stock = multiplied_out(model)
+    config: Any = stock.config
+    if plan.base_model_type in OPENELM_FAMILIES and why_not_openelm(stock) is None:
+        full = config.intermediate_size
+        if len(set(mlp_widths(plan, full))) > 1:
+            return write_openelm(model, folder, out)
+    is_rotary = getattr(config, "rope_parameters", None) is not None
+    ropes = both_ropes(config) if is_rotary and "rope_theta" in config.rope_parameters else {}
+    entries = config.to_dict() | {"architectures": [type(stock).__name__]} | ropes
+    tensors = dict(stock.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return type(stock).__name__, write_folder(stock, tensors, entries, folder, out)
