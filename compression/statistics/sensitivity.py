@@ -26,7 +26,7 @@ SCORE_TOKENS = 2048
 """Calibration tokens that variants are scored on."""
 SENSITIVITY_FILE = "sensitivity.json"
 
-Family = Literal["widths", "ranks", "removals", "sublayers", "kv_groups", "runs", "sharing"]
+Family = Literal["widths", "ranks", "removals", "sublayers", "kv_groups", "runs", "maps", "sharing"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 VariantKind = Literal[
     "mlp_width",
@@ -70,7 +70,7 @@ KINDS: dict[VariantKind, KindOfVariant] = {
     "mlp_absent": KindOfVariant("sublayers", ("mlp",)),
     "kv_heads": KindOfVariant("kv_groups", _ATTENTION),
     "run_absent": KindOfVariant("runs", gone_from=0),
-    "run_map": KindOfVariant("runs", parts_of_first=("mlp",), gone_from=1),
+    "run_map": KindOfVariant("maps", parts_of_first=("mlp",), gone_from=1),
     "shared": KindOfVariant("sharing"),
 }
 FAMILY_OF: dict[VariantKind, Family] = {kind: about.family for kind, about in KINDS.items()}

@@ -78,7 +78,7 @@ class ReplaceMe(Method):
 
     @property
     def scores(self) -> frozenset[Family]:
-        return frozenset({"runs"}) if self.choice == "sensitivity" else frozenset()
+        return frozenset({"maps"}) if self.choice == "sensitivity" else frozenset()
 
     def outline(self, model: PreTrainedModel) -> Plan:
         # Which blocks go is not known yet: the deepest ones stand in.

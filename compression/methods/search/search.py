@@ -79,18 +79,20 @@ class Search(Method):
 
     steps_of: ClassVar[str] = "what its library has"
     name: Literal["search"] = "search"
-    library: tuple[Family, ...] = Field(default=("widths", "removals"), min_length=1)
+    library: tuple[Family, ...] = Field(default=("widths", "removals", "maps"), min_length=1)
     """What may become of a site: widths (narrower MLPs and heads), removals (blocks absent),
-    sublayers (attention or the MLP of a block absent), runs (of blocks: absent, or a linear map
-    that the MLP before them takes in), kv_groups (fewer key and value heads), ranks (all linears of
-    an MLP or of an attention in two factors), sharing (two neighbours on the linears of one)."""
+    maps (blocks absent and a linear map in their place that the MLP before them takes in), runs
+    (several blocks absent, scored together), sublayers (attention or the MLP of a block absent),
+    kv_groups (fewer key and value heads), ranks (all linears of an MLP or of an attention in two
+    factors), sharing (two neighbours on the linears of one)."""
     target: Literal["portable", "native"] = "portable"
     """native: only what the stock class loads, blocks absent and one width for all MLPs."""
     budget: dict[Budget, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     """Fractions of the dense model that may be left, beside `sparsity`: parameters, kv_bytes (KV
     cache per token), flops (of linears, per token)."""
-    rounds: int = Field(default=2, ge=0)
-    """How often what is near the choice is scored again and chosen from."""
+    rounds: int = Field(default=4, ge=0)
+    """How often, at most, what is near the choice is scored again and chosen from; it ends when
+    that gains nothing."""
     refit: Refit = "residual"
     """What the linears that write into the residual stream are fitted to at the end, in order:
     what the dense model's add, or the dense model's stream (`refit`)."""
@@ -162,7 +164,7 @@ class Search(Method):
         scored_on = evidence.calibration[: sensitivity.num_windows]
         fresh = evidence.calibration[len(scored_on) : 2 * len(scored_on)]
         scorer = Scorer(assembly, scored_on, progress=evidence.progress)
-        if set(self.library) <= {"removals", "runs"}:
+        if set(self.library) <= {"removals", "runs", "maps"}:
             choice = self._removed(library, scorer, sensitivity, choice)
         if self.rounds == 0 or len(fresh) < 2:
             return choice

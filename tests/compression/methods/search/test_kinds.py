@@ -153,7 +153,7 @@ def test_maps_are_those_of_the_dense_model_whatever_stands_in_it(
     found = []
     for first in (True, False):
         assembly = assembly_of(model)
-        mapped = next(v for v in assembly.library.variants(["runs"]) if v.kind == "run_map")
+        mapped = next(v for v in assembly.library.variants(["maps"]) if v.kind == "run_map")
         mapped = mapped.model_copy(update={"first": 1, "stop": 3})
         if first:
             assembly.prepare([frozenset([mapped])])
