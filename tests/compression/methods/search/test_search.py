@@ -181,7 +181,8 @@ def test_widths_are_multiples_where_scored_ones_are_not(tiny_model: Any, evidenc
     model = tiny_model("llama")
     evidence = evidence_of(model)
     for rounds in (0, 1):
-        method = Search(sparsity=0.3, mlp_multiple=8, head_multiple=4, rounds=rounds)
+        multiples = {"mlp_multiple": 8, "head_multiple": 4}
+        method = Search(sparsity=0.3, library=("widths",), rounds=rounds, **multiples)
         plan = method.compress(model, evidence).plan
         assert any(block.mlp_width for block in plan.blocks)
         for block in plan.blocks:
