@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from foldstack.compression.evaluation.tracks.measure import track_result_of
 from foldstack.compression.evaluation.tracks.result import TaskResult
+from foldstack.compression.evaluation.tracks.track_beside_dense import track_result_of
 from foldstack.flows.config.run_config import RunConfig, load_config
 from foldstack.flows.running.branches import Branch, Layout, lay_out
 from foldstack.tasks.evaluate_track import load_track

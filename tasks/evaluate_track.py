@@ -19,7 +19,7 @@ from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import Facts
 
 if TYPE_CHECKING:
-    from foldstack.compression.evaluation.tracks.measure import TrackEvaluation
+    from foldstack.compression.evaluation.tracks.track_evaluation import TrackEvaluation
 
 
 class EvaluateTrack(ComputedStage):
@@ -53,6 +53,7 @@ class EvaluateTrack(ComputedStage):
         return (
             "foldstack.compression.checkpoints.checkpoint",
             "foldstack.compression.evaluation.tracks.measure",
+            "foldstack.compression.evaluation.tracks.track_beside_dense",
         )
 
     @property
@@ -61,8 +62,8 @@ class EvaluateTrack(ComputedStage):
 
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.checkpoints.checkpoint import load_tokenizer
-        from foldstack.compression.evaluation.tracks.measure import (
-            TrackMeasurement,
+        from foldstack.compression.evaluation.tracks.measure import TrackMeasurement
+        from foldstack.compression.evaluation.tracks.track_beside_dense import (
             evidence_gains,
             judged,
         )
@@ -106,7 +107,7 @@ def track_facts(found: "TrackEvaluation") -> Facts:
 @lru_cache(maxsize=16)  # the dense model's of every track, beside one after the other
 def load_track(evaluated: Artifact) -> "TrackEvaluation":
     """What a stage measured."""
-    from foldstack.compression.evaluation.tracks.measure import TrackEvaluation
+    from foldstack.compression.evaluation.tracks.track_evaluation import TrackEvaluation
 
     return TrackEvaluation.load(evaluated.open())
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from foldstack.compression.evaluation.beside_dense import beside_dense
-from foldstack.compression.evaluation.tracks.measure import measured_anyway
 from foldstack.compression.evaluation.tracks.result import model_verdict
+from foldstack.compression.evaluation.tracks.track_beside_dense import measured_anyway
 from foldstack.flows.config.config_file import find_config, read_config
 from foldstack.flows.config.run_config import RunConfig, parse_config
 from foldstack.flows.running.measures import evaluation_digests, evaluation_of, speed_of

@@ -5,11 +5,11 @@ from itertools import combinations
 
 from foldstack.compression.evaluation.beside_dense import beside_dense, bits_per_byte_difference
 from foldstack.compression.evaluation.tracks.costs import footprint, speed_score
-from foldstack.compression.evaluation.tracks.measure import (
+from foldstack.compression.evaluation.tracks.result import TrackResult, model_verdict
+from foldstack.compression.evaluation.tracks.track_beside_dense import (
     measured_anyway,
     track_result_of,
 )
-from foldstack.compression.evaluation.tracks.result import TrackResult, model_verdict
 from foldstack.flows.comparison.result import Comparison, Facts, Rival, Row
 from foldstack.flows.running.branches import DENSE, ENGINE_SPEED, EXPORT, TRACK, Branch, Layout
 from foldstack.flows.running.stage_runs import Outcome

@@ -1,124 +1,28 @@
-"""A track measured: every item of its tasks, every window of its texts, kept in a folder."""
+"""A track measured: all of it, or until the verdict on each task is known."""
 
-import dataclasses
 import functools
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foldstack.compression.evaluation.beside_dense import Evaluation, leaves, loss_difference
-from foldstack.compression.evaluation.harness import (
-    Benchmark,
-    HarnessResult,
-    evaluate,
-    read_items,
-    write_items,
-)
-from foldstack.compression.evaluation.paired import Item, PairedDifference, paired_ratio
+from foldstack.compression.evaluation.beside_dense import leaves
+from foldstack.compression.evaluation.harness import HarnessResult, evaluate
+from foldstack.compression.evaluation.paired import Item
 from foldstack.compression.evaluation.perplexity import PerplexityResult, measure_perplexity
-from foldstack.compression.evaluation.tracks.answers import f1
-from foldstack.compression.evaluation.tracks.judge import WinRate, win_rate
-from foldstack.compression.evaluation.tracks.local_tasks import (
-    Reader,
-    local_task,
-    questions_in,
-)
-from foldstack.compression.evaluation.tracks.result import (
-    BENCHMARKS_TRACK,
-    TEXT_TRACK,
-    TaskResult,
-    TrackResult,
-    benchmark_results,
-    text_result,
-    track_result,
-)
-from foldstack.compression.evaluation.tracks.sequential import SequentialRule, thresholds_at
+from foldstack.compression.evaluation.tracks.local_tasks import Reader, local_task
+from foldstack.compression.evaluation.tracks.sequential import SequentialRule
 from foldstack.compression.evaluation.tracks.settings import Track
-from foldstack.compression.evaluation.tracks.verdict import Thresholds, VerdictRule
+from foldstack.compression.evaluation.tracks.track_beside_dense import task_results
+from foldstack.compression.evaluation.tracks.track_evaluation import Looks, TrackEvaluation
+from foldstack.compression.evaluation.tracks.verdict import VerdictRule
 from foldstack.compression.text.corpus import documents
 
 Progress = Callable[[str, int, int], None]
-OPEN, CLOSED = "triviaqa_open", "triviaqa_closed"
-BENCHMARKS, ITEMS, LOOKS, SPREAD = "benchmarks.json", "items.jsonl", "looks.json", "spread.json"
-WIN_RATES = "win_rates.json"
-
-
-class Looks(BaseModel):
-    """How far a task was read under a sequential rule."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    counts: tuple[int, ...]
-    """Items read by each look."""
-    of_items: int
-    """That the dense model answered."""
-
-
-@dataclass(frozen=True)
-class TrackEvaluation:
-    """What a model made of a track."""
-
-    benchmarks: Mapping[str, Benchmark] = field(default_factory=dict)
-    items: Sequence[Item] = ()
-    texts: Mapping[str, PerplexityResult] = field(default_factory=dict)
-    spread: Mapping[str, float] = field(default_factory=dict)
-    """Standard deviation of scores over seeds, by "task/metric"; of one seed none."""
-    looks: Mapping[str, Looks] = field(default_factory=dict)
-    """By task, where reading might have been stopped early."""
-    win_rates: Mapping[str, WinRate] = field(default_factory=dict)
-    """By task, where a judge was asked."""
-
-    def of(self, benchmark: str) -> Sequence[Item]:
-        """The items of one benchmark."""
-        return self._by_benchmark.get(benchmark, ())
-
-    @cached_property
-    def _by_benchmark(self) -> Mapping[str, Sequence[Item]]:
-        found: dict[str, list[Item]] = defaultdict(list)
-        for item in self.items:
-            found[item.benchmark].append(item)
-        return dict(found)
-
-    def save(self, folder: Path) -> None:
-        """Write it as JSON files."""
-        (folder / BENCHMARKS).write_bytes(_BENCHMARKS.dump_json(dict(self.benchmarks), indent=1))
-        (folder / LOOKS).write_bytes(_LOOKS.dump_json(dict(self.looks), indent=1))
-        (folder / WIN_RATES).write_bytes(_WIN_RATES.dump_json(dict(self.win_rates), indent=1))
-        (folder / SPREAD).write_text(json.dumps(dict(self.spread), indent=1), encoding="utf-8")
-        write_items(self.items, folder / ITEMS)
-        for name, text in self.texts.items():
-            file = folder / f"perplexity.{name}.json"
-            file.write_text(text.model_dump_json(indent=1), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "TrackEvaluation":
-        """What `save` wrote."""
-        texts = {
-            file.name.removeprefix("perplexity.").removesuffix(".json"): file
-            for file in sorted(folder.glob("perplexity.*.json"))
-        }
-        return cls(
-            _BENCHMARKS.validate_json((folder / BENCHMARKS).read_bytes()),
-            read_items(folder / ITEMS),
-            {name: PerplexityResult.model_validate_json(file.read_bytes())
-             for name, file in texts.items()},
-            json.loads((folder / SPREAD).read_bytes()),
-            _LOOKS.validate_json((folder / LOOKS).read_bytes()),
-            _WIN_RATES.validate_json((folder / WIN_RATES).read_bytes()),
-        )  # fmt: skip
-
-
-_BENCHMARKS = TypeAdapter(dict[str, Benchmark])
-_LOOKS = TypeAdapter(dict[str, Looks])
-_WIN_RATES = TypeAdapter(dict[str, WinRate])
 
 
 @dataclass(frozen=True)
@@ -168,7 +72,7 @@ class TrackMeasurement:
         orders = {name: _Order.of(name, dense, sequential) for name in self.track.names}
         # What is never judged is never decided: it is read whole.
         for name in orders:
-            if not _task_results(dense, dense, [name], self.track, rule):
+            if not task_results(dense, dense, [name], self.track, rule):
                 orders[name] = orders[name].at_once()
         items: list[Item] = []
         looks: dict[str, Looks] = {}
@@ -233,87 +137,6 @@ class TrackMeasurement:
             for seed in self.track.seeds
         ]
         return (results[0], {}) if len(results) == 1 else averaged(results)
-
-
-def track_result_of(
-    name: str,
-    track: Track,
-    dense: TrackEvaluation,
-    other: TrackEvaluation,
-    rule: VerdictRule,
-) -> TrackResult:
-    """A model's result on a track beside the dense model's."""
-    result = track_result(name, _task_results(other, dense, track.names, track, rule))
-    agreement = {task: agreement_of(dense.of(task), other.of(task)) for task in track.described}
-    return result.model_copy(update={"agreement": agreement, "win_rates": dict(other.win_rates)})
-
-
-def judged(
-    found: TrackEvaluation, dense: TrackEvaluation, track: Track, progress: Progress | None = None
-) -> TrackEvaluation:
-    """The same with the win rates that the track's judge gives it over the dense model."""
-    if track.judge is None:
-        return found
-    rates = {}
-    for task in track.described:
-        questions = questions_in(track.files[task])
-        of_dense = {item.doc_id: item.responses[0] for item in dense.of(task)}
-        pairs = [
-            (questions[item.doc_id], of_dense[item.doc_id], item.responses[0])
-            for item in found.of(task)
-        ]
-        asked, before, after = (list(column) for column in zip(*pairs, strict=True))
-        rates[task] = win_rate(track.judge, asked, before, after, progress)
-    return dataclasses.replace(found, win_rates=rates)
-
-
-def agreement_of(dense: Sequence[Item], other: Sequence[Item]) -> float:
-    """Mean F1 of the words of two models' answers to the same questions."""
-    answers = {item.doc_id: item.responses[0] for item in dense}
-    return fmean(f1(item.responses[0], [answers[item.doc_id]]) for item in other)
-
-
-def evidence_gains(found: TrackEvaluation, track: Track) -> dict[str, PairedDifference]:
-    """What evidence in the prompt adds to exact match: each open-book task less the closed-book one
-    of the same file, by question."""
-    gains = {}
-    forms = {name: (local.form or name, local.file) for name, local in track.files.items()}
-    for name, (form, file) in forms.items():
-        closed = next((n for n, each in forms.items() if each == (CLOSED, file)), None)
-        if form == OPEN and closed is not None:
-            scores = [
-                {item.doc_id: float(str(item.metrics["em"])) for item in found.of(task)}
-                for task in (closed, name)
-            ]
-            shared = sorted(scores[0].keys() & scores[1].keys())
-            if len(shared) > 1:
-                pair = [[some[number] for number in shared] for some in scores]
-                gains[name] = paired_ratio(pair[0], pair[1], [1.0] * len(shared))
-    return gains
-
-
-def measured_anyway(dense: Evaluation, other: Evaluation, rule: VerdictRule) -> list[TrackResult]:
-    """The tracks `text` and `benchmarks`, of what every model is evaluated by.
-
-    The first is the perplexity of the text; fewer than two windows or items say nothing.
-    """
-    found = []
-    if dense.perplexity.num_windows > 1:
-        text = text_result(
-            "perplexity", dense.perplexity, other.perplexity,
-            loss_difference(dense.perplexity, other.perplexity),
-            ratio=rule.ratio, thresholds=rule.thresholds(1),
-        )  # fmt: skip
-        found.append(track_result(TEXT_TRACK, [text]))
-    inner = {member for each in dense.benchmarks.values() for member in each.members}
-    names = [name for name in dense.benchmarks if name not in inner]
-    if names:
-        limits = dict.fromkeys(names, rule.thresholds(len(names)))
-        results = benchmark_results(
-            names, dense, other, ratio=rule.ratio, thresholds=limits, metrics={}, chance={}
-        )
-        found.append(track_result(BENCHMARKS_TRACK, results))
-    return found
 
 
 def averaged(results: Sequence[HarnessResult]) -> tuple[HarnessResult, dict[str, float]]:
@@ -410,32 +233,5 @@ def _open_tasks(
     return {
         name
         for name in names
-        if any(task.verdict == "open" for task in _task_results(other, dense, [name], track, rule))
+        if any(task.verdict == "open" for task in task_results(other, dense, [name], track, rule))
     }
-
-
-def _task_results(
-    other: TrackEvaluation,
-    dense: TrackEvaluation,
-    names: Sequence[str],
-    track: Track,
-    rule: VerdictRule,
-) -> list[TaskResult]:
-    def limits(name: str) -> Thresholds:
-        looks = other.looks.get(name)
-        if looks is None:
-            return rule.thresholds(track.num_tasks)
-        return thresholds_at(rule, looks.counts, looks.of_items, track.num_tasks)
-
-    texts = [
-        text_result(
-            name, dense.texts[name], text, loss_difference(dense.texts[name], text),
-            ratio=rule.ratio, thresholds=rule.thresholds(track.num_tasks),
-        )
-        for name, text in other.texts.items()
-    ]  # fmt: skip
-    scores = benchmark_results(
-        names, dense, other, ratio=rule.ratio, metrics=track.metrics, chance=track.chance,
-        thresholds={name: limits(name) for name in names},
-    )  # fmt: skip
-    return [*scores, *texts]

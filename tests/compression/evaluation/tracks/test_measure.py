@@ -12,15 +12,15 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.harness import evaluate
 from foldstack.compression.evaluation.paired import Item
 from foldstack.compression.evaluation.perplexity import PerplexityProtocol
-from foldstack.compression.evaluation.tracks.measure import (
-    TrackEvaluation,
-    TrackMeasurement,
+from foldstack.compression.evaluation.tracks.measure import TrackMeasurement
+from foldstack.compression.evaluation.tracks.sequential import SequentialRule
+from foldstack.compression.evaluation.tracks.settings import Track, TrackText
+from foldstack.compression.evaluation.tracks.track_beside_dense import (
     agreement_of,
     evidence_gains,
     track_result_of,
 )
-from foldstack.compression.evaluation.tracks.sequential import SequentialRule
-from foldstack.compression.evaluation.tracks.settings import Track, TrackText
+from foldstack.compression.evaluation.tracks.track_evaluation import TrackEvaluation
 from foldstack.compression.evaluation.tracks.verdict import VerdictRule
 from foldstack.compression.text.corpus import TextSource
 

@@ -8,7 +8,6 @@ import pytest
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.harness import Benchmark, Score
 from foldstack.compression.evaluation.paired import Item
-from foldstack.compression.evaluation.tracks.measure import TrackEvaluation, track_result_of
 from foldstack.compression.evaluation.tracks.paired_task import PairedScores
 from foldstack.compression.evaluation.tracks.result import (
     TrackResult,
@@ -18,6 +17,8 @@ from foldstack.compression.evaluation.tracks.result import (
     quadratic_mean,
 )
 from foldstack.compression.evaluation.tracks.settings import Track
+from foldstack.compression.evaluation.tracks.track_beside_dense import track_result_of
+from foldstack.compression.evaluation.tracks.track_evaluation import TrackEvaluation
 from foldstack.compression.evaluation.tracks.verdict import VerdictRule
 
 RULE = VerdictRule()
