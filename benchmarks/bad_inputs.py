@@ -1,5 +1,7 @@
 """What the command line says to mistakes: each is tried for real, in a process of its own.
 
+That is a fork of this one, which has imported what they need and done nothing else.
+
 A mistake must end with exit code 2 and one sentence, before anything is computed. What is odd and
 no mistake (a value head beside the weights, text from Windows) must be planned without a word of
 refusal. The models are copies of the reference model that were changed in one way each.
@@ -9,24 +11,32 @@ refusal. The models are copies of the reference model that were changed in one w
 
 import argparse
 import gzip
+import http.server
+import io
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import foldstack.flows.planning.forecast
+import foldstack.flows.planning.preflight  # noqa: F401 (what most commands import, once for all)
 from foldstack.compression.reference import MODEL_FOLDER
+from foldstack.flows.cli import app
 
+FORK = multiprocessing.get_context("fork")
 SECONDS_AT_MOST = 300.0
 NO_SERVER = "http://127.0.0.1:9/api"
 MISSING, MISSHAPEN = "a tensor is missing", "a tensor of another shape"
@@ -52,6 +62,10 @@ class Case:
     """Only the first stage that reads the data can know: a Prefect server is started before."""
     is_odd: bool = False
     """No mistake: `plan` is to go through."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What the command finds in its environment; by PREFECT_API_URL it asks a server."""
+    encoding: str = "utf-8"
+    """Of the terminal."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class Outcome:
         return (
             self.exit_code == 2
             and is_sentence
-            and NO_SERVER not in self.said
+            and f"{NO_SERVER} (PREFECT_API_URL)" not in self.said
             and not self.models_made
         )
 
@@ -154,6 +168,26 @@ def one_token_more(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def only_tokenizer(name: str, content: bytes) -> Callable[[Path], Any]:
+    """The damage of a tokenizer that is this file and nothing else."""
+
+    def damage(folder: Path) -> None:
+        remove("tokenizer.json", "tokenizer_config.json")(folder)
+        write(name, content)(folder)
+
+    return damage
+
+
+def words(folder: Path) -> None:
+    """A tokenizer of vocab.txt and no tokenizer.json, as Chinese GPT-2s have it."""
+    remove("tokenizer.json", "tokenizer_config.json")(folder)
+    letters = [chr(0x61 + i) for i in range(26)]
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    known += [f"[unused{i}]" for i in range(1900)]
+    (folder / "vocab.txt").write_text("\n".join(known) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+
+
 def in_utf16(folder: Path) -> None:
     """config.json as PowerShell writes it."""
     text = (folder / "config.json").read_text()
@@ -180,6 +214,7 @@ def odd_models(folder: Path) -> list[Case]:
             "generation_config.json", '{"stop_strings": ["."], "num_return_sequences": 2}'
         ),
         "a token more than rows": one_token_more,
+        "a tokenizer of vocab.txt": words,
     }
     return [
         Case(what, (damaged(folder, f"odd-{number}", change),), is_odd=True)
@@ -203,9 +238,59 @@ def odd_texts(folder: Path) -> list[Case]:
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    table = pyarrow.table({"text": [text]})
+    pyarrow.parquet.write_table(table, folder / "table.parquet")
+    named = {name: folder / name for name in (*files, "table.parquet")}
+    named["the home folder"] = Path("~") / "windows.txt"
     return [
-        Case(f"a text in {name}", (f"calibration.source.corpus={folder / name}",), is_odd=True)
-        for name in files
+        Case(f"a text in {name}", (f"calibration.source.corpus={path}",), is_odd=True)
+        for name, path in named.items()
+    ]
+
+
+class OutsideOfApi(http.server.BaseHTTPRequestHandler):
+    """Answers as a Prefect server does at the address of its page."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+def environments(folder: Path) -> list[Case]:
+    """What other programs leave in the environment, and what they do not care about."""
+    page = http.server.HTTPServer(("127.0.0.1", 0), OutsideOfApi)
+    threading.Thread(target=page.serve_forever, daemon=True).start()
+    profiles = {
+        "a profile of Prefect with a dead address": (
+            f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{NO_SERVER}"\n'
+        ),
+        "a damaged profile of Prefect": "[profiles",
+    }
+    for number, text in enumerate(profiles.values()):
+        (folder / f"prefect-{number}").mkdir()
+        (folder / f"prefect-{number}" / "profiles.toml").write_text(text)
+    job = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    return [
+        Case(
+            "an address without /api",
+            environment={"PREFECT_API_URL": f"http://127.0.0.1:{page.server_port}"},
+        ),
+        *(
+            Case(
+                what,
+                environment={
+                    "PREFECT_API_URL": "",
+                    "PREFECT_HOME": str(folder / f"prefect-{number}"),
+                },
+            )
+            for number, what in enumerate(profiles)
+        ),
+        Case("a process of another job", is_odd=True, environment=job),
+        Case("a proxy", is_odd=True, environment=proxies),
+        Case("a terminal that shows ASCII", is_odd=True, encoding="ascii"),
     ]
 
 
@@ -241,6 +326,8 @@ def damaged_models(folder: Path) -> list[Case]:
             '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
         ),
         "a damaged tokenizer": write("tokenizer.json", "{"),
+        "a tokenizer that needs mistral_common": only_tokenizer("tekken.json", b"{}"),
+        "a tokenizer that needs sentencepiece": only_tokenizer("tokenizer.model", b"\n\x0e"),
         "layer types of another depth": with_config(layer_types=["full_attention"]),
         "a whole number for a float": with_config(initializer_range=1),
         "null for a boolean": with_config(tie_word_embeddings=None),
@@ -314,6 +401,7 @@ def cases(folder: Path) -> list[Case]:
         Case("a damaged table", (f"calibration.source.corpus={table}",)),
         Case("a record that is no object", (f"calibration.source.corpus={record}",)),
         *damaged_models(folder),
+        *environments(folder),
         *odd_models(folder),
         *odd_texts(folder),
     ]
@@ -327,30 +415,39 @@ def attempt(case: Case, folder: Path) -> Outcome:
         config.write_text(case.config)
     shutil.rmtree(home, ignore_errors=True)
     server = {} if case.is_seen_by_a_stage else {"PREFECT_API_URL": NO_SERVER}
+    environment = server | {"FOLDSTACK_HOME": str(home), "HOME": str(folder)} | case.environment
+    command = ["plan" if case.is_odd else "run", str(config), *case.overrides]
+    said = folder / "said.txt"
     started = time.perf_counter()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "foldstack.flows.cli.app",
-            "plan" if case.is_odd else "run",
-            str(config),
-            *case.overrides,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS_AT_MOST,
-        env=os.environ | {"FOLDSTACK_HOME": str(home)} | server,
-    )
+    process = FORK.Process(target=run_here, args=(command, environment, said, case.encoding))
+    process.start()
+    process.join(SECONDS_AT_MOST)
+    if process.is_alive():
+        process.kill()
+        process.join()
     return Outcome(
         mistake=case.mistake,
-        exit_code=done.returncode,
-        said=done.stderr.strip(),
+        exit_code=-1 if process.exitcode is None else process.exitcode,
+        said=said.read_text(errors="replace").strip(),
         seconds=round(time.perf_counter() - started, 1),
         models_made=len(list((home / "store" / "artifacts" / "compress_model").glob("*"))),
         is_odd=case.is_odd,
     )
+
+
+def run_here(command: list[str], environment: dict[str, str], said: Path, encoding: str) -> None:
+    """The command in this process; what it tells the person goes to a file."""
+    with said.open("w") as told, open(os.devnull, "w") as nowhere:
+        os.dup2(told.fileno(), 2)
+        os.dup2(nowhere.fileno(), 1)
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding=encoding)
+    os.environ.update({name: value for name, value in environment.items() if value})
+    for name in (name for name, value in environment.items() if not value):
+        os.environ.pop(name, None)
+    sys.argv = ["foldstack", *command]
+    app.main()
 
 
 def main() -> None:

@@ -255,7 +255,9 @@ class Bench:
 
     def recovered(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         """A copy, trained on the same windows as everybody's."""
-        settings = Recovery(steps=self.steps, batch_size=RECOVERY_BATCH, seed=seed)
+        settings = Recovery(
+            steps=self.steps, batch_size=RECOVERY_BATCH, seed=seed, validation_fraction=0
+        )
         trained = copy.deepcopy(model)
         recover(trained, self.training, settings, progress=self._tell)
         return trained

@@ -69,6 +69,9 @@ class Standby:
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="foldstack-standby-"))
         own = {self._folder_in: str(self._folder)} if self._folder_in else {}
+        if os.environ.get("PYTHONPATH"):  # whose relative places are relative to where we are
+            places = os.environ["PYTHONPATH"].split(os.pathsep)
+            own["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, places)))
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115  `_clear` closes it
         self._process = subprocess.Popen(
             [sys.executable, *self._arguments],

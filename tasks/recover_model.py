@@ -84,6 +84,9 @@ class RecoverModel(ComputedStage):
             "seconds_training": result.seconds,
             "first_loss": result.history[0]["loss"] if result.history else None,
             "last_loss": result.history[-1]["loss"] if result.history else None,
+            "validation_before": result.validation_before,
+            "validation_after": result.validation_after,
+            "is_as_it_was": result.is_worse,
             **size.as_dict(),
         }
 

@@ -10,7 +10,8 @@
 - `model_card`: The model card (README.md) that travels with every compressed folder.
 - `model_folder`: Find the folder of a model, and say in one sentence what is wrong with it; no
   torch needed.
-- `older_readers`: Entries of a stock config.json under the names by which older programs read them.
+- `older_readers`: Entries of a stock model's JSON files under the names by which older programs
+  read them.
 - `pickled_weights`: Weights that a repository of the hub has as pickles only, read as tensors and
   written again.
 - `quantized_weights`: Quantised weights made plain again: GGUF files, and what transformers can

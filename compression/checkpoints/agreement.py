@@ -39,7 +39,9 @@ class Agreement:
     is_untied: bool = False
     """The file holds a head that is not the embedding, and the config says that it is."""
     dtype: torch.dtype | None = None
-    """What most of the weights are stored in, where the config says something else."""
+    """What holds all that the weights and the precision of the config do, where that is another
+    one, or says nothing: a float16 file of a config that says bfloat16 is read in float32, which
+    overflows in neither."""
     unread: frozenset[str] = frozenset()
     """Tensors that are no part of the decoder: they are left out."""
     notes: tuple[str, ...] = ()
@@ -197,14 +199,15 @@ def _differences(
             f"{file} says that the head is the embedding (tie_word_embeddings), and the weights "
             "hold another head: the weights are right"
         )
-    said, dtype = model.config.dtype, _stored_dtype(held.values())
-    if dtype is not None and said not in (None, dtype):
+    said, stored = model.config.dtype, _stored_dtype(held.values())
+    dtype = stored if said is None else None
+    if said is not None and stored is not None and said != stored:
+        wider = torch.promote_types(said, stored)
         notes.append(
-            f"{file} says {_named(said)}, and the weights are stored in {_named(dtype)}: the "
-            "weights are right"
+            f"{file} says {_named(said)}, and the weights are stored in {_named(stored)}: they are "
+            f"read in {_named(wider)} (model.dtype decides)"
         )
-    else:
-        dtype = None
+        dtype = wider if wider != said else None
     left_out = [name for name in unread if not BUFFERS.search(name)]
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""

@@ -131,10 +131,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         InputError: there is none, or it needs code of its own.
     """
     config = _without_code(folder)
-    with refusing(f"{folder} holds no usable tokenizer{missing_package(folder)}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, config=config
-        )
+    needed = missing_package(folder)
+    try:
+        with refusing(f"{folder} holds no usable tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, config=config
+            )
+    except InputError as error:
+        if not needed:
+            raise
+        # Without what transformers says: of a SentencePiece file it asks for tiktoken.
+        raise InputError(f"{folder} holds no usable tokenizer: {needed}") from error
     return tokenizer
 
 
@@ -194,10 +201,10 @@ def save_model(
     with quiet():
         state = _ReleasedState(model.state_dict())
         model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_BYTES)
-    if not is_ours:
-        write_older_names(folder)
     if copy_tokenizer(tokenizer_from, folder) and is_ours and not (folder / ONE_FILE).is_file():
         name_class(folder, load_tokenizer(tokenizer_from))
+    if not is_ours:
+        write_older_names(folder)
     text = (plan or plan_of(model)).model_dump_json(indent=2) + "\n"
     (folder / PLAN_FILE).write_text(text, encoding="utf-8")
     return "portable" if is_ours else "native"

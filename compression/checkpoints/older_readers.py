@@ -1,8 +1,10 @@
-"""Entries of a stock config.json under the names by which older programs read them.
+"""Entries of a stock model's JSON files under the names by which older programs read them.
 
 transformers 5 writes the rotary settings as `rope_parameters` and the precision as `dtype`. Readers
 of the form of 4.x (and converters that read the JSON) find neither, take a base of 10,000 without a
-word, and float32. Both forms stand side by side; transformers 5 reads them to the same config.
+word, and float32. Both forms stand side by side; transformers 5 reads them to the same config. Of a
+tokenizer it names a class that 4.x does not have, and lists tokens where 4.x wants a table: there
+the older form alone stands, which both read.
 """
 
 import json
@@ -36,7 +38,24 @@ def _of_one(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_older_names(folder: Path) -> None:
-    """Add the older names to the config.json in `folder`."""
+    """Change the config.json in `folder`, and its tokenizer_config.json, if there is one."""
     file = folder / "config.json"
     entries = with_older_names(json.loads(file.read_text(encoding="utf-8")))
     file.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        older = tokenizer_of_older_names(entries)
+        if older != entries:
+            text = json.dumps(older, indent=2, ensure_ascii=False)
+            file.write_text(text + "\n", encoding="utf-8")
+
+
+def tokenizer_of_older_names(entries: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a tokenizer's config as 4.x and 5.x read them."""
+    older = dict(entries)
+    if older.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(older.get("extra_special_tokens"), list):
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    return older

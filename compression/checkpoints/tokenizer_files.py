@@ -58,8 +58,8 @@ def missing_package(folder: Path) -> str:
         files = sorted(folder.glob(pattern))
         if files and find_spec(package) is None:
             return (
-                f" ({files[0].name} needs the package {package}: where it is installed, save the "
-                "tokenizer once with transformers' save_pretrained, which writes tokenizer.json)"
+                f"{files[0].name} needs the package {package}; where that is installed, save the "
+                "tokenizer once with transformers' save_pretrained, which writes tokenizer.json"
             )
     return ""
 

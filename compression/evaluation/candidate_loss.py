@@ -8,7 +8,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foldstack.compression.statistics.stream import BlockStream, skipping
+from foldstack.compression.evaluation.token_losses import plain_head, token_losses
+from foldstack.compression.statistics.stream import (
+    BlockStream,
+    cpu_precision,
+    skipping,
+    starting_at,
+    tensors_of,
+)
+from foldstack.compression.storage.mapped_memory import release
+from foldstack.compression.structure.surgery import BlockByBlock, Cut
 from foldstack.compression.training.block_training import BatchLoss, next_token_loss
 
 WINDOWS_AT_ONCE = 8
@@ -60,3 +69,33 @@ def deletion_losses(
                 losses[candidate] = mean_loss(loss_of, len(windows))
             tell()
     return losses
+
+
+def loss_of_cut(
+    model: PreTrainedModel, change: Cut, windows: Int[Tensor, "windows tokens"]
+) -> float:
+    """Next-token loss, in nats per token, of what a cut makes of `model`, of whose blocks each has
+    one of its own in their order; infinite where it computes no number.
+
+    One block of it at a time is in memory, and on a CPU half precision computes in float32.
+    """
+    head = plain_head(model, windows[0].long())
+    made = BlockByBlock(model, change.plan, change.inherits)
+    stream = BlockStream(model, windows, batch_size=WINDOWS_AT_ONCE, dtype=cpu_precision(model))
+    for position in range(len(stream.blocks)):
+        block = made.fill(position, change.tensors)
+        stream.advance(block)
+        release(tensors_of(block))
+        made.empty(position)
+    leaving, last, rows = stream.states.all, len(stream.blocks) - 1, slice(0)
+    losses = []
+    with (
+        torch.no_grad(),
+        skipping(model, [last]),
+        starting_at(model, last, lambda: leaving[rows, :-1]),
+    ):
+        for start in range(0, len(windows), WINDOWS_AT_ONCE):
+            rows = slice(start, start + WINDOWS_AT_ONCE)
+            losses.append(token_losses(model, windows[rows].long(), head))
+    loss = float(torch.cat(losses).mean())
+    return loss if math.isfinite(loss) else math.inf

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
 _SAMPLED_VALUES = 256
+_MOST_VALIDATION_WINDOWS = 32
 
 # Accelerate's state, torch's random numbers and the cores belong to the process.
 _ONE_AT_A_TIME = threading.Lock()
@@ -103,6 +104,9 @@ class Recovery(BaseModel):
     the last with the teacher's last."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast; auto takes it where the hardware multiplies bfloat16 faster."""
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the windows, and at most 32 of them, that train nothing: where their next-token loss
+    is higher after training than before, the model stays as it was. With 0 nothing is held back."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between two checkpoints."""
     seed: int = 0
@@ -147,7 +151,7 @@ class RecoveryResult:
 
     @property
     def is_worse(self) -> bool:
-        """True when training made the validation loss rise."""
+        """True when training made the validation loss rise: the model stayed as it was."""
         if self.validation_before is None or self.validation_after is None:
             return False
         return self.validation_after > self.validation_before
@@ -159,7 +163,7 @@ class RecoveryResult:
         if self.validation_before is None or self.validation_after is None:
             return f"recovery: {trained}"
         losses = f"validation loss {self.validation_before:.4f} -> {self.validation_after:.4f}"
-        verdict = "; recovery made the model worse" if self.is_worse else ""
+        verdict = "; it made the model worse, which stays as it was" if self.is_worse else ""
         return f"recovery: {losses} in {trained}{verdict}"
 
 
@@ -176,14 +180,18 @@ def recover(
 ) -> RecoveryResult:
     """Train `model` in place on token windows; embeddings and output projection stay as they are.
 
-    The model keeps its class and its tensors' names. With `work`, checkpoints go there, and a run
-    of the same model, data and settings goes on from the newest. On an exception the model is as
-    it came. Runs in one process wait for each other. `plan` says which base blocks are left, which
-    a stock model without them cannot say by itself; without it that is `plan_of(model)`.
+    The model keeps its class and its tensors' names; its weights, too, where training made it worse
+    on the `validation` windows, or else on those that the settings hold back. With `work`,
+    checkpoints go there, and a run of the same model, data and settings goes on from the newest. On
+    an exception the model is as it came. Runs in one process wait for each other. `plan` says which
+    base blocks are left, which a stock model without them cannot say by itself; without it that is
+    `plan_of(model)`.
 
     Raises:
         InputError: the loss is no longer finite, or settings, data and models do not fit together.
     """
+    if validation is None:
+        windows, validation = _held_back(windows, settings)
     _check(model, windows, settings, teacher)
     tail = _tail(plan or plan_of(model), model, settings, teacher)
     with _ONE_AT_A_TIME, _random_numbers(settings.seed):
@@ -238,14 +246,24 @@ def _recover(
     except BaseException:
         adapters.discard()
         raise
-    if settings.steps:
+    tokens = settings.steps * settings.schedule.windows_per_step * windows.shape[1]
+    result = RecoveryResult(model, history, tokens, seconds, before, after)
+    if settings.steps and not result.is_worse:
         adapters.merge()
     else:
         adapters.discard()
-    tokens = settings.steps * settings.schedule.windows_per_step * windows.shape[1]
-    result = RecoveryResult(model, history, tokens, seconds, before, after)
     logger.log(logging.WARNING if result.is_worse else logging.INFO, result.summary)
     return result
+
+
+def _held_back(windows: Tensor, settings: Recovery) -> tuple[Tensor, Tensor | None]:
+    """The windows that train, and those that tell whether it did any good; None without such."""
+    count = min(round(settings.validation_fraction * len(windows)), _MOST_VALIDATION_WINDOWS)
+    if not (settings.steps and count):
+        return windows, None
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "validation"))
+    order = torch.randperm(len(windows), generator=generator)
+    return windows[order[count:].sort().values], windows[order[:count].sort().values]
 
 
 def _tail(

@@ -16,7 +16,11 @@ from foldstack.compression.errors import InputError, told
 from foldstack.flows.cli.quick_imports import importing
 from foldstack.flows.comparison.result import Comparison, Row
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.flows.running.prefect_server import TemporaryServer, cancel_flow_run
+from foldstack.flows.running.prefect_server import (
+    TemporaryServer,
+    cancel_flow_run,
+    settings_of_prefect,
+)
 from foldstack.flows.running.progress import Display, console_on, display_on
 from foldstack.tasks.environment.home import in_this_home, telling_disk_full
 from foldstack.tasks.running.worker_pool import end_workers, worker_processes
@@ -43,6 +47,7 @@ def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Compa
         layout = lay_out(config)
         check(layout)
         with importing():
+            settings_of_prefect()
             from foldstack.flows.sweep import SweepFailed, run_sweep
 
         server.ready()

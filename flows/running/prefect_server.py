@@ -23,6 +23,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from foldstack.compression.errors import TOLD_CHARACTERS, InputError, refusing
 from foldstack.flows.prefect_defaults import AGAINST_OUTAGES  # before Prefect
@@ -35,6 +36,9 @@ from foldstack.flows.running.prefect_database import (
 )
 from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import redacted
+
+if TYPE_CHECKING:
+    from prefect.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +94,9 @@ class TemporaryServer:
             InputError: there is no server, and starting one is forbidden or failed; or the one that
             is configured does not answer.
         """
-        with refusing("Prefect cannot read its settings (a profile, prefect.toml or .env)"):
-            from prefect.context import refresh_global_settings_context
-            from prefect.settings import get_current_settings
+        settings = settings_of_prefect()
+        from prefect.context import refresh_global_settings_context
 
-            settings = get_current_settings()
         if settings.api.url:
             self.stop()
             for name, value in AGAINST_OUTAGES.items():
@@ -177,6 +179,18 @@ class TemporaryServer:
             f"the temporary Prefect server {what} ({words}); set PREFECT_HOME to an empty folder, "
             "or start a server with `prefect server start` and set PREFECT_API_URL"
         )
+
+
+def settings_of_prefect() -> "Settings":
+    """What Prefect was told; whoever imports it asks this first, as it reads them at once.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    with refusing("Prefect cannot read its settings (a profile, prefect.toml or .env)"):
+        from prefect.settings import get_current_settings
+
+        return get_current_settings()
 
 
 def last_words(log: str) -> str:

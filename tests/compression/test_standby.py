@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from foldstack.compression.checkpoints.checkpoint import RELOADER
+from foldstack.compression.evaluation.memory_probe import PROBE
 from foldstack.compression.standby import Standby
 
 TELLING = """
@@ -43,6 +45,28 @@ def test_one_process_answers_many_requests_and_leaves_nothing(standby: Standby) 
     standby.end()
     assert not is_running(first["process"])
     assert not Path(first["folder"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("of_ours", "program"),
+    [(RELOADER, RELOADER._arguments[-1:]), (PROBE, PROBE._arguments[-2:])],
+    ids=["reload check", "memory probe"],
+)
+def test_packages_are_seen_wherever_this_python_finds_them(
+    of_ours: Standby, program: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packages by PYTHONPATH, which may say a relative place: else what reloads models finds no
+    torch, after all the work."""
+    (tmp_path / "found_only_there.py").write_text("ANSWER = 42\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    telling = "import found_only_there as f; input(); print(f.ANSWER)"
+    options = of_ours._arguments[: -len(program)]
+    standby = Standby((*options, "-c", telling), of_ours._environment)
+    try:
+        assert standby.ask({}) == 42
+    finally:
+        standby.end()
 
 
 def test_its_last_words_are_told_and_another_takes_its_place(standby: Standby) -> None:

@@ -48,7 +48,9 @@ class PostShare(HeadSharing):
     """Windows per optimizer step."""
     learning_rate: float = Field(default=5e-5, gt=0)
     min_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Learning rate of the last step, as a fraction of the first."""
+    """Learning rate of the last step, as a fraction of the highest."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the optimizer steps in which the learning rate rises to its peak."""
     weight_decay: float = Field(default=0.1, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -73,6 +75,7 @@ class PostShare(HeadSharing):
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             min_learning_rate=self.learning_rate * self.min_learning_rate_fraction,
+            warmup_fraction=self.warmup_fraction,
             weight_decay=self.weight_decay,
             gradient_clip=self.gradient_clip,
             validation_fraction=self.validation_fraction,

@@ -74,11 +74,31 @@ def test_a_config_that_wants_a_head_which_is_not_there(model_folder):
         load_config(folder)
 
 
-def test_weights_are_read_in_the_precision_that_they_are_stored_in(model_folder):
-    folder = edit(model_folder("llama"), dtype="bfloat16")
-    assert load_config(folder).dtype == torch.float32
-    assert load_model(folder).dtype == torch.float32
-    assert "says bfloat16, and the weights are stored in float32" in agreement(folder).notes[0]
+@pytest.mark.parametrize(
+    ("said", "stored", "read"),
+    [
+        ("bfloat16", "float32", "float32"),
+        ("float32", "float16", "float32"),
+        ("bfloat16", "float16", "float32"),
+        ("float16", "float16", "float16"),
+        (None, "bfloat16", "bfloat16"),
+    ],
+)
+def test_weights_are_read_in_what_holds_both_the_file_and_the_config(
+    model_folder, said, stored, read
+):
+    """Less loses what the file holds, or overflows where the config's precision does not."""
+    folder = edit(model_folder("llama"), dtype=said)
+    of_file = getattr(torch, stored)
+    with_tensors(folder, lambda held: held.update({n: t.to(of_file) for n, t in held.items()}))
+    wanted = getattr(torch, read)
+    assert load_config(folder).dtype == load_model(folder).dtype == wanted
+    notes = agreement(folder).notes
+    if said in (None, stored):
+        assert not notes
+    else:
+        assert f"says {said}, and the weights are stored in {stored}" in notes[0]
+        assert f"read in {read}" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])

@@ -1,13 +1,15 @@
 """A native config says the same to readers of today and of transformers 4."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from foldstack.compression.checkpoints.checkpoint import save_model
 from foldstack.compression.checkpoints.older_readers import with_older_names
+from foldstack.compression.reference import MODEL_FOLDER
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -66,3 +68,19 @@ def test_both_spellings_are_written_and_read_as_one(
     read, meant = AutoConfig.from_pretrained(tmp_path), model.config
     assert getattr(read, "rope_parameters", None) == getattr(meant, "rope_parameters", None)
     assert str(read.dtype).endswith("float32")
+
+
+def test_a_tokenizer_of_today_is_read_by_both(tiny_model: Any, tmp_path: Path) -> None:
+    """transformers 4.57 knows no TokenizersBackend and takes no list for extra_special_tokens."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(source)
+    save_model(tiny_model("llama"), out, tokenizer_from=source)
+    entries = json.loads((out / "tokenizer_config.json").read_text())
+    assert entries["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert entries["additional_special_tokens"] == ["<image>"]
+    assert "extra_special_tokens" not in entries
+    again, text = AutoTokenizer.from_pretrained(out), "def f(): <image>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,12 +34,24 @@ from foldstack.compression.training.distillation import (
     last_hidden_state,
 )
 from foldstack.compression.training.objective import Objective
-from foldstack.compression.training.recovery import Recovery, autocast_dtype, recover
+from foldstack.compression.training.recovery import (
+    Recovery,
+    _held_back,
+    autocast_dtype,
+    recover,
+)
 from foldstack.compression.training.training_loop import Checkpoints, Schedule
 
 ModelFactory = Callable[..., PreTrainedModel]
 
-QUICK = Recovery(steps=6, batch_size=2, lora_rank=4, learning_rate=3e-3, precision="float32")
+QUICK = Recovery(
+    steps=6,
+    batch_size=2,
+    lora_rank=4,
+    learning_rate=3e-3,
+    precision="float32",
+    validation_fraction=0,
+)
 WINDOW_TOKENS = 16
 SHALLOW = {
     "llama": {"num_hidden_layers": 2},
@@ -801,17 +813,41 @@ def test_of_two_checkpoints_the_one_that_is_whole_is_taken(
 # --- honesty and mistakes ----------------------------------------------------------------------
 
 
-def test_a_recovery_that_harms_says_so(
-    tiny_model: ModelFactory, windows: Tensor, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("survivors", ["lora_merge", "full"])
+def test_a_recovery_that_harms_says_so_and_leaves_the_model_as_it_was(
+    tiny_model: ModelFactory,
+    windows: Tensor,
+    caplog: pytest.LogCaptureFixture,
+    survivors: Literal["lora_merge", "full"],
 ) -> None:
     settings = QUICK.model_copy(update={"learning_rate": 1e-2, "steps": 10})
     model = tiny_model("llama", num_hidden_layers=2)
     recover(model, windows, settings.model_copy(update={"steps": 40}))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     contrary = (-windows) % 97
-    result = recover(model, contrary, settings, validation=windows)
+    harmful = settings.model_copy(update={"train_survivors": survivors})
+    result = recover(model, contrary, harmful, validation=windows)
     assert result.is_worse
-    assert "recovery made the model worse" in result.summary
-    assert "recovery made the model worse" in caplog.text
+    assert "it made the model worse, which stays as it was" in result.summary
+    assert "stays as it was" in caplog.text
+    assert_same_bytes(model.state_dict(), before)
+
+
+def test_windows_that_are_held_back_train_nothing(
+    tiny_model: ModelFactory, windows: Tensor
+) -> None:
+    """Otherwise the loss that decides whether a recovery did any good is that of the training."""
+    many = windows.repeat(5, 1)[:40].clone()
+    many[:, 0] = torch.arange(40)
+    settings = QUICK.model_copy(update={"validation_fraction": 0.05})
+    trained, validation = _held_back(many, settings)
+    assert validation is not None
+    assert (len(trained), len(validation)) == (38, 2)
+    together = torch.cat([trained, validation])[:, 0]
+    assert together.sort().values.tolist() == list(range(40))
+    result = recover(tiny_model("llama", num_hidden_layers=2), many, settings)
+    assert result.validation_before is not None
+    assert _held_back(many, QUICK)[1] is None
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_restores_the_model(

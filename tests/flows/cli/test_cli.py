@@ -1,6 +1,7 @@
 """The command line as a person meets it: help, exit codes, one sentence per mistake."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -38,6 +39,25 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         cli.main()
     assert isinstance(caught.value.code, int)
     return caught.value.code
+
+
+def test_output_that_cannot_hold_a_sign_shows_another(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise a run ends with a traceback when its table is printed, after all its work."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+
+    def show() -> None:
+        sys.stdout.write("modegpt 0.012 ± 0.001\n")
+        with cli._output_for_result() as output:
+            print("the table 3 ± 1", file=output)
+
+    monkeypatch.setattr(cli, "app", show)
+    cli.main()
+    terminal.seek(0)
+    assert terminal.read() == "modegpt 0.012 ? 0.001\n"
+    assert "the table 3 ? 1\n" in capfd.readouterr().out
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -16,8 +16,10 @@ from foldstack.compression.closed_forms.inner_pairs import (
     top,
 )
 from foldstack.compression.errors import InputError
+from foldstack.compression.evaluation.candidate_loss import loss_of_cut
 from foldstack.compression.methods import METHODS
 from foldstack.compression.methods.method import Evidence
+from foldstack.compression.methods.narrowing import modegpt
 from foldstack.compression.methods.narrowing.inner_widths import (
     InnerDimension,
     chosen_widths,
@@ -32,7 +34,7 @@ from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.heads import head_sizes, heads_of
 from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.structure.size import count_parameters, size_of
-from foldstack.compression.structure.surgery import build_on_meta, cut, plan_of
+from foldstack.compression.structure.surgery import Cut, build_on_meta, cut, plan_of
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -395,6 +397,56 @@ class TestCounts:
         alone = MoDeGpt(sparsity=0.1, mlp=False, value_output=False)
         with pytest.raises(InputError, match="cannot make this model smaller"):
             alone.outline(build_on_meta(model.config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_a_cut_is_that_of_its_model(
+    architecture: str, tiny_model: Any, windows: Tensor, dtype: torch.dtype
+) -> None:
+    """It decides between cuts that are never made; one block at a time is in memory."""
+    model = tiny_model(architecture).to(dtype)
+    change = MoDeGpt(sparsity=0.2, allocation="uniform").compress(
+        model, evidence_of(model, windows)
+    )
+    smaller = cut(model, change).float()
+    with torch.no_grad():
+        expected = float(smaller(windows, labels=windows).loss)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert loss_of_cut(model, change, windows) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("refit", ["none", "residual"])
+@pytest.mark.parametrize("weight", [0.5, 0.25])
+@pytest.mark.parametrize("allocation", ["influence", "uniform"])
+def test_what_has_the_lower_loss_is_chosen(
+    tiny_model: Any,
+    windows: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    allocation: str,
+    weight: float,
+    refit: str,
+) -> None:
+    """A default that suits one model is worse than its own other forms on another."""
+    model = tiny_model("llama")
+    evidence = evidence_of(model, windows)
+    settings: dict[str, Any] = {"sparsity": 0.3, "smoothing": 0.02, "refit": refit}
+    cuts = {
+        (a, w): MoDeGpt(**settings, allocation=a, query_key_weight=w).compress(model, evidence)
+        for a in ("influence", "uniform")
+        for w in (0.5, 0.25)
+    }
+    assert len({c.plan.model_dump_json() for c in cuts.values()}) == 4
+    wanted = cuts[allocation, weight]
+
+    def loss(_model: Any, change: Cut, _windows: Tensor) -> float:
+        is_there = change.plan in (wanted.plan, cuts[allocation, 0.5].plan)
+        return 0.0 if change.plan == wanted.plan else 1.0 if is_there else 2.0
+
+    monkeypatch.setattr(modegpt, "loss_of_cut", loss)
+    found = MoDeGpt(**settings).compress(model, evidence)
+    assert found.plan == wanted.plan
+    assert found.tensors.keys() == wanted.tensors.keys()
+    assert all(torch.equal(found.tensors[name], t) for name, t in wanted.tensors.items())
 
 
 def _read_and_written(model: Any, linear: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
