@@ -112,8 +112,9 @@ class MoDeGpt(Method):
     """Whether values do."""
     allocation: Literal["better", "influence", "uniform", "sensitivity"] = "better"
     """influence: more sparsity where the block influence is low (equation 11); uniform: one for all
-    blocks; better: uniform where its loss on 2,048 calibration tokens is clearly lower, else influence;
-    sensitivity: widths where the measured loss rises least (`statistics.sensitivity`)."""
+    blocks; better: uniform where its loss on 2,048 calibration tokens is clearly lower, and else
+    influence; sensitivity: widths where the measured loss rises least
+    (`statistics.sensitivity`)."""
     smoothing: float = Field(default=0.1, gt=0)
     """epsilon of allocation influence: the larger, the more alike the blocks."""
     max_block_sparsity: float = Field(default=0.8, gt=0, lt=1)

@@ -348,7 +348,8 @@ class TestCounts:
     ) -> None:
         model = tiny_model(architecture)
         evidence = evidence_of(model, windows)
-        settings = {"sparsity": 0.3, "mlp_multiple": 4, "allocation": "uniform"}
+        settings = {"sparsity": 0.3, "mlp_multiple": 4, "allocation": "uniform",
+                    "query_key_weight": 0.5}  # fmt: skip
         by_leverage, greedy = (
             MoDeGpt(mlp_selection=selection, **settings).compress(model, evidence)
             for selection in ("leverage", "greedy")
