@@ -20,7 +20,10 @@ from foldstack.tasks.stage import Stage
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.write_samples import load_samples
 
-TRAINING = ("steps", "tokens", "seconds_training", "first_loss", "last_loss")
+TRAINING = (
+    "steps", "tokens", "seconds_training", "first_loss", "last_loss",
+    "validation_before", "validation_after",
+)  # fmt: skip
 
 
 def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> Row:
