@@ -199,7 +199,8 @@ def _differences(
             f"{file} says that the head is the embedding (tie_word_embeddings), and the weights "
             "hold another head: the weights are right"
         )
-    said, stored = model.config.dtype, _stored_dtype(held.values())
+    said: Any = model.config.dtype
+    stored = _stored_dtype(held.values())
     dtype = stored if said is None else None
     if said is not None and stored is not None and said != stored:
         wider = torch.promote_types(said, stored)
