@@ -66,8 +66,10 @@ def _of_best(comparison: Comparison, best: Row, rows: Sequence[Row]) -> str:
     }[comparison.best_by]
     speed = best.number("decode_speedup", "speed")
     pace = "" if speed is None else f", {_pace(speed)}"
-    verdict = f"{best.verdict}; " if best.verdict is not None else ""
-    return f"{best.name} {is_alone}{why}: {verdict}{beside_dense(comparison, best)}{pace}"
+    verdict = ""
+    if best.verdict is not None and best.verdict.verdict is not None:
+        verdict = f", {best.verdict.verdict} ({best.verdict.because})"
+    return f"{best.name} {is_alone}{why}{verdict}: {beside_dense(comparison, best)}{pace}"
 
 
 def beside_dense(comparison: Comparison, row: Row) -> str:

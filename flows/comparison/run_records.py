@@ -148,7 +148,7 @@ class SweepLog:
             params=flatten(config),
             metrics=metrics(row),
             series=_curves(artifacts.get("recover")),
-            tags={PREFIX + name: value for name, value in tags.items() if value} | _note(row),
+            tags={PREFIX + name: value for name, value in tags.items() if value} | run_note(row),
             datasets=dataset_uses(layout),
             files=_files(layout, runs, artifacts),
             texts=texts,
@@ -181,7 +181,7 @@ class SweepLog:
         )
 
 
-def _note(row: Row) -> dict[str, str]:
+def run_note(row: Row) -> dict[str, str]:
     """What MLflow shows at the top of a run's page: the verdict, and what is left in each track."""
     if row.verdict is None:
         return {}

@@ -30,6 +30,7 @@ from foldstack.compression.evaluation.tracks.verdict import Thresholds, Verdict
 
 TEXT_TRACK, BENCHMARKS_TRACK = "text", "benchmarks"
 """The tracks of what every model of a run is evaluated by."""
+PERPLEXITY = "perplexity"
 LEAST, MOST = 0.01, 1.0
 """Shares count for a track's score within these."""
 DRAWS = 4000
@@ -84,7 +85,12 @@ class TaskResult(_Record):
     def read(self) -> str:
         """How much was read, in words."""
         of = f" of {self.of_items:,}" if self.is_stopped_early else ""
-        return f"{self.num_items:,}{of} items"
+        return f"{self.num_items:,}{of} {self.unit}"
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "windows" if self.metric == PERPLEXITY else "items"
 
 
 class TrackResult(_Record):
@@ -175,7 +181,7 @@ def text_result(
 ) -> TaskResult:  # fmt: skip
     """The result on a text, whose perplexities are what is shown."""
     result = task_of_scores(
-        name, "perplexity", PairedLoss(found, 1.0), found.num_items, at_chance=False, ratio=ratio,
+        name, PERPLEXITY, PairedLoss(found, 1.0), found.num_items, at_chance=False, ratio=ratio,
         thresholds=thresholds,
     )  # fmt: skip
     return result.model_copy(update={"dense": dense.perplexity, "other": other.perplexity})
@@ -277,23 +283,23 @@ def model_verdict(tracks: Sequence[TrackResult], within: float) -> ModelVerdict:
         return ModelVerdict(verdict=None, because=reason)
     if verdict == "matching":
         names = f"{len(tasks)} tasks are" if len(tasks) > 1 else f"{tasks[0][1].task} is"
-        return ModelVerdict(verdict=verdict, because=f"{names} within {within:.0%} of dense")
+        return ModelVerdict(verdict=verdict, because=f"{names} within {100 * within:.3g} % of dense")
     concerned = [(track, task) for track, task in tasks if task.verdict == verdict]
     if verdict == "not matching":
         _, task = min(concerned, key=lambda each: each[1].retained or 0.0)
         change = 100 * ((task.raw_ratio or 0.0) - 1)
         others = f" and {len(concerned) - 1} more" if len(concerned) > 1 else ""
         return ModelVerdict(
-            verdict=verdict, because=f"{task.task} {change:+.1f} % ({task.read}){others}"
+            verdict=verdict, because=f"{task.task} {change:+.1f} % on {task.read}{others}"
         )
     _, task = max(concerned, key=lambda each: each[1].items_needed or math.inf)
-    return ModelVerdict(verdict=verdict, because=f"{_what_it_takes(task)} ({task.read})")
+    return ModelVerdict(verdict=verdict, because=f"{_what_it_takes(task)}, {task.read} are read")
 
 
 def _what_it_takes(task: TaskResult) -> str:
     if task.items_needed is None or task.items_needed > 1_000_000:
         return f"{task.task} lies on the margin"
-    return f"{task.task} takes about {_rounded(task.items_needed):,} items"
+    return f"{task.task} takes about {_rounded(task.items_needed):,} {task.unit}"
 
 
 def _rounded(count: int) -> int:

@@ -15,7 +15,7 @@ from foldstack.compression.evaluation.tracks.result import (
 from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.report import page_of_sweeps
 from foldstack.flows.comparison.result import Comparison, Row
-from foldstack.flows.comparison.run_records import _note, metrics
+from foldstack.flows.comparison.run_records import metrics, run_note
 from foldstack.flows.comparison.tables import arranged, columns, markdown
 
 
@@ -54,7 +54,7 @@ def test_sentences_begin_with_the_verdict(judged: Comparison) -> None:
     assert first == (
         "Beside dense, matching: good 0.20; not matching: bad 0.20; open: unsure 0.20."
     )
-    assert second.startswith("At 20 % good is best: matching: piqa is within 5% of dense; 0.100")
+    assert second.startswith("At 20 % good is best, matching (piqa is within 5 % of dense): 0.100")
 
 
 def test_the_table_has_it_behind_the_name(judged: Comparison) -> None:
@@ -83,8 +83,8 @@ def test_the_report_has_what_every_model_writes(judged: Comparison) -> None:
 def test_mlflow_shows_it_first(judged: Comparison) -> None:
     """Breaks when a run's page does not begin with it, or its tracks are no metrics."""
     row = judged.rows[2]
-    note = _note(row)["mlflow.note.content"]
-    assert note.splitlines()[0] == "**not matching: piqa -50.0 % (66 of 500 items)**"
+    note = run_note(row)["mlflow.note.content"]
+    assert note.splitlines()[0] == "**not matching: piqa -50.0 % on 66 of 500 items**"
     assert "- inference, piqa (acc): 0.3 beside 0.6, 0.500 ± 0.020 left, not matching" in note
     assert metrics(row)["track/inference"] == 0.5
     assert metrics(row)["track/inference/piqa_items"] == 66
@@ -96,5 +96,5 @@ def test_an_open_verdict_names_the_task_that_takes_most() -> None:
         TrackResult(track="a", tasks=(task("piqa", 0.97, "open"), task("arc", 0.99, "matching")))
     ]
     assert model_verdict(tracks, 0.05) == ModelVerdict(
-        verdict="open", because="piqa takes about 1,900 items (500 items)"
+        verdict="open", because="piqa takes about 1,900 items, 500 items are read"
     )

@@ -74,7 +74,7 @@ def test_dense_beside_itself() -> None:
     result = result_of(dense, dense, ("a", "b"))
     assert (result.score, result.stderr, result.verdict) == (1.0, 0.0, "matching")
     assert result.om_llmcbench == 1.0
-    assert str(model_verdict([result], 0.05)) == "matching: 2 tasks are within 5% of dense"
+    assert str(model_verdict([result], 0.05)) == "matching: 2 tasks are within 5 % of dense"
 
 
 def test_guessing_retains_nothing() -> None:
@@ -87,7 +87,7 @@ def test_guessing_retains_nothing() -> None:
     assert task.raw_ratio == pytest.approx(0.543, abs=1e-3)
     assert result.score == pytest.approx(0.01)  # the floor of a share
     assert task.verdict == "not matching"
-    assert "a -45.7 % (400 items)" in str(model_verdict([result], 0.05))
+    assert "a -45.7 % on 400 items" in str(model_verdict([result], 0.05))
 
 
 def test_a_dense_model_at_chance_says_nothing() -> None:
@@ -113,7 +113,7 @@ def test_an_open_verdict_says_what_it_would_take() -> None:
     other = [0.0, 0.0, *dense[2:60], 1.0, 1.0, *dense[62:]]
     verdict = model_verdict([result_of({"a": dense}, {"a": other}, ["a"])], 0.05)
     assert verdict.verdict == "open"
-    assert verdict.because == "a takes about 160 items (100 items)"
+    assert verdict.because == "a takes about 160 items, 100 items are read"
 
 
 def test_a_group_is_averaged_as_lm_eval_did() -> None:
