@@ -37,8 +37,8 @@ from foldstack.compression.structure.surgery import config_for, plan_of
 ROOT = Path(__file__).parents[1]
 # Engines' attention on CPUs wants heads of 32, 64, ...: narrow ones are padded to them.
 SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 192,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -42,6 +42,7 @@ class CompressModel(ComputedStage):
             *self.method.modules(),
             "foldstack.compression.checkpoints.checkpoint",
             "foldstack.compression.checkpoints.model_card",
+            "foldstack.compression.export.what_runs",
             "foldstack.compression.structure.size",
             "foldstack.compression.structure.surgery",
         )
@@ -57,6 +58,7 @@ class CompressModel(ComputedStage):
             save_facts,
             write_model_card,
         )
+        from foldstack.compression.export.what_runs import programs_of
         from foldstack.compression.methods.method import Evidence, missed
         from foldstack.compression.statistics.gathering import Statistics
         from foldstack.compression.structure.architectures import architecture_of
@@ -88,6 +90,7 @@ class CompressModel(ComputedStage):
             dense=dense,
             compressed=size,
             fingerprints={"base model": self.model.fingerprint, self.stage: self.fingerprint},
+            programs=programs_of(plan),
         )
         save_facts(folder / CARD_FILE, card)
         write_model_card(out, card)

@@ -102,7 +102,7 @@ class BenchmarkEngine(ComputedStage):
         from foldstack.compression.evaluation.generation import make_prompt
         from foldstack.compression.evaluation.speed import Spread
         from foldstack.compression.export.engines import engine_of, rates_in_turns
-        from foldstack.compression.export.exported import ExportReport
+        from foldstack.compression.export.export_report import ExportReport
         from foldstack.compression.export.forms import Form
 
         progress("decode in turns", 0, 1)

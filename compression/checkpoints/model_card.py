@@ -33,6 +33,17 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 
 
 @dataclass(frozen=True)
+class Program:
+    """A program that runs a folder, or does not."""
+
+    name: str
+    command: str
+    """In Markdown; {name} stands for the folder."""
+    state: str
+    """Checked or unchecked, and what follows from the structure."""
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """What a card tells of a compressed model."""
 
@@ -44,6 +55,8 @@ class CardFacts:
     dense: Size
     compressed: Size
     fingerprints: dict[str, str]
+    programs: tuple[Program, ...] = ()
+    """Who runs the folder."""
 
     def then(self, step: str, **fingerprints: str) -> "CardFacts":
         """The facts after one more step that keeps the structure."""
@@ -93,12 +106,24 @@ def _body(name: str, facts: CardFacts) -> str:
 
 {_HOW_TO_LOAD[facts.grade].format(name=name, model_type=facts.model_type, **_tested())}
 
+{programs_table(facts.programs, name)}
 The structure is described in `plan.json`. The licence is that of the base model.
 
 ## Origin
 
 {origin}
 """
+
+
+def programs_table(programs: tuple[Program, ...], name: str) -> str:
+    """A table of who runs the folder `name`; empty where nothing is known."""
+    if not programs:
+        return ""
+    rows = [
+        f"| {each.name} | {each.command} | {each.state} |".replace("{name}", name)
+        for each in programs
+    ]
+    return "\n".join(["| program | command | state |", "|---|---|---|", *rows, ""])
 
 
 def _tested() -> dict[str, str]:

@@ -4,6 +4,8 @@
 - `configuration_nemotron_nas`: The config of a folder with block_configs, as vLLM and SGLang read
   it: by attribute.
 - `engines`: The engines that load what is exported, each in a process of its own: found, and asked.
+- `export_report`: What was exported, what its engines make of it beside transformers, and the card
+  that says so.
 - `exported`: `export_model`: write a model folder in another form, load it in its engines, and
   compare.
 - `forms`: The forms that a model may be exported to: what loads each, and what of a structure it
@@ -15,4 +17,5 @@
 - `mlx_folder`: A model as a folder that mlx-lm loads with its own class of the family.
 - `multiplied_out`: Any structure as its stock class: factors multiplied, borrowed weights copied,
   widths padded.
+- `what_runs`: What runs a model folder, with the command for each program: the table of its card.
 """

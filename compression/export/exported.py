@@ -4,9 +4,8 @@ Engines run in processes of their own. Beside what was written lie `export.json`
 from, and what the comparison found or how it can be made; and a card that says the same.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,13 +21,13 @@ from foldstack.compression.checkpoints.checkpoint import (
 from foldstack.compression.errors import InputError
 from foldstack.compression.export.block_configs import write_deci, write_openelm
 from foldstack.compression.export.engines import ENGINES, answer_of
+from foldstack.compression.export.export_report import Check, ExportReport
 from foldstack.compression.export.forms import ENGINES_OF, Form, NoSuchForm, Target
 from foldstack.compression.export.gguf_file import elements_in, write_gguf
 from foldstack.compression.export.mlx_folder import write_mlx
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.size import count_parameters
 
-REPORT_FILE = "export.json"
 GREEDY_TOKENS = 16
 FARTHEST = 0.05
 """Nats: an engine that differs by more, where nothing was quantised, computes another model."""
@@ -41,53 +40,6 @@ TEXTS = (
     "emoji 🙂👩‍👩‍👧 and symbols ≤ ∑ €",
 )
 """Spaces, digits, code, accents, emoji: what tokenizers differ in."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What an engine makes of the form beside transformers."""
-
-    engine: str
-    version: str
-    difference: float
-    """Largest difference of a token's log-probability, in nats."""
-    greedy_is_equal: bool
-    tokens_are_equal: bool | None = None
-    """None where the engine reads text with the folder's own tokenizer."""
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written, and what its engines make of it beside transformers."""
-
-    target: str
-    scheme: str | None
-    file: str
-    """What an engine is given: a file in the new folder, "." for the folder itself, or empty for
-    the model's own folder, where nothing had to be written."""
-    form: str
-    """The class or the architecture that the engine loads."""
-    source: str
-    """Fingerprint of the folder that it was made from."""
-    parameters_before: int
-    parameters_after: int
-    bytes: int
-    vocabulary: int
-    checks: tuple[Check, ...] = ()
-    unchecked: tuple[str, ...] = ()
-    """How it can be checked in engines that are not here, a sentence each."""
-
-    @classmethod
-    def load(cls, out: Path) -> "ExportReport":
-        """What was written into `out`."""
-        stored = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
-        checks = tuple(Check(**check) for check in stored.pop("checks"))
-        unchecked = tuple(stored.pop("unchecked"))
-        return cls(**stored, checks=checks, unchecked=unchecked)
-
-    def path(self, out: Path, folder: Path) -> Path:
-        """What an engine is given: it lies in `out`, or is the model's own `folder`."""
-        return out / self.file if self.file else folder
 
 
 @dataclass(frozen=True)
@@ -142,8 +94,7 @@ def export_model(
     )
     report = _checked(report, model.float(), folder, out, engine_python)
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(report), indent=2) + "\n"
-    (out / REPORT_FILE).write_text(text, encoding="utf-8")
+    report.save(out, folder.name)
     return report
 
 

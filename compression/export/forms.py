@@ -22,6 +22,30 @@ DECI_FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose blocks block_configs describe."""
 OPENELM_FAMILIES = ("llama", "mistral", "qwen3")
 """Those that OpenELM's blocks compute: without biases, with norms of queries and keys or none."""
+GGUF_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "gpt2": "gpt2",
+}
+"""llama.cpp's name for a family."""
+MLX_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+)
+"""Those whose own class mlx-lm has."""
 _OWN_WIDTHS: dict[Target, tuple[str, ...]] = {
     "gguf": (*DECI_FAMILIES, "qwen3"),
     "deci": DECI_FAMILIES,
@@ -91,3 +115,15 @@ class Form:
                     return what
         is_own = plan.base_model_type in _OWN_WIDTHS.get(self.target, ())
         return None if is_own else "MLPs of several widths"
+
+
+def why_no_stock(plan: "Plan") -> str | None:
+    """What of a structure no stock class can compute, in words; None where there is nothing."""
+    reasons = {
+        "its residual stream is narrower than the stock one": plan.is_sliced,
+        "a light network stands where blocks were": not all(b.has_attention for b in plan.blocks),
+        "its virtual blocks norm what attention and the MLP add": any(
+            block.outputs == "normed" for block in plan.blocks
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -23,24 +23,13 @@ from foldstack.compression.export.block_configs import (
     openelm_tensors,
     why_not_openelm,
 )
+from foldstack.compression.export.forms import GGUF_ARCHITECTURES as ARCHITECTURES
 from foldstack.compression.export.gguf_tokenizer import read_vocabulary, write_vocabulary
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.modeling_foldstack import MLP_DOWN_NAMES, MLP_UP_NAMES
 from foldstack.compression.structure.surgery import plan_of
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-    "gpt2": "gpt2",
-}
-"""llama.cpp's name for a family."""
 LLAMA_SHAPED = ("llama", "mistral", "qwen2")
 """Families whose blocks `deci` computes, which has a width for each."""
 DECI, OPENELM = "deci", "openelm"

@@ -13,12 +13,9 @@ from foldstack.compression.export.block_configs import (
     write_folder,
     write_openelm,
 )
-from foldstack.compression.export.forms import OPENELM_FAMILIES
+from foldstack.compression.export.forms import MLX_FAMILIES, OPENELM_FAMILIES
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.surgery import plan_of
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2")
-"""Those whose own class mlx-lm has."""
 
 
 def write_mlx(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int]:
@@ -32,7 +29,7 @@ def write_mlx(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int
         InputError: mlx-lm has no such family, or the structure has no stock form.
     """
     plan = plan_of(model)
-    if plan.base_model_type not in FAMILIES:
+    if plan.base_model_type not in MLX_FAMILIES:
         raise InputError(f"mlx-lm has no class for {plan.base_model_type}")
     stock = multiplied_out(model)
     config: Any = stock.config

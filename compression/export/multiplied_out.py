@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.export.forms import why_no_stock
 from foldstack.compression.structure.architectures import (
     Architecture,
     architecture_of,
@@ -37,18 +38,6 @@ Affine = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out) in float64."""
 
 
-def why_not(plan: Plan) -> str | None:
-    """What of a structure no stock class can compute, in words; None where there is nothing."""
-    reasons = {
-        "its residual stream is narrower than the stock one": plan.is_sliced,
-        "a light network stands where blocks were": not all(b.has_attention for b in plan.blocks),
-        "its virtual blocks norm what attention and the MLP add": any(
-            block.outputs == "normed" for block in plan.blocks
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
 @torch.no_grad()
 def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model that computes what `model` computes, up to rounding; it shares no memory.
@@ -60,7 +49,7 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
         InputError: the structure holds what no stock class computes.
     """
     plan, architecture = plan_of(model), architecture_of(model)
-    if (reason := why_not(plan)) is not None:
+    if (reason := why_no_stock(plan)) is not None:
         raise InputError(
             f"this model cannot be multiplied out to a {architecture.model_type}: {reason}; its "
             "own folder runs in transformers and vLLM"

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from foldstack.compression.checkpoints.model_folder import resolve
-from foldstack.compression.export.exported import ExportReport, export_model
+from foldstack.compression.export.export_report import ExportReport
+from foldstack.compression.export.exported import export_model
 from foldstack.compression.export.forms import Form
 
 

@@ -5,6 +5,7 @@ from huggingface_hub import ModelCard
 
 from foldstack.compression.checkpoints.model_card import (
     CardFacts,
+    Program,
     load_facts,
     save_facts,
     write_model_card,
@@ -25,6 +26,7 @@ def test_card_has_valid_metadata_and_the_sizes(tiny_model, tmp_path, grade):
         dense=size_of_plan(model.config, plan),
         compressed=size_of_plan(model.config, plan.keep([0, 3])),
         fingerprints={"compress": "ab12"},
+        programs=(Program("vLLM", "`vllm serve {name}`", "unchecked"),),
     )
     save_facts(tmp_path / "card.json", facts)
     facts = load_facts(tmp_path / "card.json").then("Trained back.", recover="cd34")
@@ -35,6 +37,7 @@ def test_card_has_valid_metadata_and_the_sizes(tiny_model, tmp_path, grade):
     assert "| executed blocks | 4 | 2 | 50.0% |" in card.content
     assert ("trust_remote_code=True" in card.content) == (grade == "portable")
     assert "1. ShortGPT removed blocks 1 and 2.\n2. Trained back." in card.content
+    assert f"| vLLM | `vllm serve {tmp_path.name}` | unchecked |" in card.content
     assert "- compress: `ab12`\n- recover: `cd34`" in card.content
 
 

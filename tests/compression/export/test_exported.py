@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from foldstack.compression.checkpoints.checkpoint import load_model, save_model
 from foldstack.compression.errors import InputError
 from foldstack.compression.export.engines import ENGINES
-from foldstack.compression.export.exported import TEXTS, ExportReport, export_model
+from foldstack.compression.export.export_report import ExportReport
+from foldstack.compression.export.exported import TEXTS, export_model
 from foldstack.compression.export.forms import ENGINES_OF, Form, NoSuchForm
 from foldstack.compression.export.gguf_tokenizer import read_vocabulary
 from foldstack.compression.structure.surgery import plan_of
@@ -123,6 +124,8 @@ def test_a_stock_folder_is_native_and_computes_the_same(
     assert check.difference < 1e-5
     assert check.greedy_is_equal
     assert ExportReport.load(tmp_path / "out") == report
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"checked with {check.version}" in card
     ids = torch.arange(2, 30)[None]
     again = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
