@@ -179,6 +179,14 @@ def test_record_of_a_moved_store_points_to_its_new_place(
     assert state.result().open() == stage.artifact(moved).folder
 
 
+@pytest.mark.parametrize(("deployment", "tags"), [("", {"gpu"}), ("nightly", {"gpu", "shout"})])
+def test_kinds_are_tagged_where_an_operator_may_limit_them(
+    deployment: str, tags: set[str], store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", deployment)
+    assert prefect_cache.stage_task("shout", store, tags=["gpu"]).tags == tags
+
+
 @pytest.mark.usefixtures("prefect_server")
 def test_stages_in_threads_form_a_graph(shouting: ModuleType, store: ArtifactStore) -> None:
     from prefect.client.orchestration import get_client
@@ -190,7 +198,7 @@ def test_stages_in_threads_form_a_graph(shouting: ModuleType, store: ArtifactSto
         ("shout one", "Completed"),
         ("shout two", "Completed"),
     ]
-    assert set(runs[0].tags) == {"gpu", "shout"}
+    assert set(runs[0].tags) == {"gpu"}
     assert [str(source.id) for source in runs[1].task_inputs["wait_for"]] == [str(first)]
 
 
