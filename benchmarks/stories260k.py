@@ -14,11 +14,8 @@ from pathlib import Path
 
 from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer
 from foldstack.compression.checkpoints.model_folder import resolve
-from foldstack.compression.evaluation.perplexity import (
-    PerplexityProtocol,
-    PerplexityResult,
-    measure_perplexity,
-)
+from foldstack.compression.evaluation.perplexity import measure_perplexity
+from foldstack.compression.evaluation.records import PerplexityProtocol, PerplexityResult
 
 END_OF_STORY = "<|endoftext|>"
 

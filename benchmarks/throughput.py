@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from foldstack.compression import reference
 from foldstack.compression.checkpoints.checkpoint import load_model, load_tokenizer
 from foldstack.compression.evaluation.generation import generate_greedily
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol, measure_perplexity
+from foldstack.compression.evaluation.perplexity import measure_perplexity
+from foldstack.compression.evaluation.records import PerplexityProtocol
 from foldstack.compression.methods import METHODS
 from foldstack.compression.structure.size import count_parameters
 from foldstack.compression.structure.surgery import build_on_meta, config_for

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol, PerplexityResult
+from foldstack.compression.evaluation.records import PerplexityProtocol, PerplexityResult
 from foldstack.compression.reference import BENCHMARKS_FOLDER
 from foldstack.compression.storage.digest import digest_folder, digest_json
 from foldstack.compression.text.corpus import TextSource, source_digest
@@ -130,7 +130,8 @@ def load_perplexity(evaluated: Artifact) -> PerplexityResult:
 def load_evaluation(evaluated: Artifact) -> "Evaluation":
     """What a stage measured, with every window and item."""
     from foldstack.compression.evaluation.beside_dense import Evaluation
-    from foldstack.compression.evaluation.harness import HarnessResult, read_items
+    from foldstack.compression.evaluation.harness import read_items
+    from foldstack.compression.evaluation.records import HarnessResult
 
     folder = evaluated.open()
     results = [

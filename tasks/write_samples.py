@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from pydantic import TypeAdapter
 
-from foldstack.compression.evaluation.samples import Sample, SampleSpec
+from foldstack.compression.evaluation.records import Sample
+from foldstack.compression.evaluation.samples import SampleSpec
 from foldstack.compression.text.corpus import TextSource
 from foldstack.tasks.environment.execution import Dtype, Execution
 from foldstack.tasks.models import model_folder, open_model

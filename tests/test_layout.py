@@ -114,10 +114,20 @@ for module in {modules}:
     assert run_python(code) == ""
 
 
-@pytest.mark.parametrize("module", ["structure.plan", "errors", "storage.digest"])
-def test_structure_is_readable_without_torch(module: str) -> None:
-    code = f"import sys, foldstack.compression.{module}; print('torch' in sys.modules)"
-    assert run_python(code) == "False\n"
+def test_results_are_read_without_torch() -> None:
+    """`foldstack compare` and `ls` answer in a second; torch alone takes two."""
+    modules = (
+        "compression.structure.plan",
+        "compression.storage.digest",
+        "flows.cli.command_compare",
+    )
+    code = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(f"foldstack.{{module}}")
+    assert "torch" not in sys.modules, f"{{module}} imports torch"
+"""
+    assert run_python(code) == ""
 
 
 @pytest.mark.parametrize(("file", "banned"), [("plan.py", "mlflow"), ("methods/x.py", "prefect")])

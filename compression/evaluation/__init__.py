@@ -16,6 +16,7 @@
   stated.
 - `quiet_lm_eval`: lm-eval without its noise: log lines, bars, git calls, bootstrap processes,
   changed seeds.
+- `records`: What is measured of a model, as data: read without loading torch.
 - `samples`: What a model writes: the greedy continuations of a few prompts, to be read beside
   another's.
 - `shared_prefix`: lm-eval's model, with a context computed once for all its endings, and only

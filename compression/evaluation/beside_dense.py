@@ -12,14 +12,13 @@ from math import isclose, log
 from statistics import fmean
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.harness import Benchmark
 from foldstack.compression.evaluation.paired import (
     Item,
     PairedDifference,
     paired_difference,
     paired_ratio,
 )
-from foldstack.compression.evaluation.perplexity import PerplexityResult
+from foldstack.compression.evaluation.records import Benchmark, PerplexityResult
 from foldstack.compression.evaluation.stability import Stability, stability
 
 

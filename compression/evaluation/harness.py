@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.benchmark_index import check_tasks, data_errors, task_manager
 from foldstack.compression.evaluation.paired import Item, PairedDifference, paired_difference
 from foldstack.compression.evaluation.quiet_lm_eval import quiet_lm_eval
+from foldstack.compression.evaluation.records import Benchmark, HarnessResult, Score
 from foldstack.compression.evaluation.shared_prefix import share_prefixes
 
 __all__ = [
@@ -35,44 +35,6 @@ Progress = Callable[[str, int, int], None]
 SEED = 1234  # lm-eval's own
 LONGEST_TARGET = 200  # characters; of a rolling benchmark it is the whole document
 SOME_ITERATIONS = 1000  # any number above 0 asks lm-eval for standard errors
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Score(_Record):
-    """One metric of one benchmark."""
-
-    value: float
-    stderr: float | None
-    """Standard error of the mean over items; None where lm-eval gives no closed form."""
-    higher_is_better: bool | None
-
-
-class Benchmark(_Record):
-    """All metrics of one benchmark, or of a group of them."""
-
-    version: str
-    num_fewshot: int
-    num_items: int
-    """Items scored; 0 for a group."""
-    members: tuple[str, ...] = ()
-    """What a group is made of: benchmarks, and groups again."""
-    scores: dict[str, Score]
-    """By metric; "metric,filter" where lm-eval filters answers."""
-
-
-class HarnessResult(_Record):
-    """What lm-eval found. The items are no part of the JSON: `write_items` puts them beside it."""
-
-    benchmarks: dict[str, Benchmark]
-    lm_eval_version: str
-    seed: int
-    limit: int | None
-    batch_size: int
-    dtype: str
-    items: tuple[Item, ...] = Field(default=(), exclude=True, repr=False)
 
 
 def write_items(items: Iterable[Item], file: Path) -> None:

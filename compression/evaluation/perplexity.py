@@ -9,19 +9,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.evaluation.records import PerplexityProtocol, PerplexityResult
 from foldstack.compression.evaluation.token_losses import plain_head, token_losses
 from foldstack.compression.out_of_memory import with_smaller_batches
 from foldstack.compression.text.calibration import check_tokens
-from foldstack.compression.text.text_tokens import Bos, TokenStream, bos_token, encode_stream
+from foldstack.compression.text.text_tokens import TokenStream, bos_token, encode_stream
 
 logger = logging.getLogger(__name__)
 
@@ -29,73 +29,6 @@ Progress = Callable[[str, int, int], None]
 
 PROBED_TOKENS = 4
 LARGEST_EXPONENT = 709.0  # of a float64
-
-
-class PerplexityProtocol(BaseModel):
-    """What is predicted from what. Losses are taken and summed in float64."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    window_tokens: int = Field(default=512, ge=2)
-    """Tokens fed to the model at once, a window's BOS included; windows do not overlap."""
-    bos: Bos = "none"
-    """Where BOS tokens stand: nowhere, at the start of the whole text, before each document (only
-    if `joiner` is empty), or at the start of each window. In a text they are predicted too; in
-    front of a window they are not."""
-    joiner: str = "\n\n"
-    """What stands between documents; empty: they are encoded one by one and follow each other."""
-    score_last: bool = True
-    """Whether a window's last position counts, which predicts the first token after the window: T
-    tokens predicted per window of T. Most papers leave it out: T - 1 per window."""
-    remainder: Literal["score", "drop"] = "score"
-    """What becomes of the tokens after the last full window: one shorter window, or left out."""
-    max_tokens: int = Field(default=0, ge=0)
-    """Tokens of the text to use, from its beginning; 0 = all."""
-    batch_size: int = Field(default=8, ge=1)
-    """Windows per forward pass; halved as often as memory makes it necessary."""
-
-    @model_validator(mode="after")
-    def _documents_are_apart(self) -> "PerplexityProtocol":
-        if self.bos == "document" and self.joiner:
-            raise ValueError(
-                f"bos 'document' needs documents that are encoded one by one, got joiner "
-                f"{self.joiner!r}: set joiner to '' or bos to 'stream'"
-            )
-        return self
-
-    @property
-    def span(self) -> int:
-        """Tokens that make one full window: those fed, and the target of the last position."""
-        return self.window_tokens + self.score_last
-
-
-class PerplexityResult(BaseModel):
-    """Perplexity of one model on one text, and what it was computed from."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings"
-    )
-
-    perplexity: float
-    """exp of `nll`."""
-    nll: float
-    """Mean negative log likelihood over all predicted tokens, nats per token."""
-    bits_per_byte: float | None
-    """Total negative log likelihood in bits over `num_bytes`; None for a slow tokenizer."""
-    num_tokens: int
-    """Tokens predicted."""
-    num_bytes: int | None
-    """UTF-8 bytes of the text that the predicted tokens stand for."""
-    num_unknown: int
-    """Predicted tokens that are the unknown token: their text is lost, bits per byte too low."""
-    num_windows: int
-    window_nll: tuple[float, ...]
-    """Summed negative log likelihood of each window, nats: pairs with another model's."""
-    window_tokens: tuple[int, ...]
-    """Tokens predicted in each window."""
-    dtype: str
-    """Of the model's weights."""
-    protocol: PerplexityProtocol
 
 
 def measure_perplexity(

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
+from foldstack.compression.evaluation.records import Sample
 
 Progress = Callable[[str, int, int], None]
 
@@ -24,15 +25,6 @@ class SampleSpec(BaseModel):
     """Of each beginning; a document is used if it goes on."""
     new_tokens: int = Field(default=48, ge=1)
     """Written at most; a model may end before."""
-
-
-class Sample(BaseModel):
-    """A prompt and its continuation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    prompt: str
-    continuation: str
 
 
 def beginnings(

@@ -1,5 +1,6 @@
 """From documents to token windows.
 
+- `bos`: Where BOS tokens may stand in a text.
 - `calibration`: Fixed-length token windows, drawn from documents.
 - `corpus`: Text from where the user says: the standard library, a local file, or a dataset of the
   hub.

@@ -4,7 +4,6 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from foldstack.compression.errors import InputError
-
-Bos = Literal["none", "stream", "document", "window"]
+from foldstack.compression.text.bos import Bos
 
 PREFIX = "▁"
 PIECE, OVERLAP = 1 << 17, 1 << 13

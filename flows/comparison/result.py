@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from foldstack.compression.evaluation.paired import STANDARD_ERRORS
-from foldstack.compression.evaluation.samples import Sample
+from foldstack.compression.evaluation.records import Sample
 from foldstack.compression.evaluation.tracks.result import ModelVerdict, TrackResult
 
 if TYPE_CHECKING:

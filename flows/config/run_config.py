@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol
+from foldstack.compression.evaluation.records import PerplexityProtocol
 from foldstack.compression.evaluation.samples import SampleSpec
 from foldstack.compression.evaluation.speed import SpeedSpec
 from foldstack.compression.evaluation.tracks.result import BENCHMARKS_TRACK, TEXT_TRACK

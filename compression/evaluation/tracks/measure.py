@@ -11,9 +11,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.evaluation.beside_dense import leaves
-from foldstack.compression.evaluation.harness import HarnessResult, evaluate
+from foldstack.compression.evaluation.harness import evaluate
 from foldstack.compression.evaluation.paired import Item
-from foldstack.compression.evaluation.perplexity import PerplexityResult, measure_perplexity
+from foldstack.compression.evaluation.perplexity import measure_perplexity
+from foldstack.compression.evaluation.records import HarnessResult, PerplexityResult
 from foldstack.compression.evaluation.tracks.local_tasks import Reader, local_task
 from foldstack.compression.evaluation.tracks.sequential import SequentialRule
 from foldstack.compression.evaluation.tracks.settings import Track

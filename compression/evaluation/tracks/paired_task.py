@@ -10,13 +10,13 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.harness import Benchmark
 from foldstack.compression.evaluation.paired import (
     Item,
     PairedDifference,
     paired_ratio,
     values_by_item,
 )
+from foldstack.compression.evaluation.records import Benchmark
 from foldstack.compression.evaluation.tracks.verdict import as_normal, ratio_statistic
 
 Weighting = Literal["items", "members"]

@@ -13,9 +13,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from foldstack.compression.evaluation.beside_dense import leaves
-from foldstack.compression.evaluation.harness import Benchmark
 from foldstack.compression.evaluation.paired import Item, PairedDifference
-from foldstack.compression.evaluation.perplexity import PerplexityResult
+from foldstack.compression.evaluation.records import Benchmark, PerplexityResult
 from foldstack.compression.evaluation.tracks.judge import WinRate
 from foldstack.compression.evaluation.tracks.paired_task import (
     ROLLING,

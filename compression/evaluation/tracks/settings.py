@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from foldstack.compression.evaluation.harness import SEED
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol
+from foldstack.compression.evaluation.records import PerplexityProtocol
 from foldstack.compression.evaluation.tracks.judge import Judge
 from foldstack.compression.text.corpus import SELF, TextSource
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from foldstack.compression.evaluation.harness import Benchmark, read_items, write_items
+from foldstack.compression.evaluation.harness import read_items, write_items
 from foldstack.compression.evaluation.paired import Item
-from foldstack.compression.evaluation.perplexity import PerplexityResult
+from foldstack.compression.evaluation.records import Benchmark, PerplexityResult
 from foldstack.compression.evaluation.tracks.judge import WinRate
 
 BENCHMARKS, ITEMS, LOOKS, SPREAD = "benchmarks.json", "items.jsonl", "looks.json", "spread.json"

@@ -128,7 +128,8 @@ def test_the_proof_finds_another_tokenizer(chinese_gpt2, tmp_path):
 
 
 def test_perplexity_counts_what_the_tokenizer_does_not_know(chinese_gpt2):
-    from foldstack.compression.evaluation.perplexity import PerplexityProtocol, measure_perplexity
+    from foldstack.compression.evaluation.perplexity import measure_perplexity
+    from foldstack.compression.evaluation.records import PerplexityProtocol
 
     model, tokenizer = load_model(chinese_gpt2), load_tokenizer(chinese_gpt2)
     text = "".join(LETTERS[number % 200] for number in range(64)) + " z z"

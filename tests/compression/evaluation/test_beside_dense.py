@@ -7,9 +7,13 @@ import pytest
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.beside_dense import Evaluation, beside_dense, loss_difference
-from foldstack.compression.evaluation.harness import Benchmark, Score
 from foldstack.compression.evaluation.paired import Item
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol, PerplexityResult
+from foldstack.compression.evaluation.records import (
+    Benchmark,
+    PerplexityProtocol,
+    PerplexityResult,
+    Score,
+)
 from foldstack.compression.evaluation.stability import stability
 
 TOKENS = (10, 10, 4)

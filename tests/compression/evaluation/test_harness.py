@@ -18,7 +18,6 @@ from foldstack.compression.evaluation import benchmark_index
 from foldstack.compression.evaluation.benchmark_index import task_manager
 from foldstack.compression.evaluation.beside_dense import Evaluation, beside_dense
 from foldstack.compression.evaluation.harness import (
-    HarnessResult,
     Item,
     check_tasks,
     evaluate,
@@ -27,8 +26,9 @@ from foldstack.compression.evaluation.harness import (
     write_items,
 )
 from foldstack.compression.evaluation.paired import mcnemar_p, paired_ratio
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol, measure_perplexity
+from foldstack.compression.evaluation.perplexity import measure_perplexity
 from foldstack.compression.evaluation.quiet_lm_eval import quiet_lm_eval
+from foldstack.compression.evaluation.records import HarnessResult, PerplexityProtocol
 from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.structure.surgery import Cut, cut, plan_of
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation import perplexity, token_losses
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol, measure_perplexity
+from foldstack.compression.evaluation.perplexity import measure_perplexity
+from foldstack.compression.evaluation.records import PerplexityProtocol
 from foldstack.compression.text.text_tokens import encode_stream
 
 DOCUMENTS = (

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from foldstack.compression.evaluation.samples import Sample
+from foldstack.compression.evaluation.records import Sample
 from foldstack.compression.evaluation.tracks.result import (
     ModelVerdict,
     TaskResult,

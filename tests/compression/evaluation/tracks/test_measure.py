@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.harness import evaluate
 from foldstack.compression.evaluation.paired import Item
-from foldstack.compression.evaluation.perplexity import PerplexityProtocol
+from foldstack.compression.evaluation.records import PerplexityProtocol
 from foldstack.compression.evaluation.tracks.measure import TrackMeasurement
 from foldstack.compression.evaluation.tracks.sequential import SequentialRule
 from foldstack.compression.evaluation.tracks.settings import Track, TrackText

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.harness import Benchmark, Score
 from foldstack.compression.evaluation.paired import Item
+from foldstack.compression.evaluation.records import Benchmark, Score
 from foldstack.compression.evaluation.tracks.paired_task import PairedScores
 from foldstack.compression.evaluation.tracks.result import (
     TrackResult,
