@@ -282,7 +282,8 @@ def model_verdict(tracks: Sequence[TrackResult], within: float) -> ModelVerdict:
         return ModelVerdict(verdict=None, because=reason)
     if verdict == "matching":
         names = f"{len(tasks)} tasks are" if len(tasks) > 1 else f"{tasks[0][1].task} is"
-        return ModelVerdict(verdict=verdict, because=f"{names} within {100 * within:.3g} % of dense")
+        because = f"{names} within {100 * within:.3g} % of dense"
+        return ModelVerdict(verdict=verdict, because=because)
     concerned = [(track, task) for track, task in tasks if task.verdict == verdict]
     if verdict == "not matching":
         _, task = min(concerned, key=lambda each: each[1].retained or 0.0)
