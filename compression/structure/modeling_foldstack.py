@@ -19,8 +19,11 @@ module's own signature.
 """
 
 import copy
+import copyreg
+import importlib
 import inspect
 import logging
+import operator
 import re
 import sys
 from typing import Any
@@ -41,6 +44,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import init_hf_modules
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -225,13 +229,42 @@ def take_cache(arguments: dict[str, Any], name: str) -> Any:
     return next((cache for cache in found if cache is not None), None)
 
 
+class _Call:
+    """Pickled, what a call gives in the process that unpickles it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._call
+
+
+def _imported(module: str) -> _Call:
+    """A module, where code that came with a folder may be imported at all: transformers lets that
+    be found in each process by itself."""
+    first = _Call(init_hf_modules)
+    return _Call(operator.itemgetter(1), (first, _Call(importlib.import_module, module)))
+
+
+class _Pickled(type):
+    """Class of the classes that another process could not find by their names."""
+
+
+def _reduced(found: Any) -> tuple[Any, ...]:
+    if found in _CLASSES.values():
+        (bases, form), _ = next(item for item in _CLASSES.items() if item[1] is found)
+        return _class_of, (found.__name__, bases, form)
+    return getattr, (_imported(found.__module__), found.__name__)
+
+
+copyreg.pickle(_Pickled, _reduced)
 _CLASSES: dict[tuple[Any, ...], Any] = {}
 
 
 def _class_of(name: str, bases: tuple[Any, ...], form: tuple[str, ...] = ()) -> Any:
     """The one class with these bases for modules of this form."""
     if (bases, form) not in _CLASSES:
-        _CLASSES[bases, form] = type(name, bases, {"__module__": __name__, "form": form})
+        _CLASSES[bases, form] = _Pickled(name, bases, {"__module__": __name__, "form": form})
     return _CLASSES[bases, form]
 
 
@@ -1190,7 +1223,7 @@ class _Restructured(PreTrainedModel):
         return self.stock(use_cache=use_cache, **{name: cache}, **arguments)
 
 
-class FoldstackModel(_Restructured):
+class FoldstackModel(_Restructured, metaclass=_Pickled):
     """A stock base model, without its head, whose blocks were restructured after `config.plan`.
 
     What serving engines build, and what `AutoModel` loads from a folder.
@@ -1228,7 +1261,7 @@ class FoldstackModel(_Restructured):
         return self._forward(past_key_values, use_cache, kwargs)
 
 
-class FoldstackForCausalLM(_Restructured, GenerationMixin):
+class FoldstackForCausalLM(_Restructured, GenerationMixin, metaclass=_Pickled):
     """A stock causal model whose blocks were restructured after `config.plan`."""
 
     def __init__(self, config: FoldstackConfig) -> None:

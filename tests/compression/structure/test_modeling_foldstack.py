@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -360,6 +361,17 @@ def test_one_graph_holds_the_whole_model(
     model = structured(structure)
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, ids), logits(model, ids))
+
+
+def test_a_pickled_model_finds_its_classes_in_another_process(
+    structure: str, structured: Maker, ids: torch.Tensor
+) -> None:
+    """Most of them are made as they are needed, and those of a folder's code are under no path
+    until transformers was asked for it."""
+    model = structured(structure)
+    pickled = pickle.dumps(model)
+    assert pickled.index(b"init_hf_modules") < pickled.index(b"import_module")
+    assert torch.equal(logits(pickle.loads(pickled), ids), logits(model, ids))
 
 
 def test_an_untested_version_says_so() -> None:
