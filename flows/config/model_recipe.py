@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DEFAULT_METHOD = "modegpt"
-"""The best that there is, by docs/methods.md."""
+"""The one that loses least after recovery, by docs/which_method.md."""
 DEFAULT_SPARSITY = 0.2
 FRONT_POINTS = 5
 FRONT_SPARSITY = 0.5

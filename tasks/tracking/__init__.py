@@ -10,6 +10,6 @@
 - `registry`: Versions of registered models in MLflow, and the aliases by which people find them.
 - `run_record`: What a tracking server is to know of one variant, the dense model or a sweep, as
   plain data.
-- `tracker`: What MLflow is told, and when: it is imported here and in the quality gate only.
+- `tracker`: How MLflow is told, and when: whole records, in the background, nothing twice.
 - `tracking_database`: MLflow's SQLite file: it appears whole or not at all, whoever opens it first.
 """

@@ -1,4 +1,4 @@
-"""What MLflow is told, and when: it is imported here and in the quality gate only.
+"""How MLflow is told, and when: whole records, in the background, nothing twice.
 
 A run is brought up to its `RunRecord`: what is missing is added, what is there stays. So logging
 the same record twice changes nothing, a run that was cut off is completed by the next sweep, and a
