@@ -106,7 +106,9 @@ def options_around(
 ) -> list[Option]:
     """What may stand instead of single parts of a choice, with what each changes of its loss."""
     base = scorer.loss(choice)
-    moves = [*_width_moves(library, choice), *_returns(library, choice, one_width=one_width)]
+    has_widths = any(variant.kind.endswith("_width") for variant in known)
+    moves = _width_moves(library, choice) if has_widths else []
+    moves += _returns(library, choice, one_width=one_width)
     moves += _others(library, choice, known, float(base.mean()))
     losses = scorer.losses([move.choice for move in moves], choice, spool, name)
     rises = [float((loss - base).mean()) for loss in losses]

@@ -105,12 +105,13 @@ def test_depth_alone_is_never_worse_than_the_methods_that_remove_blocks(
     sparsity = 2.9 * one / size_of(model).parameters
     losses = {}
     for method in (
-        Search(sparsity=sparsity, library=("removals",), rounds=0),
+        Search(sparsity=sparsity, library=("removals",), rounds=1, refit="none"),
         ShortGpt(sparsity=sparsity),
         Sleb(sparsity=sparsity, early_barrier=0, latter_barrier=0),
     ):
         smaller = cut(model, method.compress(model, evidence))
         assert len(plan_of(smaller).blocks) == 3
+        assert plan_of(smaller).is_native  # no widths beside, which rounds could bring in
         losses[method.name] = divergence(model, smaller, windows[:4])
     assert losses["search"] <= losses["shortgpt"] + 1e-6
     assert losses["search"] <= losses["sleb"] + 1e-6
