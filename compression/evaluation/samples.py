@@ -10,6 +10,8 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.records import Sample
 
 Progress = Callable[[str, int, int], None]
+MOST_CHARACTERS = 16
+"""Of a token, about: more of a document is not looked at."""
 
 
 class SampleSpec(BaseModel):
@@ -39,7 +41,8 @@ def beginnings(
     places = range(0, len(texts), max(1, len(texts) // (4 * spec.count)))
     found: list[str] = []
     for place in places:
-        ids = tokenizer(texts[place], add_special_tokens=False)["input_ids"]
+        begin = texts[place][: MOST_CHARACTERS * (spec.prompt_tokens + 1)]
+        ids = tokenizer(begin, add_special_tokens=False)["input_ids"]
         if len(ids) > spec.prompt_tokens:
             found.append(str(tokenizer.decode(ids[: spec.prompt_tokens])))
     if not found:
