@@ -1,17 +1,18 @@
-"""The stage that measures how fast a model is, in turns with the dense one."""
+"""The stages that measure how fast a model is beside the dense one, and as its assistant."""
 
 from pathlib import Path
 from typing import ClassVar
 
 from foldstack.compression.evaluation.speed import SpeedResult, SpeedSpec
 from foldstack.tasks.environment.execution import Dtype, Execution, torch_dtype
-from foldstack.tasks.models import model_folder
+from foldstack.tasks.models import model_folder, open_model
 from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import Facts
 
 SPEED_FILE = "speed.json"
+ASSISTED_FILE = "assisted.json"
 DENSE, MINE = "dense", "this"
 
 
@@ -78,3 +79,65 @@ def speed_facts(result: SpeedResult) -> Facts:
             facts[f"{part}_speedup_lower_quartile{suffix}"] = ratio.lower_quartile
             facts[f"{part}_speedup_upper_quartile{suffix}"] = ratio.upper_quartile
     return facts
+
+
+class BenchmarkAssistant(ComputedStage):
+    """Assisted decoding: how many tokens of the assistant the dense model keeps, and what time that
+    saves beside decoding alone, on the text that perplexity is measured on."""
+
+    stage: ClassVar[str] = "benchmark_assistant"
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"name"})
+
+    dense: ModelRef
+    model: ModelRef | Artifact
+    prompt_tokens: int
+    new_tokens: int
+    turns: int
+    machine: str
+    """In words; on another one it is measured again."""
+    execution: Execution
+    """Part of the fingerprint here: other threads, another speed."""
+    dtype: Dtype = "auto"
+    name: str = ""
+
+    def modules(self) -> tuple[str, ...]:
+        return (
+            "foldstack.compression.evaluation.generation",
+            "foldstack.compression.text.corpus",
+        )
+
+    @property
+    def label(self) -> str:
+        return f"bench {self.name} as the assistant of dense"
+
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        import json
+        from dataclasses import asdict
+
+        from foldstack.compression.checkpoints.checkpoint import load_tokenizer
+        from foldstack.compression.evaluation.generation import generate_assisted
+        from foldstack.compression.evaluation.speed import Spread
+        from foldstack.compression.text.corpus import TextSource, documents
+
+        dense = open_model(self.dense, self.dtype, self.execution)
+        model = open_model(self.model, self.dtype, self.execution)
+        text = "\n".join(documents(TextSource(split="test")))[
+            : 40 * self.prompt_tokens * self.turns
+        ]
+        ids = load_tokenizer(model_folder(self.dense))(text, return_tensors="pt", verbose=False)[
+            "input_ids"
+        ]
+        windows = ids[0].unfold(0, self.prompt_tokens, self.prompt_tokens).to(dense.device)
+        runs = []
+        for number in range(self.turns + 1):
+            progress("decode alone and assisted", number, self.turns + 1)
+            prompt = windows[number % len(windows)][None]
+            runs.append(generate_assisted(dense, model, prompt, self.new_tokens))
+        runs = runs[1:]  # the first one warms up
+        (folder / ASSISTED_FILE).write_text(json.dumps([asdict(run) for run in runs], indent=1))
+        kept = [run.tokens / run.passes - 1 for run in runs]
+        return {
+            "assistant_accepted_per_pass": sum(kept) / len(kept),
+            "assistant_speedup": Spread.of([run.alone / run.assisted for run in runs]).median,
+            "assistant_same_text": all(run.is_same_text for run in runs),
+        }

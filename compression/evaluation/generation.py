@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -41,6 +42,49 @@ def generate_greedily(
         tokens.append(output.logits[:, -1:].argmax(-1))
     finished = now(model, clock)
     return Generation(torch.cat(tokens, dim=1), first_token - started, finished - first_token)
+
+
+@dataclass(frozen=True)
+class Assisted:
+    """One greedy continuation of a model, alone and with another one that guesses ahead."""
+
+    alone: float
+    """Seconds."""
+    assisted: float
+    """Seconds."""
+    tokens: int
+    passes: int
+    """Of the model itself, when it was assisted."""
+    is_same_text: bool
+
+
+@torch.inference_mode()
+def generate_assisted(
+    model: PreTrainedModel,
+    assistant: PreTrainedModel,
+    prompt: Int[Tensor, "1 prompt"],
+    new_tokens: int,
+    clock: Clock = time.perf_counter,
+) -> Assisted:
+    """A continuation by assisted decoding: the assistant writes ahead, the model keeps what it
+    would have written itself (Leviathan et al. 2023, arXiv 2211.17192; here greedily)."""
+    calls: list[None] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(None))
+    settings: dict[str, Any] = {
+        "max_new_tokens": new_tokens, "do_sample": False,
+        "attention_mask": torch.ones_like(prompt),
+    }  # fmt: skip
+    started = now(model, clock)
+    alone = model.generate(prompt, **settings)  # type: ignore[operator]
+    halfway = now(model, clock)
+    calls.clear()
+    assisted = model.generate(prompt, assistant_model=assistant, **settings)  # type: ignore[operator]
+    finished = now(model, clock)
+    handle.remove()
+    same = torch.equal(alone, assisted)
+    return Assisted(
+        halfway - started, finished - halfway, alone.shape[1] - prompt.shape[1], len(calls), same
+    )
 
 
 def now(model: PreTrainedModel, clock: Clock) -> float:

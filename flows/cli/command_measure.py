@@ -9,7 +9,12 @@ from foldstack.compression.evaluation.tracks.result import model_verdict
 from foldstack.compression.evaluation.tracks.track_beside_dense import measured_anyway
 from foldstack.flows.config.config_file import find_config, read_config
 from foldstack.flows.config.run_config import RunConfig, parse_config
-from foldstack.flows.running.measures import evaluation_digests, evaluation_of, speed_of
+from foldstack.flows.running.measures import (
+    assistant_of,
+    evaluation_digests,
+    evaluation_of,
+    speed_of,
+)
 from foldstack.flows.running.progress import console_on, display_on
 from foldstack.tasks.dequantize_model import find_model
 from foldstack.tasks.environment.execution import Execution, cores
@@ -77,14 +82,19 @@ def evaluate_command(config: RunConfig, against: str = "") -> Facts:
 
 
 def bench_command(config: RunConfig, against: str) -> Facts:
-    """Speed of the config's model, in turns with the one that it is compared with.
+    """Speed of the config's model, in turns with the one that it is compared with; and what it is
+    worth as that one's assistant.
 
     Raises:
         InputError: a model cannot be had.
     """
     model = _find(config, config.model.name, config.model.revision)
     dense = _find(config, against) if against else model
-    return _run(config, speed_of(config, dense, model, config.model.name)).manifest().facts
+    facts = _run(config, speed_of(config, dense, model, config.model.name)).manifest().facts
+    if model == dense:
+        return facts
+    assisted = _run(config, assistant_of(config, dense, model, config.model.name))
+    return {**facts, **assisted.manifest().facts}
 
 
 def _find(config: RunConfig, model: str, revision: str | None = None) -> ModelRef:

@@ -8,7 +8,7 @@ from foldstack.compression.export.engines import ENGINES, engine_of
 from foldstack.compression.export.forms import ENGINES_OF, Form
 from foldstack.compression.text.corpus import source_digest
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.tasks.benchmark_speed import BenchmarkSpeed
+from foldstack.tasks.benchmark_speed import BenchmarkAssistant, BenchmarkSpeed
 from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.environment.hardware import hardware
 from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
@@ -140,6 +140,23 @@ def speed_of(
         dense=dense,
         model=model,
         spec=SpeedSpec(**spec),
+        execution=Execution(device=config.model.device, threads=config.speed.threads or cores()),
+        machine=hardware(),
+        dtype=config.model.dtype,
+        name=name,
+    )
+
+
+def assistant_of(
+    config: RunConfig, dense: ModelRef, model: ModelRef | Artifact, name: str
+) -> BenchmarkAssistant:
+    """The stage that measures `model` as the assistant of `dense`."""
+    return BenchmarkAssistant(
+        dense=dense,
+        model=model,
+        prompt_tokens=config.speed.prompt_tokens,
+        new_tokens=config.speed.new_tokens,
+        turns=config.speed.repeats,
         execution=Execution(device=config.model.device, threads=config.speed.threads or cores()),
         machine=hardware(),
         dtype=config.model.dtype,
