@@ -762,8 +762,20 @@ class NarrowAttention(nn.Module):
             if norm is not None:
                 norm.weight = nn.Parameter(norm.weight.new_ones(self.qk_dim))
             setattr(self, name, norm)
-        pairs = torch.arange(form["rotary_dim"] // 2).repeat(self.num_kv_heads, 1)
-        self.register_buffer("rotary_pairs", pairs if pairs.numel() else None)
+        self.num_pairs = form["rotary_dim"] // 2
+        self.register_buffer("rotary_pairs", self.first_pairs() if self.num_pairs else None)
+
+    def first_pairs(self) -> torch.Tensor:
+        """The first frequencies for every key head, which stand until others are loaded."""
+        return torch.arange(self.num_pairs).repeat(self.num_kv_heads, 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "NarrowAttention":
+        """Frequencies that get memory get values with it: transformers initialises none of ours."""
+        was_empty = self.rotary_pairs is not None and self.rotary_pairs.is_meta
+        super()._apply(fn, recurse)
+        if was_empty and self.rotary_pairs is not None and not self.rotary_pairs.is_meta:
+            self.rotary_pairs.copy_(self.first_pairs())
+        return self
 
     def _resize_linears(self, stock: Any, value_bias_in_output: bool) -> None:
         q, k, v = self._split_sizes()

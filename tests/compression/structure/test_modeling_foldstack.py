@@ -105,6 +105,21 @@ def test_tokens_are_added_saved_and_loaded(
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
+def test_buffers_of_a_model_without_memory_come_from_init(
+    structure: str, structured: Maker
+) -> None:
+    """transformers builds on the meta device and initialises what no file gives."""
+    config = structured(structure).config
+    made = FoldstackForCausalLM(copy.deepcopy(config))
+    with torch.device("meta"):
+        empty = FoldstackForCausalLM(copy.deepcopy(config))
+    empty.to_empty(device="cpu").init_weights()
+    found = dict(empty.named_buffers())
+    assert found.keys() == dict(made.named_buffers()).keys()
+    for name, buffer in made.named_buffers():
+        assert torch.equal(found[name], buffer), name
+
+
 def test_the_config_is_flat_and_answers_for_the_stock_one(
     structure: str, structured: Maker, tmp_path: Any
 ) -> None:
