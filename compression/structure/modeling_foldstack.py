@@ -772,7 +772,7 @@ class NarrowAttention(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "NarrowAttention":
         """Frequencies that get memory get values with it: transformers initialises none of ours."""
         was_empty = self.rotary_pairs is not None and self.rotary_pairs.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_empty and self.rotary_pairs is not None and not self.rotary_pairs.is_meta:
             self.rotary_pairs.copy_(self.first_pairs())
         return self
