@@ -112,6 +112,7 @@ def _run_on(engine: Engine, layout: Layout, started: float) -> Comparison:
     runs = StageRuns(layout, display.get(), engine, stage_limits(layout))
     log = SweepLog(layout, _flow_run_tags())
     runs.require(layout.windows)
+    runs.run_alone(layout.times)  # what runs beside would slow them down, and one more than another
     for stage in layout.before_speeds:
         runs.submit(stage)
     for branch in runs.collect_branches():

@@ -1,9 +1,10 @@
-"""The stages that measure how fast a model is beside the dense one, and as its assistant."""
+"""The stages that measure speed beside the dense one: of a model, as an assistant, of variants."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from foldstack.compression.evaluation.speed import SpeedResult, SpeedSpec
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.tasks.environment.execution import Dtype, Execution, torch_dtype
 from foldstack.tasks.models import model_folder, open_model
 from foldstack.tasks.running.worker_pool import ComputedStage
@@ -11,8 +12,12 @@ from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import Facts
 
+if TYPE_CHECKING:
+    from foldstack.compression.statistics.variant_times import Seconds
+
 SPEED_FILE = "speed.json"
 ASSISTED_FILE = "assisted.json"
+SECONDS_FILE = "seconds.json"
 DENSE, MINE = "dense", "this"
 
 
@@ -53,6 +58,45 @@ class BenchmarkSpeed(ComputedStage):
         result = results.get(MINE, results[DENSE])
         (folder / SPEED_FILE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
         return speed_facts(result)
+
+
+class TimeVariants(ComputedStage):
+    """What one family of variants saves of prefill and decoding, from whole models in turns with
+    the dense one."""
+
+    stage: ClassVar[str] = "time_variants"
+
+    model: ModelRef
+    family: Family
+    spec: SpeedSpec
+    execution: Execution
+    """Part of the fingerprint here: other threads, another speed."""
+    machine: str
+    """In words; on another one it is measured again."""
+    dtype: Dtype = "auto"
+
+    def modules(self) -> tuple[str, ...]:
+        return ("foldstack.compression.methods.search.seconds",)
+
+    @property
+    def label(self) -> str:
+        return f"time {self.family}"
+
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.methods.search.library import Library
+        from foldstack.compression.methods.search.seconds import measure_seconds
+        from foldstack.tasks.models import open_model
+
+        model = open_model(self.model, self.dtype, self.execution)
+        found = measure_seconds(Library(model), self.family, self.spec, progress)
+        (folder / SECONDS_FILE).write_text(found.model_dump_json(indent=1), encoding="utf-8")
+        return {
+            "models": len(found.measured),
+            "dense_prefill_seconds": found.dense_prefill,
+            "dense_decode_seconds": found.dense_decode,
+            "prefill_error": found.prefill_error,
+            "decode_error": found.decode_error,
+        }
 
 
 def speed_facts(result: SpeedResult) -> Facts:
@@ -141,3 +185,17 @@ class BenchmarkAssistant(ComputedStage):
             "assistant_speedup": Spread.of([run.alone / run.assisted for run in runs]).median,
             "assistant_same_text": all(run.is_same_text for run in runs),
         }
+
+
+def load_seconds(timed: tuple[Artifact, ...]) -> "Seconds | None":
+    """The times in some artifacts of this stage, together; None where there are none."""
+    from functools import reduce
+    from operator import add
+
+    from foldstack.compression.statistics.variant_times import Seconds
+
+    parts = [
+        Seconds.model_validate_json((each.open() / SECONDS_FILE).read_text(encoding="utf-8"))
+        for each in timed
+    ]
+    return reduce(add, parts) if parts else None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from foldstack.compression.methods import AnyMethod
+from foldstack.tasks.benchmark_speed import load_seconds
 from foldstack.tasks.environment.execution import Dtype, Execution
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
 from foldstack.tasks.rank_blocks import load_ranking
@@ -31,6 +32,8 @@ class CompressModel(ComputedStage):
     ranking: Artifact
     sensitivity: tuple[Artifact, ...] = ()
     """Scores of the variants that the method asks for, a family or a shard of one each."""
+    seconds: tuple[Artifact, ...] = ()
+    """What variants save of the time, where the method asks for that, a family each."""
     method: AnyMethod
     dtype: Dtype = "auto"
     execution: Execution = Execution()
@@ -72,12 +75,14 @@ class CompressModel(ComputedStage):
             statistics=Statistics.load(self.statistics.open()),
             ranking=load_ranking(self.ranking),
             sensitivity=load_sensitivity(self.sensitivity),
+            seconds=load_seconds(self.seconds),
             work=work,
             progress=progress,
         )
         # On the CPU, where the fresh process will be: other hardware computes other last digits.
         change = self.method.compress(model, evidence)
         smaller, plan = cut(model, change, share_memory=True).cpu(), change.plan
+        forecast = {f"forecast/{name}": value for name, value in change.forecast.items()}
         del change  # with those of its tensors that were copied
         size, dense = size_of(smaller), size_of(model)
         out = folder / MODEL_FOLDER
@@ -106,4 +111,5 @@ class CompressModel(ComputedStage):
             "block_linear_sparsity": 1
             - size.block_linear_parameters / dense.block_linear_parameters,
             **size.as_dict(),
+            **forecast,
         }

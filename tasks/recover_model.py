@@ -1,8 +1,10 @@
-"""The stage that trains a compressed model back, after its dense teacher or by itself."""
+"""The stages that train compressed models back, and keep the one of several that heals best."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from foldstack.compression.training.recovery import Recovery
 from foldstack.tasks.compress_model import CARD_FILE
@@ -13,8 +15,12 @@ from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import Facts
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HISTORY_FILE = "training.jsonl"
 RELOAD_FILE = "reload_check.json"
+TABLE_FILE = "finalists.csv"
 
 
 class RecoverModel(ComputedStage):
@@ -89,6 +95,82 @@ class RecoverModel(ComputedStage):
             "is_as_it_was": result.is_worse,
             **size.as_dict(),
         }
+
+
+class ChooseFinalist(ComputedStage):
+    """A compressed model directory: that of the finalist which is best once it is healed, as it was
+    before."""
+
+    stage: ClassVar[str] = "choose_finalist"
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"execution", "name"})
+
+    finalists: tuple[Artifact, ...]
+    healed: tuple[Artifact, ...]
+    """The same models after a few steps of recovery, one for one."""
+    windows: Artifact
+    """Its last ones decide: the first `num_trained` are what recovery trains on."""
+    num_trained: int
+    dtype: Dtype = "auto"
+    execution: Execution = Execution()
+    name: str = ""
+
+    def modules(self) -> tuple[str, ...]:
+        return (
+            "foldstack.compression.checkpoints.checkpoint",
+            "foldstack.compression.training.finalists",
+            "foldstack.compression.evaluation.token_losses",
+        )
+
+    @property
+    def label(self) -> str:
+        return f"choose {self.name}".strip()
+
+    def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
+        from foldstack.compression.text.calibration import Windows
+        from foldstack.compression.training.finalists import Finalist, told, winner
+
+        windows = Windows.load(self.windows.open()).tokens[self.num_trained :].long()
+        found = []
+        for number, (made, healed) in enumerate(zip(self.finalists, self.healed, strict=True)):
+            progress("loss of finalists", number, len(self.finalists))
+            facts = made.manifest().facts
+            found.append(
+                Finalist(
+                    name=f"{facts['num_blocks']} blocks",
+                    before=self._losses(made, windows),
+                    healed=self._losses(healed, windows),
+                    flops=int(str(facts["flops_per_token"])),
+                )
+            )
+        kept = winner(found)
+        with (folder / TABLE_FILE).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["finalist", "window", "before", "healed"])
+            for number, each in enumerate(found):
+                pairs = enumerate(zip(each.before, each.healed, strict=True))
+                writer.writerows([number + 1, window, *losses] for window, losses in pairs)
+        chosen = self.finalists[kept]
+        shutil.copytree(model_folder(chosen), folder / MODEL_FOLDER)
+        for name in (CARD_FILE, RELOAD_FILE):
+            shutil.copy2(chosen.folder / name, folder / name)
+        steps = int(str(self.healed[kept].manifest().facts["steps"]))
+        return {
+            **chosen.manifest().facts,
+            "finalist": kept + 1,
+            "contest": told(found, kept, steps),
+        }
+
+    def _losses(self, model: Artifact, windows: "Tensor") -> tuple[float, ...]:
+        """Mean over the tokens of each window, in nats."""
+        import torch
+
+        from foldstack.compression.evaluation.token_losses import plain_head, token_losses
+
+        opened = open_model(model, self.dtype, self.execution)
+        with torch.inference_mode():
+            head = plain_head(opened, windows[0])
+            rows = [token_losses(opened, window[None], head).mean() for window in windows]
+        return tuple(float(row) for row in rows)
 
 
 def load_history(recovered: Artifact) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.statistics.gathering import Statistics, gather
 from foldstack.compression.statistics.ranking import Ranking, rank_blocks
 from foldstack.compression.statistics.sensitivity import Family, Sensitivity
+from foldstack.compression.statistics.variant_times import Seconds
 from foldstack.compression.storage.spool import Spool
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import count_parameters, size_of_plan
@@ -50,6 +51,8 @@ class Evidence:
     """Called with what is being done, how much of it is done, and how much there is."""
     sensitivity: Sensitivity | None = None
     """Scores of the variants that the method asks for."""
+    seconds: Seconds | None = None
+    """What variants save of the time on this machine, where the method asks for it."""
 
     def spool(self) -> Spool:
         """Where a method that goes block by block keeps the tensors of those that are done."""
@@ -63,8 +66,9 @@ class Evidence:
             model, self.calibration, kinds, progress=self.progress, folder=folder, work=folder
         )
         return replace(
-            self, statistics=statistics, ranking=rank_blocks(statistics), sensitivity=None
-        )
+            self, statistics=statistics, ranking=rank_blocks(statistics), sensitivity=None,
+            seconds=None,
+        )  # fmt: skip
 
 
 class Method(BaseModel, ABC):
@@ -118,6 +122,17 @@ class Method(BaseModel, ABC):
     def scores(self) -> frozenset[Family]:
         """Families of variants whose scores `compress` reads (`statistics.sensitivity`)."""
         return frozenset()
+
+    @property
+    def times(self) -> frozenset[Family]:
+        """Families of variants of which `compress` reads how much time they save (`Seconds`)."""
+        return frozenset()
+
+    @property
+    def contenders(self) -> tuple["Method", ...]:
+        """What a sweep makes, heals a little and holds against one another in the place of this
+        method; itself alone where there is nothing to choose from."""
+        return (self,)
 
     @abstractmethod
     def outline(self, model: PreTrainedModel) -> Plan:

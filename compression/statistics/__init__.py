@@ -16,4 +16,6 @@
   blocks.
 - `stream`: Run a model's blocks one after another over all windows, each block once for the whole
   data.
+- `variant_times`: What variants save of the time that a model takes: a linear model of whole ones
+  that were timed.
 """

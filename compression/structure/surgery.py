@@ -50,11 +50,14 @@ class Cut:
         tensors: the new and changed ones, as "blocks.<position>.<name inside the block>", for
             example "blocks.3.self_attn.q_proj.first.weight"; those outside the blocks by the name
             that the stock model has for them, for example "model.embed_tokens.weight".
+        forecast: what the method expects of the result, by name, for what is measured of it later
+            to be held against.
     """
 
     plan: Plan
     inherits: tuple[int | None, ...]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    forecast: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.inherits) != len(self.plan.blocks):

@@ -5,6 +5,8 @@
 - `block_training`: Train one block of a model and nothing else.
 - `distillation`: Next-token loss and distillation from a teacher, in bounded memory whatever the
   vocabulary.
+- `finalists`: Which of several compressed models is kept, after each was trained back for a few
+  equal steps.
 - `objective`: What recovery minimises: token windows in, the loss of the student beside its teacher
   out.
 - `recovery`: Recovery: a compressed model is trained for a while, by itself or after its dense

@@ -166,14 +166,14 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Make MODEL smaller: without a recipe, and without a text if there is none."""
-    from foldstack.flows.config.model_recipe import DEFAULT_METHOD, Wishes, sparsity_of
+    from foldstack.flows.config.model_recipe import Wishes, sparsity_of
 
     wishes = Wishes(
         model=model,
         revision=revision,
         sparsity=sparsity_of(sparsity, to),
         front=front,
-        method=method or DEFAULT_METHOD,
+        method=method,
         calibration=calibration,
         test=test,
         recover=recover,

@@ -18,7 +18,7 @@ from foldstack.compression.text.corpus import SELF
 from foldstack.compression.text.text_files import is_text_file
 from foldstack.flows.comparison.result import Comparison, Row
 from foldstack.flows.comparison.tables import benchmarks_in
-from foldstack.flows.config.model_recipe import Wishes, recipe_for
+from foldstack.flows.config.model_recipe import Wishes, method_for, recipe_for
 from foldstack.flows.config.run_config import RunConfig, parse_config
 from foldstack.tasks.environment.home import foldstack_home, store_url
 
@@ -43,9 +43,12 @@ def recipe_command(wishes: Wishes, save_to: Path | None = None) -> Recipe:
         InputError: the model or a text cannot be had, a wish is out of range, or the file cannot
             be written.
     """
-    data = recipe_for(wishes, _plain_folder(wishes))
+    folder = _plain_folder(wishes)
+    chosen = method_for(wishes, folder)
+    data = recipe_for(wishes, folder, chosen)
     config = parse_config(data, where="compress")
-    text = HEADER.format(model=wishes.model) + yaml.safe_dump(data, sort_keys=False)
+    why = f"# {chosen.method}: {chosen.why}.\n" if chosen.why else ""
+    text = HEADER.format(model=wishes.model) + why + yaml.safe_dump(data, sort_keys=False)
     if save_to is not None:
         _write(save_to, text)
     return Recipe(config, text)

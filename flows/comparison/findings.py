@@ -18,12 +18,14 @@ GROUPS_TOLD = 3
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """One sentence for each sparsity, from little to much removed; then what is missing."""
+    """One sentence for each sparsity, from little to much removed; one for each variant of which
+    its method expected something; then what is missing."""
     told = [finding_at(comparison, sparsity) for sparsity in comparison.by_sparsity()]
     told = [*_of_verdicts(comparison), *told]
     finished = [row for row in comparison.rows if row.state == "done" and not row.is_dense]
     if finished and not told:
         told.append("No bits per byte were measured, so none of the variants is called the best.")
+    told += [sentence for row in comparison.rows if (sentence := forecast_of(row))]
     if comparison.failed:
         names = enumeration([row.label for row in comparison.failed])
         told.append(f"{len(comparison.failed)} of {len(comparison.rows)} models failed: {names}.")
@@ -128,6 +130,46 @@ def _of_fastest(best: Row, rows: Sequence[Row]) -> list[str]:
         f" ({with_error(difference, error, sign='+')} bits per byte)"
     )  # fmt: skip
     return [f"{fastest.name} decodes {speed:.2f} times as fast as dense{at}"]
+
+
+def forecast_of(row: Row) -> str:
+    """What a method expected of a variant beside what was measured of it; empty where it said
+    nothing."""
+    if row.state != "done":
+        return ""
+    contest = row.structure.get("contest")
+    parts = [*_rise(row), *_times(row), *([str(contest)] if contest else [])]
+    return f"{row.label}: {'; '.join(parts)}." if parts else ""
+
+
+def _rise(row: Row) -> list[str]:
+    """Of the loss. KL is what the loss rises by on text that the dense model would write."""
+    added, kl = row.number("kl_added", "forecast"), row.number("kl", "forecast")
+    rise, error = row.number("loss_rise", "forecast"), row.number("loss_rise_stderr", "forecast")
+    if added is None or rise is None or error is None:
+        return []
+    expected = f"its changes cost {added:.3f} nats per token when each is made alone"
+    if kl is not None:
+        of_kl = row.number("kl_stderr", "forecast") or 0.0
+        expected += f", {with_error(kl, of_kl)} together"
+    when = " before recovery" if row.after else ""
+    return [f"{expected}; the loss rose by {with_error(rise, error)}{when}"]
+
+
+_TIMED = {"prefill_seconds": ("reading", "prefill"), "decode_seconds": ("writing", "decode")}
+
+
+def _times(row: Row) -> list[str]:
+    """Of reading and writing, as shares of the dense model's time."""
+    told = []
+    for name, (what, part) in _TIMED.items():
+        expected = row.number(name, "forecast")
+        measured = row.number(f"{part}_speedup", "speed")
+        if expected is None:
+            continue
+        took = "" if not measured else f" and takes {1 / measured:.2f}"
+        told.append(f"{what} was to take {expected:.2f} of the dense model's time{took}")
+    return told
 
 
 def ties(comparison: Comparison, rows: Sequence[Row]) -> list[list[str]]:

@@ -57,6 +57,10 @@ class Row(BaseModel):
     """Quality after recovery; empty where there was none."""
     beside_dense: Facts = {}
     """Of the final model: differences from the dense one on the same windows and items."""
+    forecast: Facts = {}
+    """What a method that says so expected of the compressed model: `kl_added`, `kl` and its error
+    in nats per token, times as shares of the dense model's; and `loss_rise`, measured on the text
+    of the evaluation before recovery."""
     recovery: Facts = {}
     """Steps, tokens and loss of the training."""
     speed: Facts = {}
@@ -103,6 +107,7 @@ class Row(BaseModel):
             "quality": self.final,
             "before_recovery": self.before if self.after else {},
             "beside_dense": self.beside_dense,
+            "forecast": self.forecast,
             "size": self.structure,
             "recovery": self.recovery,
             "speed": self.speed,

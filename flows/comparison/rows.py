@@ -3,7 +3,11 @@
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from foldstack.compression.evaluation.beside_dense import beside_dense, bits_per_byte_difference
+from foldstack.compression.evaluation.beside_dense import (
+    beside_dense,
+    bits_per_byte_difference,
+    loss_difference,
+)
 from foldstack.compression.evaluation.tracks.costs import footprint, speed_score
 from foldstack.compression.evaluation.tracks.result import TrackResult, model_verdict
 from foldstack.compression.evaluation.tracks.track_beside_dense import (
@@ -20,6 +24,7 @@ from foldstack.tasks.stage import Stage
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.write_samples import load_samples
 
+FORECAST = "forecast/"
 TRAINING = (
     "steps", "tokens", "seconds_training", "first_loss", "last_loss",
     "validation_before", "validation_after",
@@ -52,6 +57,7 @@ def row_of(layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]) -> R
         before=_quality(facts.get("evaluate_before", {})),
         after=_quality(facts.get("evaluate_after", {})),
         beside_dense=_beside_dense(_evaluated(made), layout, outcomes) if variant else {},
+        forecast=_forecast(facts, made, _dense_evaluated(layout, outcomes)),
         speed=facts.get("speed", {}),
         verdict=model_verdict(tracks, rule.within) if tracks else None,
         tracks=tuple(tracks),
@@ -110,10 +116,33 @@ def _evaluated(made: Mapping[str, Artifact]) -> Artifact | None:
 def _beside_dense(
     evaluated: Artifact | None, layout: Layout, outcomes: Mapping[str, Outcome]
 ) -> Facts:
-    dense = _evaluated(_made(layout.branches[0], outcomes))
+    dense = _dense_evaluated(layout, outcomes)
     if evaluated is None or dense is None:
         return {}
     return {**beside_dense(load_evaluation(dense), load_evaluation(evaluated))}
+
+
+def _dense_evaluated(layout: Layout, outcomes: Mapping[str, Outcome]) -> Artifact | None:
+    return _evaluated(_made(layout.branches[0], outcomes))
+
+
+def _forecast(
+    facts: Mapping[str, Facts], made: Mapping[str, Artifact], dense: Artifact | None
+) -> Facts:
+    """What the method expected, if it says so, beside the rise of the loss on the text."""
+    told: Facts = {
+        name.removeprefix(FORECAST): value
+        for name, value in facts.get("compress", {}).items()
+        if name.startswith(FORECAST)
+    }
+    before = made.get("evaluate_before")
+    if not told or before is None or dense is None:
+        return told
+    first, second = load_perplexity(dense), load_perplexity(before)
+    if first.num_windows > 1:
+        rise = loss_difference(first, second)
+        told |= {"loss_rise": rise.difference, "loss_rise_stderr": rise.stderr}
+    return told
 
 
 def _tracks(
@@ -150,7 +179,8 @@ def _costs(facts: Mapping[str, Facts], layout: Layout, outcomes: Mapping[str, Ou
 def _structure(facts: Mapping[str, Facts]) -> Facts:
     """Size and grade: of the compressed model, or of the one that was only evaluated."""
     if "compress" in facts:
-        return facts["compress"]
+        made = facts["compress"]
+        return {name: value for name, value in made.items() if not name.startswith(FORECAST)}
     sizes = facts.get("evaluate_before", {})
     return {name.removeprefix("size/"): value for name, value in sizes.items() if _is_size(name)}
 
@@ -167,7 +197,11 @@ def _failure(
     layout: Layout, branch: Branch, outcomes: Mapping[str, Outcome]
 ) -> tuple[str, Outcome | None]:
     """The first stage that failed, of those that the branch is made of or depends on."""
-    shared = [*layout.windows, *layout.shards, layout.statistics, layout.ranking]
+    shared: list[Stage] = [*layout.windows, *layout.shards, layout.statistics, layout.ranking]
+    method = None if branch.variant is None else branch.variant.method
+    if method is not None:
+        shared += [stage for stage in layout.scores if stage.family in method.scores]
+        shared += [stage for stage in layout.times if stage.family in method.times]
     text = [] if layout.evaluation_windows is None else [layout.evaluation_windows]
     needed: Sequence[Stage] = text if branch.variant is None else shared
     for stage in [*needed, *branch.stages.values()]:

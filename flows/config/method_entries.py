@@ -1,7 +1,7 @@
 """What a config says about methods: an entry per method, expanded to one variant per sparsity."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -141,9 +141,16 @@ def _names(entries: Sequence[MethodEntry]) -> list[str]:
     for title, settings in zip(titles, all_settings, strict=True):
         rivals = [s for t, s in zip(titles, all_settings, strict=True) if t == title]
         told = [
-            str(value)
+            _told(value)
             for key, value in settings.items()
             if any(other[key] != value for other in rivals)
         ]
         names.append(" ".join([title, *told]))
     return names
+
+
+def _told(value: Any) -> str:
+    """A setting as a part of a name: "0.5", "widths+removals", "kv_bytes 0.5"."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {inner}" for key, inner in value.items()) or "none"
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

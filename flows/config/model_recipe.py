@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Any
 from foldstack.compression.checkpoints.model_folder import REFERENCE
 from foldstack.compression.errors import InputError
 from foldstack.compression.evaluation.speed import SpeedSpec
+from foldstack.compression.statistics.sensitivity import SCORE_TOKENS
 from foldstack.compression.text.corpus import PYTHON_STDLIB, SELF, TextSource, documents
 from foldstack.compression.text.text_files import is_text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-DEFAULT_METHOD = "modegpt"
-"""The one that loses least after recovery, by docs/which_method.md."""
+BEST_METHOD, QUICK_METHOD = "search", "modegpt"
+"""By docs/methods.md: what loses least before recovery, and what does of all that take no more than
+statistics."""
+SCORING_PASSES = 20.0
+"""What the search may compute before anything is built, in passes of the calibration windows
+through the whole model: a few times what `QUICK_METHOD` and its measuring take."""
+LEAST_SCORED_WINDOWS = 2
+"""Of fewer, nobody can say how far scores are off."""
 DEFAULT_SPARSITY = 0.2
 FRONT_POINTS = 5
 FRONT_SPARSITY = 0.5
@@ -30,6 +37,16 @@ MOST_CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """A method, why it was chosen, and what variants are scored on where it scores some."""
+
+    method: str
+    why: str
+    tokens: int | None = None
+    """None: as many as usual."""
+
+
+@dataclass(frozen=True)
 class Wishes:
     """What a person says of the smaller model; everything but `model` may be left out."""
 
@@ -40,7 +57,8 @@ class Wishes:
     and not beyond `FRONT_SPARSITY`."""
     front: bool = False
     """Whether several sizes are made and their speed is measured, for a person to pick one."""
-    method: str = DEFAULT_METHOD
+    method: str = ""
+    """When empty the one of `default_method`."""
     calibration: str = ""
     """Text: see `source_named`. When empty, the reference model's own, or what the model writes."""
     test: str = ""
@@ -83,12 +101,13 @@ def source_named(text: str, split: str) -> dict[str, Any]:
     return {"corpus": name, **({"subset": subset} if subset else {}), "split": split}
 
 
-def recipe_for(wishes: Wishes, folder: Path) -> dict[str, Any]:
+def recipe_for(wishes: Wishes, folder: Path, chosen: Chosen | None = None) -> dict[str, Any]:
     """The config, as plain data with nothing in it that is the default anyway.
 
     Args:
         wishes: what was asked for.
         folder: the model's, with plain weights.
+        chosen: what `method_for` says; found here where it is None.
 
     Raises:
         InputError: the model has no usable tokenizer, or a text cannot be read.
@@ -106,6 +125,7 @@ def recipe_for(wishes: Wishes, folder: Path) -> dict[str, Any]:
     available = _windows_in(source, tokenizer, tokens, most)
     windows = {"window_tokens": tokens, "bos": bos}
     trained_on = {"num_windows": min(wishes.recover * RECOVERY_BATCH, available), "seed": 1}
+    chosen = chosen or method_for(wishes, folder)
     model = {
         "name": _address(wishes.model),
         "revision": wishes.revision,
@@ -118,8 +138,9 @@ def recipe_for(wishes: Wishes, folder: Path) -> dict[str, Any]:
         "name": f"{'front of' if wishes.front else 'compress'} {short}",
         "model": {key: value for key, value in model.items() if value not in usual},
         "calibration": {"source": source, "num_windows": min(NUM_WINDOWS, available), **windows},
-        "methods": [wishes.method],
-        "sparsities": _sparsities(wishes, config),
+        **({"sensitivity": {"tokens": chosen.tokens}} if chosen.tokens else {}),
+        "methods": [chosen.method],
+        "sparsities": _sparsities(wishes, chosen.method, config),
         **(
             {"recovery": {**steps, "source": source, "windows": {**trained_on, **windows}}}
             if wishes.recover
@@ -134,11 +155,70 @@ def recipe_for(wishes: Wishes, folder: Path) -> dict[str, Any]:
     }
 
 
-def _sparsities(wishes: Wishes, config: "PreTrainedConfig") -> list[float]:
+def method_for(wishes: Wishes, folder: Path) -> Chosen:
+    """The method that is asked for or, where none is, the best one that takes no longer than a few
+    times the quick one; and on how many tokens variants are scored, if fewer than usual.
+
+    Scores cost passes over their tokens, a variant each, so deep models and those of a large
+    vocabulary are scored on fewer. Where these would be less than `LEAST_SCORED_WINDOWS`, the quick
+    method is the default.
+    """
+    from foldstack.compression.checkpoints.checkpoint import load_config
+
+    if wishes.method not in ("", BEST_METHOD):
+        return Chosen(wishes.method, "")
+    config = load_config(folder)
+    tokens = min(WINDOW_TOKENS, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
+    least = LEAST_SCORED_WINDOWS * tokens
+    try:
+        each = _passes_for_a_token(config)
+    except InputError as error:
+        return Chosen(wishes.method or QUICK_METHOD, f"search finds nothing to choose: {error}")
+    calibration = NUM_WINDOWS * tokens
+    affordable = int(SCORING_PASSES * calibration / each) // tokens * tokens
+    if affordable < least and not wishes.method:
+        passes = each * least / calibration
+        return Chosen(
+            QUICK_METHOD,
+            f"search would compute {passes:.0f} passes over the calibration windows for scores of "
+            f"{least} tokens, more than {SCORING_PASSES:.0f}; --method search does it",
+        )
+    scored = max(least, min(affordable, SCORE_TOKENS))
+    why = (
+        f"its scores of {scored} tokens cost {each * scored / calibration:.1f} passes over the "
+        + ("calibration windows; --method modegpt is quicker")
+    )
+    return Chosen(BEST_METHOD, why, None if scored == SCORE_TOKENS else scored)
+
+
+def _passes_for_a_token(config: "PreTrainedConfig") -> float:
+    """What the search computes for each token that variants are scored on, over a pass of the token
+    through the whole model.
+
+    Raises:
+        InputError: the search has nothing to choose from.
+    """
+    from foldstack.compression.methods.search.scoring import scoring_arithmetic
+    from foldstack.compression.methods.search.search import Search
+    from foldstack.compression.structure.size import size_of
+    from foldstack.compression.structure.surgery import build_on_meta
+
+    meta, search = build_on_meta(config), Search(sparsity=DEFAULT_SPARSITY, refit="none")
+    if not search.library_of(meta).variants(search.scores):
+        raise InputError("no site of this model has variants")
+    text = config.get_text_config(decoder=True)
+    whole, head = size_of(meta).flops_per_token, 2 * text.hidden_size * text.vocab_size
+    works = [scoring_arithmetic(meta, family, SCORE_TOKENS) for family in sorted(search.scores)]
+    works.append(search.arithmetic(meta, SCORE_TOKENS))
+    passes, heads = sum(work.passes for work in works), sum(work.heads for work in works)
+    return (passes * (whole - head) + heads * head) / whole
+
+
+def _sparsities(wishes: Wishes, method: str, config: "PreTrainedConfig") -> list[float]:
     """The one that is asked for, or those of the points of a front, as far apart as one another."""
     if not wishes.front:
         return [DEFAULT_SPARSITY if wishes.sparsity is None else wishes.sparsity]
-    farthest = _reach(wishes.method, config) if wishes.sparsity is None else wishes.sparsity
+    farthest = _reach(method, config) if wishes.sparsity is None else wishes.sparsity
     return [round(farthest * number / FRONT_POINTS, 3) for number in range(1, FRONT_POINTS + 1)]
 
 

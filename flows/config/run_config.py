@@ -96,6 +96,9 @@ class RecoveryChoice(Recovery):
 
     source: TextSource = TextSource(split="train")
     windows: WindowSpec = WindowSpec(seed=1)
+    finalist_steps: int = Field(default=16, ge=1)
+    """Steps that every finalist of a search gets (`finalists`), at most `steps`, before the best is
+    kept and trained for all of them."""
 
 
 class PerplexityChoice(_Section):
@@ -347,6 +350,16 @@ class RunConfig(_Section):
                 reasons = problems(error, type(entry).model_json_schema())
                 raise ValueError(f"methods[{index}]: {reasons[0]}") from None
         expand(self.methods, self.sparsities, self.seeds, self.target)
+        return self
+
+    @model_validator(mode="after")
+    def _finalists_can_be_healed(self) -> Self:
+        contest = next((v for v in self.variants if len(v.method.contenders) > 1), None)
+        if contest is not None and not self.recovery.steps:
+            raise ValueError(
+                f"{contest.label} has {len(contest.method.contenders)} finalists, which recovery "
+                "heals before one is kept: set recovery.steps and recovery.source"
+            )
         return self
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ KNOBS = {
     "write_windows": "lower calibration.window_tokens, or give a text",
     "gather_statistics": "lower statistics.batch_size or calibration.window_tokens",
     "score_variants": "lower sensitivity.tokens, or set model.dtype or model.device",
+    "time_variants": "set model.dtype to bfloat16, or give no budget of seconds",
     "compress_model": "set model.dtype to bfloat16, model.device to cpu, or take another method",
     "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
     "evaluate_track": "lower evaluation.batch_size, or the window_tokens of the track's texts",
@@ -90,12 +91,18 @@ def needs_of(layout: Layout) -> dict[str, Need]:
         if branch.variant is not None:
             made = build_on_meta(config_for(config, branch.variant.method.outline(meta)))
         model_bytes = count_parameters(made) * shapes.element_bytes
+        trained = 0
         for stage in branch.stages.values():
             if stage.stage == "compress_model":
                 memory = _of_compressing(branch, meta, model_bytes, shapes, layout)
                 need = Need(PROCESS_BYTES + memory, model_bytes)
+            elif stage.stage == "choose_finalist":
+                batch = shapes.activations(layout.config.recovery.windows.window_tokens)
+                need = Need(PROCESS_BYTES + model_bytes + batch, model_bytes)
             elif stage.stage == "recover_model":
-                need = Need(PROCESS_BYTES + _of_recovering(made, shapes, layout), model_bytes)
+                # Once for all of a branch: the model is not the same after.
+                trained = trained or _of_recovering(made, shapes, layout)
+                need = Need(PROCESS_BYTES + trained, model_bytes)
             else:
                 need = _of_measuring(stage, branch, model_bytes, shapes, layout)
             needs[stage.fingerprint] = need
@@ -158,6 +165,8 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
         return _of_writing(stage, shapes)
     if stage.stage == "score_variants":
         return Need(PROCESS_BYTES + _of_scoring(shapes, layout), 0)
+    if stage.stage == "time_variants":
+        return Need(PROCESS_BYTES + 2 * shapes.dense_bytes, 0)
     if stage.stage not in ("gather_statistics", "add_statistics"):
         return Need(PROCESS_BYTES, 4 * tokens)
     has_grams = "gram" in chosen.statistics.kinds

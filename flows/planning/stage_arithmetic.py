@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from foldstack.compression.text.calibration import WindowSpec
 from foldstack.flows.planning.machine_rates import Rates, characters_per_second, measure_rates
 from foldstack.flows.planning.needs import TOKENS_PER_ITEM, Need, autocast_of, stored_dtype
-from foldstack.flows.running.branches import Branch, Layout
+from foldstack.flows.running.branches import DECIDING_WINDOWS, Branch, Layout
+from foldstack.tasks.benchmark_speed import TimeVariants
 from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.evaluate_track import EvaluateTrack
+from foldstack.tasks.recover_model import ChooseFinalist, RecoverModel
 from foldstack.tasks.score_variants import ScoreVariants
 from foldstack.tasks.stage import Stage
 from foldstack.tasks.write_samples import WriteSamples
@@ -68,15 +70,24 @@ class StageArithmetic:
             case "score_variants":
                 assert isinstance(stage, ScoreVariants)
                 return OPENING_SECONDS + self._scoring(stage)
+            case "time_variants":
+                assert isinstance(stage, TimeVariants)
+                return OPENING_SECONDS + self._timing_variants(stage)
             case "compress_model":
                 return OPENING_SECONDS + self._checking(branch) + self._of_method(branch)
             case "recover_model":
+                assert isinstance(stage, RecoverModel)
                 schedule = config.recovery
-                tokens = schedule.steps * schedule.batch_size * schedule.gradient_accumulation
+                tokens = stage.settings.steps * schedule.batch_size * schedule.gradient_accumulation
                 tokens *= schedule.windows.window_tokens
                 student = TRAINING_FACTOR * self._trained(tokens, branch)
                 teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
                 return OPENING_SECONDS + self._checking(branch) + student + teacher
+            case "choose_finalist":
+                assert isinstance(stage, ChooseFinalist)
+                tokens = DECIDING_WINDOWS * config.recovery.windows.window_tokens
+                models = 2 * len(stage.finalists)
+                return models * (OPENING_SECONDS + self._passing(tokens, branch))
             case "evaluate_model":
                 return OPENING_SECONDS + self._passing(self._evaluated_tokens, branch)
             case "evaluate_track":
@@ -122,6 +133,16 @@ class StageArithmetic:
         passing = tokens * (work.passes * self._token + work.heads * self._rates.head_seconds)
         products = GRAM_FACTOR * work.products / self._rates.float32
         return (passing + work.float64 / self._rates.float64 + products) / stage.shard.count
+
+    def _timing_variants(self, stage: TimeVariants) -> float:
+        """Of turns of models that are no slower than the dense one, each beside it."""
+        from foldstack.compression.methods.search.library import Library
+        from foldstack.compression.methods.search.seconds import measured_choices
+
+        spec, models = stage.spec, len(measured_choices(Library(self._meta), stage.family))
+        turns = 2 * models * (spec.warmup + spec.repeats) * spec.batch_sizes[0]
+        request = self._passing(spec.prompt_tokens) + self._decoding(spec.new_tokens)
+        return turns * request
 
     def _passing(self, tokens: float, branch: Branch | None = None) -> float:
         """Of tokens through the dense model or that of a branch, with its head, forward: less

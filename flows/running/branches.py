@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from foldstack.compression.methods.method import Method
 from foldstack.compression.statistics.sensitivity import FAMILIES
 from foldstack.compression.storage.digest import digest_json
 from foldstack.compression.text.calibration import WindowSpec
@@ -21,9 +22,10 @@ from foldstack.flows.running.measures import (
     exports_of,
     samples_of,
     speed_of,
+    timing_of,
     tracks_of,
 )
-from foldstack.tasks.benchmark_speed import BenchmarkSpeed
+from foldstack.tasks.benchmark_speed import BenchmarkSpeed, TimeVariants
 from foldstack.tasks.collect_calibration import CollectCalibration
 from foldstack.tasks.compress_model import CompressModel
 from foldstack.tasks.dequantize_model import find_model
@@ -33,7 +35,7 @@ from foldstack.tasks.evaluate_track import EvaluateTrack
 from foldstack.tasks.export_model import BenchmarkEngine, ExportModel
 from foldstack.tasks.gather_statistics import AddStatistics, GatherStatistics, Shard
 from foldstack.tasks.rank_blocks import RankBlocks
-from foldstack.tasks.recover_model import RecoverModel
+from foldstack.tasks.recover_model import ChooseFinalist, RecoverModel
 from foldstack.tasks.score_variants import ScoreVariants
 from foldstack.tasks.stage import ModelRef, Stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
@@ -43,6 +45,7 @@ from foldstack.tasks.write_windows import WriteWindows
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"
+_PARTS = {"compress_model": "finalist", "recover_model": "heal"}
 TRACK = "track_"
 """What the name of a branch's part begins with that measures a track."""
 EXPORT, ENGINE_SPEED = "export_", "engine_"
@@ -50,6 +53,8 @@ EXPORT, ENGINE_SPEED = "export_", "engine_"
 Purpose = Literal["calibration", "recovery"]
 CollectWindows = CollectCalibration | WriteWindows
 """From text, or from the dense model itself."""
+DECIDING_WINDOWS = 32
+"""Of the text of recovery, on which finalists are held against one another."""
 WRITTEN_FOR_EVALUATION = 64
 """Windows that the dense model writes to be measured on, where no number of tokens is given."""
 
@@ -60,7 +65,7 @@ class Branch:
 
     label: str
     variant: Variant | None
-    compress: CompressModel | None
+    compress: CompressModel | ChooseFinalist | None
     before: EvaluateModel
     recover: RecoverModel | None = None
     after: EvaluateModel | None = None
@@ -73,11 +78,14 @@ class Branch:
     """By the name of the form."""
     engine_speeds: dict[str, BenchmarkEngine] = field(default_factory=dict)
     """Of those forms whose engine is here."""
+    contest: tuple[CompressModel | RecoverModel, ...] = ()
+    """Where several models are made to keep one: each finalist, and each after a few steps."""
 
     @property
     def stages(self) -> dict[str, Stage]:
         """The stages that are there, in their order, by the part they play."""
         parts: dict[str, Stage | None] = {
+            **{f"{_PARTS[stage.stage]}_{number}": stage for number, stage in self._numbered()},
             "compress": self.compress,
             "evaluate_before": self.before,
             "recover": self.recover,
@@ -90,6 +98,12 @@ class Branch:
         }
         return {part: stage for part, stage in parts.items() if stage is not None}
 
+    def _numbered(self) -> Iterator[tuple[int, Stage]]:
+        """The stages of the contest, those of a kind from 1 on."""
+        half = len(self.contest) // 2
+        for index, stage in enumerate(self.contest):
+            yield index % half + 1, stage
+
     @property
     def speeds(self) -> list[BenchmarkSpeed | BenchmarkEngine]:
         """The stages that are to run alone."""
@@ -97,7 +111,7 @@ class Branch:
         return [stage for stage in self.stages.values() if isinstance(stage, timed)]
 
     @property
-    def final_maker(self) -> CompressModel | RecoverModel | None:
+    def final_maker(self) -> CompressModel | ChooseFinalist | RecoverModel | None:
         """The stage that makes the branch's last model; None for the dense one."""
         return self.recover or self.compress
 
@@ -116,6 +130,9 @@ class Layout:
     model: ModelRef
     calibration: CollectWindows
     recovery_windows: CollectWindows | None
+    contest_windows: CollectWindows | None
+    """Those of recovery and some more, which decide between finalists; None where there are none.
+    """
     evaluation_windows: WriteWindows | None
     """The text to measure on, where the dense model writes it."""
     shards: tuple[GatherStatistics, ...]
@@ -124,6 +141,8 @@ class Layout:
     ranking: RankBlocks
     scores: tuple[ScoreVariants, ...]
     """Of the families of variants that a method asks for, in shards."""
+    times: tuple[TimeVariants, ...]
+    """Of the families of which a method asks for the time they save."""
     branches: tuple[Branch, ...]
     """The dense model's first."""
 
@@ -140,14 +159,16 @@ class Layout:
     @property
     def windows(self) -> list[CollectWindows]:
         """The stages that everything begins with."""
-        all_three = (self.calibration, self.recovery_windows, self.evaluation_windows)
-        wanted = {stage.fingerprint: stage for stage in all_three if stage is not None}
+        stages = (
+            self.calibration, self.recovery_windows, self.contest_windows, self.evaluation_windows,
+        )  # fmt: skip
+        wanted = {stage.fingerprint: stage for stage in stages if stage is not None}
         return list(wanted.values())  # one, where recovery trains on what calibration reads
 
     @property
     def before_speeds(self) -> list[Stage]:
         """The stages that may run side by side."""
-        timed = (BenchmarkSpeed, BenchmarkEngine)
+        timed = (BenchmarkSpeed, BenchmarkEngine, TimeVariants)
         return [stage for stage in self.stages if not isinstance(stage, timed)]
 
     @property
@@ -171,10 +192,13 @@ class Layout:
 
     def _in_order(self) -> Iterator[Stage]:
         yield from self.windows
+        yield from self.times
         yield from self.shards
         yield self.statistics
         yield self.ranking
         yield from self.scores
+        for branch in self.branches:
+            yield from branch.contest
         for parts in (
             ("compress",),
             ("recover", "evaluate_before"),
@@ -222,6 +246,11 @@ def lay_out(config: RunConfig) -> Layout:
     recovery_windows = None
     if config.recovery.steps:
         recovery_windows = collect(config.recovery.source, config.recovery.windows, "recovery")
+    contest_windows = None
+    if any(len(variant.method.contenders) > 1 for variant in config.variants):
+        spec = config.recovery.windows
+        more = spec.model_copy(update={"num_windows": spec.num_windows + DECIDING_WINDOWS})
+        contest_windows = collect(config.recovery.source, more, "recovery")
     evaluation_windows = _evaluation_windows(config, model, shared)
     written = None if evaluation_windows is None else evaluation_windows.artifact(store)
     shards = _shards(config, model, calibration.artifact(store), shared)
@@ -230,13 +259,14 @@ def lay_out(config: RunConfig) -> Layout:
         statistics = AddStatistics(shards=tuple(shard.artifact(store) for shard in shards))
     ranking = RankBlocks(statistics=statistics.artifact(store))
     scores = _scores(config, model, calibration, statistics, store, shared)
+    times = _times(config, model)
     builder = _BranchBuilder(
-        config, store, model, calibration, recovery_windows, statistics, ranking, scores, shared,
-        evaluation_digests(config, written),
+        config, store, model, calibration, recovery_windows, contest_windows, statistics, ranking,
+        scores, times, shared, evaluation_digests(config, written),
     )  # fmt: skip
     return Layout(
-        config, store, model, calibration, recovery_windows, evaluation_windows, shards,
-        statistics, ranking, scores,
+        config, store, model, calibration, recovery_windows, contest_windows, evaluation_windows,
+        shards, statistics, ranking, scores, times,
         (builder.dense(), *(builder.of(variant) for variant in config.variants)),
     )  # fmt: skip
 
@@ -307,6 +337,12 @@ def _scores(
     )
 
 
+def _times(config: RunConfig, model: ModelRef) -> tuple[TimeVariants, ...]:
+    """Only what some method asks for; of the request that speeds are measured by."""
+    asked = {family for variant in config.variants for family in variant.method.times}
+    return tuple(timing_of(config, model, family) for family in FAMILIES if family in asked)
+
+
 def num_workers(config: RunConfig) -> int:
     """Stages that run at once.
 
@@ -333,9 +369,11 @@ class _BranchBuilder:
     model: ModelRef
     calibration: CollectWindows
     recovery_windows: CollectWindows | None
+    contest_windows: CollectWindows | None
     statistics: GatherStatistics | AddStatistics
     ranking: RankBlocks
     scores: tuple[ScoreVariants, ...]
+    times: tuple[TimeVariants, ...]
     execution: Execution
     evaluation_digests: EvaluationDigests
 
@@ -370,7 +408,33 @@ class _BranchBuilder:
         return {"exports": exports, "engine_speeds": there}
 
     def of(self, variant: Variant) -> Branch:
-        compress = CompressModel(
+        contenders = variant.method.contenders
+        if len(contenders) == 1:
+            return self._finished(variant, self._compress(variant, variant.method, variant.label))
+        made = [
+            self._compress(variant, method, f"{variant.label} finalist {number}")
+            for number, method in enumerate(contenders, start=1)
+        ]
+        compressed = [stage.artifact(self.store) for stage in made]
+        healed = [
+            self._recover(finalist, variant, stage.name, self.config.recovery.finalist_steps)
+            for stage, finalist in zip(made, compressed, strict=True)
+        ]
+        assert self.contest_windows is not None
+        choose = ChooseFinalist(
+            finalists=tuple(compressed),
+            healed=tuple(stage.artifact(self.store) for stage in filter(None, healed)),
+            windows=self.contest_windows.artifact(self.store),
+            num_trained=self.config.recovery.windows.num_windows,
+            dtype=self.config.model.dtype,
+            execution=self.execution,
+            name=variant.label,
+        )
+        contest: tuple[CompressModel | RecoverModel, ...] = (*made, *filter(None, healed))
+        return replace(self._finished(variant, choose), contest=contest)
+
+    def _compress(self, variant: Variant, method: Method, name: str) -> CompressModel:
+        return CompressModel(
             model=self.model,
             calibration=self.calibration.artifact(self.store),
             statistics=self.statistics.artifact(self.store),
@@ -380,14 +444,22 @@ class _BranchBuilder:
                 for stage in self.scores
                 if stage.family in variant.method.scores
             ),
-            method=variant.method,  # type: ignore[arg-type]  # a member of the union
+            seconds=tuple(
+                stage.artifact(self.store)
+                for stage in self.times
+                if stage.family in variant.method.times
+            ),
+            method=method,  # type: ignore[arg-type]  # a member of the union
             dtype=self.config.model.dtype,
             execution=self.execution,
-            name=variant.label,
+            name=name,
         )
+
+    def _finished(self, variant: Variant, compress: CompressModel | ChooseFinalist) -> Branch:
+        """What is done with a compressed model."""
         compressed = compress.artifact(self.store)
         before = self._evaluate(compressed, f"{variant.label} before recovery")
-        recover = self._recover(compressed, variant)
+        recover = self._recover(compressed, variant, variant.label)
         if recover is None:
             before = self._evaluate(compressed, variant.label)
             speed = self._speed(compressed, variant.label)
@@ -407,11 +479,16 @@ class _BranchBuilder:
             **engines,
         )  # fmt: skip
 
-    def _recover(self, compressed: Artifact, variant: Variant) -> RecoverModel | None:
+    def _recover(
+        self, compressed: Artifact, variant: Variant, name: str, most_steps: int | None = None
+    ) -> RecoverModel | None:
         if self.recovery_windows is None:
             return None
         settings = self.config.recovery_settings
-        settings = settings.model_copy(update={"seed": settings.seed + variant.seed})
+        steps = settings.steps if most_steps is None else min(settings.steps, most_steps)
+        settings = settings.model_copy(
+            update={"seed": settings.seed + variant.seed, "steps": steps}
+        )
         return RecoverModel(
             compressed=compressed,
             windows=self.recovery_windows.artifact(self.store),
@@ -419,7 +496,7 @@ class _BranchBuilder:
             teacher=self.model if settings.needs_teacher else None,
             dtype=self.config.model.dtype,
             execution=self.execution,
-            name=variant.label,
+            name=name,
         )
 
     def _evaluate(self, model: ModelRef | Artifact, name: str) -> EvaluateModel:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from foldstack.compression.evaluation.speed import SpeedSpec
 from foldstack.compression.export.engines import ENGINES, engine_of
 from foldstack.compression.export.forms import ENGINES_OF, Form
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.text.corpus import source_digest
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.tasks.benchmark_speed import BenchmarkAssistant, BenchmarkSpeed
+from foldstack.tasks.benchmark_speed import BenchmarkAssistant, BenchmarkSpeed, TimeVariants
 from foldstack.tasks.environment.execution import Execution, cores
 from foldstack.tasks.environment.hardware import hardware
 from foldstack.tasks.evaluate_model import EvaluateModel, benchmarks_digest
@@ -135,12 +136,11 @@ def speed_of(
     config: RunConfig, dense: ModelRef, model: ModelRef | Artifact, name: str
 ) -> BenchmarkSpeed:
     """The stage that measures the speed of `model` in turns with `dense`."""
-    spec = {field: getattr(config.speed, field) for field in SpeedSpec.model_fields}
     return BenchmarkSpeed(
         dense=dense,
         model=model,
-        spec=SpeedSpec(**spec),
-        execution=Execution(device=config.model.device, threads=config.speed.threads or cores()),
+        spec=_speed_spec(config),
+        execution=_alone(config),
         machine=hardware(),
         dtype=config.model.dtype,
         name=name,
@@ -204,3 +204,24 @@ def engine_speed_of(
         turns=config.speed.repeats,
         name=name,
     )
+
+
+def timing_of(config: RunConfig, model: ModelRef, family: Family) -> TimeVariants:
+    """The stage that measures what variants of `model` save of the time of the same request."""
+    return TimeVariants(
+        model=model,
+        family=family,
+        spec=_speed_spec(config),
+        execution=_alone(config),
+        machine=hardware(),
+        dtype=config.model.dtype,
+    )
+
+
+def _speed_spec(config: RunConfig) -> SpeedSpec:
+    return SpeedSpec(**{field: getattr(config.speed, field) for field in SpeedSpec.model_fields})
+
+
+def _alone(config: RunConfig) -> Execution:
+    """Of a stage beside which no other one runs."""
+    return Execution(device=config.model.device, threads=config.speed.threads or cores())

@@ -102,6 +102,11 @@ class StageRuns:
             if outcome.is_input_error:
                 raise InputError(outcome.cause)
 
+    def run_alone(self, stages: Iterable[Stage]) -> None:
+        """Run these one after the other, before anything else is submitted."""
+        for stage in stages:
+            self._note(stage.fingerprint, self.submit(stage))
+
     def collect_branches(self) -> Iterator[Branch]:
         """Wait for everything submitted; gives each branch as soon as all it waits for is over."""
         fingerprints = {

@@ -12,6 +12,7 @@ from foldstack.compression.methods.search import scoring
 from foldstack.flows.config.run_config import parse_config
 from foldstack.flows.planning.forecast import dry_run
 from foldstack.flows.running.branches import Layout, lay_out
+from foldstack.tasks.benchmark_speed import load_seconds
 from foldstack.tasks.score_variants import PLOT_FILE, TABLE_FILE, load_sensitivity
 from foldstack.tasks.stage import run_stage
 
@@ -50,7 +51,8 @@ def run_up_to_scores(layout: Layout) -> None:
 def test_nothing_is_scored_that_nobody_asks_for(lay: Lay) -> None:
     assert lay(methods=["shortgpt", "modegpt"]).scores == ()
     assert [s.label for s in lay().scores] == ["score widths"]
-    both = lay(methods=["search", "shortgpt"], sensitivity={"tokens": 64, "shards": 2})
+    search = {"name": "search", "library": ["widths", "removals"]}
+    both = lay(methods=[search, "shortgpt"], sensitivity={"tokens": 64, "shards": 2})
     assert [s.label for s in both.scores] == [
         "score widths 1/2", "score widths 2/2", "score removals 1/2", "score removals 2/2",
     ]  # fmt: skip
@@ -95,4 +97,27 @@ def test_the_stage_is_forecast(lay: Lay) -> None:
     layout = lay()
     (expected,) = [s for s in dry_run(layout.config).stages if s.stage == "score_variants"]
     assert expected.seconds > 0
+    assert expected.memory_bytes > 1 << 20
+
+
+def test_times_are_measured_where_a_budget_asks_for_them(lay: Lay) -> None:
+    """Without it a budget of seconds is refused at the end of a run, when all else is done."""
+    method = {"name": "search", "library": ["removals"], "rounds": 0}
+    assert lay(methods=[method]).times == ()
+    layout = lay(
+        methods=[{**method, "budget": {"prefill_seconds": 0.8}}],
+        speed={"prompt_tokens": 6, "new_tokens": 2, "repeats": 1, "warmup": 0},
+    )
+    (timed,) = layout.times
+    assert layout.stages.index(timed) < layout.stages.index(layout.shards[0])
+    assert timed not in layout.before_speeds
+    artifact = run_stage(timed, layout.store)
+    assert artifact.manifest().facts["models"] == 2
+    found = load_seconds((artifact,))
+    assert found is not None
+    assert set(found.prefill) == {"absent"}
+    compress = layout.branches[1].compress
+    assert compress is not None
+    assert compress.seconds == (artifact,)
+    (expected,) = [s for s in dry_run(layout.config).stages if s.stage == "time_variants"]
     assert expected.memory_bytes > 1 << 20

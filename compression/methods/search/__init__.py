@@ -16,5 +16,6 @@
 - `scoring`: What each variant costs: the model with it against the dense one, from its site to the
   logits.
 - `search`: Search: which change where, chosen by what each costs in loss.
+- `seconds`: Whole models timed in turns with the dense one, to know what variants save of the time.
 - `sites`: The sites of a model: what a choice decides about, and what the model allows there.
 """

@@ -82,7 +82,7 @@ def bundle(
     """Some variants as one option of the program, of which they are the key."""
     saved: dict[str, float] = {SILENCED: float(sum(map(library.silenced, key)))}
     for variant in key:
-        for name, value in library.saved(variant).model_dump().items():
+        for name, value in library.savings(variant).items():
             saved[name] = saved.get(name, 0.0) + value
     return Option(key, slots, loss, saved)
 

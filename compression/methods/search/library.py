@@ -15,6 +15,7 @@ from foldstack.compression.statistics.sensitivity import (
     Saved,
     Variant,
 )
+from foldstack.compression.statistics.variant_times import Seconds
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.size import BlockSize, size_of_block
 from foldstack.compression.structure.surgery import build_on_meta, config_for
@@ -26,7 +27,9 @@ DENSE: Choice = frozenset()
 
 @dataclass(frozen=True)
 class Library(Sites):
-    """The variants of one model."""
+    """The variants of one model; `seconds` has what they save of the time, if that is known."""
+
+    seconds: Seconds | None = None
 
     def variants(self, families: Iterable[str] = FAMILIES) -> list[Variant]:
         """What is scored, block by block, that which saves least of a site first.
@@ -76,6 +79,13 @@ class Library(Sites):
             kv_bytes=sum(s.kv_bytes_per_token for s in before)
             - sum(s.kv_bytes_per_token for s in after),
         )
+
+    def savings(self, variant: Variant) -> dict[str, float]:
+        """The same by the name of a budget, with what is known of time, in shares of the dense
+        model's."""
+        saved = self.saved(variant)
+        told = {name: float(value) for name, value in saved.model_dump().items()}
+        return told | ({} if self.seconds is None else self.seconds.saved(variant, saved.flops))
 
     @cached_property
     def attending(self) -> frozenset[int]:

@@ -29,9 +29,10 @@ from foldstack.flows.cli.command_compress import (
 )
 from foldstack.flows.cli.listing import listing, markdown_table
 from foldstack.flows.comparison.result import Comparison, Row
+from foldstack.flows.config import model_recipe
 from foldstack.flows.config.model_recipe import (
-    DEFAULT_METHOD,
     Wishes,
+    method_for,
     recipe_for,
     source_named,
     sparsity_of,
@@ -45,7 +46,7 @@ def test_a_model_alone_is_compressed_on_what_it_writes(model_folder: FolderFacto
     folder = model_folder("llama")
     config = parse_config(recipe_for(Wishes(str(folder)), folder))
     assert config.model == ModelChoice(name=str(folder))
-    assert [variant.label for variant in config.variants] == [f"{DEFAULT_METHOD} 0.20"]
+    assert [variant.label for variant in config.variants] == ["search 0.20"]
     assert config.calibration.source.corpus == config.evaluation.perplexity.source.corpus == "self"
     assert config.calibration.source.split != config.evaluation.perplexity.source.split
     assert config.calibration.window_tokens == 128  # its context
@@ -105,6 +106,25 @@ def test_sparsity_is_what_goes_or_what_stays() -> None:
         sparsity_of(0.3, 0.7)
     with pytest.raises(InputError, match="--to must be a fraction between 0 and 1, such as"):
         sparsity_of(None, 1.0)
+
+
+def test_the_default_method_is_one_that_the_model_can_afford(
+    model_folder: FolderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a deep model, or one of a large vocabulary, would be scored for hours."""
+    wishes = Wishes("reference")
+    chosen = method_for(wishes, MODEL_FOLDER)
+    assert chosen.method == "search"
+    assert chosen.tokens
+    assert 1024 <= chosen.tokens < 2048
+    assert recipe_for(wishes, MODEL_FOLDER)["sensitivity"] == {"tokens": chosen.tokens}
+    monkeypatch.setattr(model_recipe, "SCORING_PASSES", 1.0)
+    chosen = method_for(wishes, MODEL_FOLDER)
+    assert (chosen.method, chosen.tokens) == ("modegpt", None)
+    assert "--method search does it" in chosen.why
+    asked = method_for(Wishes("reference", method="search"), MODEL_FOLDER)
+    assert (asked.method, asked.tokens) == ("search", 512)
+    assert method_for(Wishes("reference", method="shortgpt"), MODEL_FOLDER).why == ""
 
 
 def test_a_front_goes_as_far_as_its_method(model_folder: FolderFactory) -> None:
@@ -295,7 +315,7 @@ def test_a_mistake_is_one_sentence(
         ([folder, "--method", "modegtp"], "did you mean modegpt?"),
         ([folder, "--calibration", "no-such.txt"], "a corpus file must exist"),
         ([folder, "--dtype", "int4"], "model.dtype must be auto or float32"),
-        ([folder, "--sparsity", "0.97", "--dry-run"], "modegpt"),
+        ([folder, "--sparsity", "0.97", "--dry-run"], "search can remove at most"),
         ([str(tmp_path / "broken.gguf")], "broken.gguf is not a whole GGUF file"),
     ):
         monkeypatch.setattr(sys, "argv", ["foldstack", "compress", *arguments])

@@ -101,3 +101,22 @@ def test_seeds_are_told_apart(make_row: MakeRow, make_comparison: MakeComparison
     rows = [make_row("x", 0.2, 1.1 + seed / 10, seed=seed, label=f"x 0.20 seed {seed}")
             for seed in (0, 1)]  # fmt: skip
     assert findings(make_comparison(*rows))[0].startswith("At 20 % x seed 0 is best")
+
+
+def test_what_was_expected_stands_beside_what_was_measured(
+    make_row: MakeRow, make_comparison: MakeComparison
+) -> None:
+    """Without it nobody sees that changes add up to less than they cost together."""
+    forecast = {
+        "kl_added": 0.08, "kl": 0.11, "kl_stderr": 0.006, "loss_rise": 0.104,
+        "loss_rise_stderr": 0.004, "prefill_seconds": 0.75, "decode_seconds": 0.8,
+    }  # fmt: skip
+    row = make_row("search", 0.3, 1.2, forecast=forecast)
+    row = row.model_copy(update={"speed": {"prefill_speedup": 1.25, "decode_speedup": 1.0}})
+    assert findings(make_comparison(row))[1] == (
+        "search 0.30: its changes cost 0.080 nats per token when each is made alone, "
+        "0.110 ± 0.006 together; the loss rose by 0.104 ± 0.004 before recovery; reading was to "
+        "take 0.75 of the dense model's time and takes 0.80; writing was to take 0.80 of the dense "
+        "model's time and takes 1.00."
+    )
+    assert row.numbers()["forecast/kl"] == 0.11

@@ -119,6 +119,15 @@ def test_two_entries_of_one_method_are_told_apart_by_what_differs() -> None:
     entries = [{"name": "svd_llm"}, {"name": "svd_llm", "update": "none"}]
     config = parse_config({"methods": entries})
     assert [v.label for v in config.variants] == ["svd_llm closed_form 0.20", "svd_llm none 0.20"]
+    # Labels become names of files: no brackets.
+    several = [
+        {"name": "search", "budget": {"flops": 0.5}},
+        {"name": "search", "library": ["ranks"]},
+    ]
+    config = parse_config({"methods": several})
+    assert [v.label for v in config.variants] == [
+        "search widths+removals flops 0.5 0.20", "search ranks none 0.20",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -235,3 +235,21 @@ def test_every_slot_has_its_original(tiny_model: Any, evidence_of: Any) -> None:
     options = options_of(library, sensitivity)
     assert {slot for o in options if not o.key for slot in o.slots} == set(library.slots)
     assert all(o.saved["parameters"] > 0 for o in options if o.key)
+
+
+def test_finalists_differ_in_how_many_blocks_go(tiny_model: Any, evidence_of: Any) -> None:
+    """Without it a contest would heal the same model again and again."""
+    model = tiny_model("llama")
+    evidence = evidence_of(model)
+    method = Search(sparsity=0.4, finalists=3, rounds=1, refit="none")
+    assert Search(sparsity=0.4, rounds=1, refit="none") == method.contenders[0]
+    made = [each.compress(model, evidence) for each in method.contenders]
+    depths = [len(change.plan.blocks) for change in made]
+    assert len(set(depths)) == 3
+    for change in made:
+        removed = 1 - size_of(cut(model, change)).parameters / size_of(model).parameters
+        assert removed >= 0.4 - 1e-9
+    with pytest.raises(InputError, match="and was asked for finalist 10"):
+        method.model_copy(update={"finalists": 1, "finalist": 9}).compress(model, evidence)
+    with pytest.raises(ValueError, match="must hold removals and something else, got widths"):
+        Search(sparsity=0.4, library=("widths",), finalists=2)
