@@ -4,6 +4,8 @@
 
 Every variant of the recipe is measured on its tracks twice: whole, and under `sequential`. All that
 comes before is made once; a second call prints what is in the home.
+--simulate draws tasks of 500 items instead, of models that keep a known share of the dense one's
+right answers.
 """
 
 import argparse
@@ -13,13 +15,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from foldstack.compression.evaluation.tracks.result import TaskResult
+from foldstack.compression.evaluation.tracks.sequential import SequentialRule, thresholds_at
 from foldstack.compression.evaluation.tracks.track_beside_dense import track_result_of
+from foldstack.compression.evaluation.tracks.verdict import (
+    Thresholds,
+    VerdictRule,
+    ratio_statistic,
+)
 from foldstack.flows.config.run_config import RunConfig, load_config
 from foldstack.flows.running.branches import Branch, Layout, lay_out
 from foldstack.tasks.evaluate_track import load_track
 from foldstack.tasks.stage import run_stage
 from foldstack.tasks.store.artifacts import Artifact
+
+RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+OUTCOMES = ("same", "matching", "not matching", "open")
 
 
 def main() -> None:
@@ -28,7 +41,19 @@ def main() -> None:
     parser.add_argument("--home", type=Path, help="where results are kept; else nowhere")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.add_argument("overrides", nargs="*", help="of the recipe, KEY=VALUE")
+    parser.add_argument("--simulate", action="store_true", help="draw tasks; no model is run")
     arguments = parser.parse_args()
+    if arguments.simulate:
+        shares = [simulated(ratio) for ratio in RATIOS]
+        if arguments.json:
+            print(json.dumps(shares, indent=1))
+            return
+        print("| keeps | items read of 500 | same verdict | matching | not matching | open |")
+        print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+        for row in shares:
+            cells = [f"{row['items']:.0f}", *(f"{row[key]:.1%}" for key in OUTCOMES)]
+            print(f"| {row['ratio']:.2f} | " + " | ".join(cells) + " |")
+        return
     with TemporaryDirectory() as folder:
         rows = measure(arguments.recipe, arguments.home or Path(folder), arguments.overrides)
     if arguments.json:
@@ -41,6 +66,35 @@ def main() -> None:
         cells += [f"{row[name]:.1f}" for name in ("seconds_whole", "seconds_early")]
         print("| " + " | ".join(map(str, cells)) + " |")
     print(summary(rows))
+
+
+def simulated(ratio: float, cases: int = 4000, items: int = 500) -> dict[str, float]:
+    """Tasks on which the dense model is right on 60 % and the other one on `ratio` of that; beside
+    what it lost, 5 % of the items change sides each way."""
+    rule, sequential = VerdictRule(), SequentialRule()
+    dense, lost, swapped = 0.6, 0.6 * (1 - ratio), 0.05
+    shares = [dense - lost - swapped, lost + swapped, swapped, 1 - dense - swapped]
+    drawn = np.random.default_rng(0).choice(4, (cases, items), p=shares)
+    counts = sequential.counts(items)
+    verdicts, read = np.zeros(cases), np.full(cases, items)
+    for number, count in enumerate(counts):
+        bounds = thresholds_at(rule, counts[: number + 1], items, 1)
+        found = _verdicts(drawn[:, :count], rule, bounds)
+        read = np.where((verdicts == 0) & (found != 0), count, read)
+        verdicts = np.where(verdicts == 0, found, verdicts)
+    whole = _verdicts(drawn, rule, rule.thresholds(1))
+    return {
+        "ratio": ratio, "items": float(read.mean()), "same": float((whole == verdicts).mean()),
+        "matching": float((verdicts == 1).mean()), "not matching": float((verdicts == -1).mean()),
+        "open": float((verdicts == 0).mean()),
+    }  # fmt: skip
+
+
+def _verdicts(drawn: "np.ndarray", rule: VerdictRule, bounds: Thresholds) -> "np.ndarray":
+    """1 for matching, -1 for not, 0 for open."""
+    both, first, second = ((drawn == kind).sum(1).astype(float) for kind in range(3))
+    z = np.asarray(ratio_statistic(both, first, second, rule.ratio))
+    return np.where(z > bounds.matching, 1, np.where(z < -bounds.not_matching, -1, 0))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
