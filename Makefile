@@ -124,7 +124,7 @@ service: ## Install the local stack as a systemd service, with its backup and it
 	systemctl enable --now foldstack.service foldstack-backup.timer foldstack-gc.timer
 
 constraints: $(INSTALLED) ## Resolve constraints.txt again, to the newest versions that pyproject.toml allows
-	$(UV) pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-header pyproject.toml \
+	$(UV) pip compile --quiet --universal --upgrade --extra dev --extra onnx --no-annotate --no-header pyproject.toml \
 	  | grep -vE '^(cuda-|nvidia-|triton)' > constraints.new # these follow the torch that is chosen
 	grep -q '^torch==' constraints.new && mv constraints.new constraints.txt
 
