@@ -135,7 +135,7 @@ def compress(
         bool,
         typer.Option("--front", help="Several sizes up to that (0.5), with their speeds, to pick."),
     ] = False,
-    method: Annotated[str, typer.Option(help="See `foldstack ls methods`. [the best]")] = "",
+    method: Annotated[str, typer.Option(help="See `foldstack ls methods`. [modegpt]")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the model; new or empty.")] = None,
     calibration: Annotated[
         str,

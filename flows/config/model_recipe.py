@@ -15,12 +15,12 @@ from foldstack.compression.text.text_files import is_text_file
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-BEST_METHOD, QUICK_METHOD = "search", "modegpt"
+SEARCH, DEFAULT_METHOD = "search", "modegpt"
 """By docs/methods.md: what loses least before recovery, and what does of all that take no more than
-statistics."""
+statistics. The latter is the default: what a search takes is not measured on larger models."""
 SCORING_PASSES = 20.0
-"""What the search may compute before anything is built, in passes of the calibration windows
-through the whole model: a few times what `QUICK_METHOD` and its measuring take."""
+"""What a search may compute for scores and rounds, in passes of the calibration windows through the
+whole model."""
 LEAST_SCORED_WINDOWS = 2
 """Of fewer, nobody can say how far scores are off."""
 DEFAULT_SPARSITY = 0.2
@@ -58,7 +58,7 @@ class Wishes:
     front: bool = False
     """Whether several sizes are made and their speed is measured, for a person to pick one."""
     method: str = ""
-    """When empty the one of `default_method`."""
+    """When empty the default one."""
     calibration: str = ""
     """Text: see `source_named`. When empty, the reference model's own, or what the model writes."""
     test: str = ""
@@ -156,47 +156,31 @@ def recipe_for(wishes: Wishes, folder: Path, chosen: Chosen | None = None) -> di
 
 
 def method_for(wishes: Wishes, folder: Path) -> Chosen:
-    """The method that is asked for or, where none is, the best one that takes no longer than a few
-    times the quick one; and on how many tokens variants are scored, if fewer than usual.
+    """The method that is asked for, or the default one; and on how many tokens variants are scored,
+    if fewer than usual.
 
     Scores cost passes over their tokens, a variant each, so deep models and those of a large
-    vocabulary are scored on fewer. Where these would be less than `LEAST_SCORED_WINDOWS`, the quick
-    method is the default.
+    vocabulary are scored on fewer, but never on fewer windows than `LEAST_SCORED_WINDOWS`.
     """
     from foldstack.compression.checkpoints.checkpoint import load_config
 
-    if wishes.method not in ("", BEST_METHOD):
+    if not wishes.method:
+        return Chosen(DEFAULT_METHOD, "the default; --method search loses less and takes longer")
+    if wishes.method != SEARCH:
         return Chosen(wishes.method, "")
     config = load_config(folder)
     tokens = min(WINDOW_TOKENS, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
-    least = LEAST_SCORED_WINDOWS * tokens
-    try:
-        each = _passes_for_a_token(config)
-    except InputError as error:
-        return Chosen(wishes.method or QUICK_METHOD, f"search finds nothing to choose: {error}")
-    calibration = NUM_WINDOWS * tokens
+    each, calibration = _passes_for_a_token(config), NUM_WINDOWS * tokens
     affordable = int(SCORING_PASSES * calibration / each) // tokens * tokens
-    if affordable < least and not wishes.method:
-        passes = each * least / calibration
-        return Chosen(
-            QUICK_METHOD,
-            f"search would compute {passes:.0f} passes over the calibration windows for scores of "
-            f"{least} tokens, more than {SCORING_PASSES:.0f}; --method search does it",
-        )
-    scored = max(least, min(affordable, SCORE_TOKENS))
-    why = (
-        f"its scores of {scored} tokens cost {each * scored / calibration:.1f} passes over the "
-        + ("calibration windows; --method modegpt is quicker")
-    )
-    return Chosen(BEST_METHOD, why, None if scored == SCORE_TOKENS else scored)
+    scored = max(LEAST_SCORED_WINDOWS * tokens, min(affordable, SCORE_TOKENS))
+    passes = each * scored / calibration
+    why = f"its scores of {scored} tokens cost {passes:.1f} passes over the calibration windows"
+    return Chosen(SEARCH, why, None if scored == SCORE_TOKENS else scored)
 
 
 def _passes_for_a_token(config: "PreTrainedConfig") -> float:
     """What the search computes for each token that variants are scored on, over a pass of the token
-    through the whole model.
-
-    Raises:
-        InputError: the search has nothing to choose from.
+    through the whole model; the making of their tensors is not in it.
     """
     from foldstack.compression.methods.search.scoring import scoring_arithmetic
     from foldstack.compression.methods.search.search import Search
@@ -204,8 +188,6 @@ def _passes_for_a_token(config: "PreTrainedConfig") -> float:
     from foldstack.compression.structure.surgery import build_on_meta
 
     meta, search = build_on_meta(config), Search(sparsity=DEFAULT_SPARSITY, refit="none")
-    if not search.library_of(meta).variants(search.scores):
-        raise InputError("no site of this model has variants")
     text = config.get_text_config(decoder=True)
     whole, head = size_of(meta).flops_per_token, 2 * text.hidden_size * text.vocab_size
     works = [scoring_arithmetic(meta, family, SCORE_TOKENS) for family in sorted(search.scores)]
