@@ -72,7 +72,7 @@ def _card(report: ExportReport, folder: str, name: str) -> str:
 {report.form}, {report.parameters_after:,} parameters ({grew:+.1%} over the folder that it was made
 from), {report.bytes:,} bytes of weights.
 
-{programs_table(tuple(rows), folder)}
+{programs_table(tuple(rows), folder if report.file else name)}
 
 Made by foldstack from `{report.source}`.
 """

@@ -37,10 +37,32 @@ def write_mlx(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int
         full = config.intermediate_size
         if len(set(mlp_widths(plan, full))) > 1:
             return write_openelm(model, folder, out)
-    is_rotary = getattr(config, "rope_parameters", None) is not None
-    ropes = both_ropes(config) if is_rotary and "rope_theta" in config.rope_parameters else {}
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = both_ropes(config) if "rope_theta" in rope else {}
+    if "full_attention" in rope:
+        ropes = _by_kind(config)
     entries = config.to_dict() | {"architectures": [type(stock).__name__]} | ropes
     tensors = dict(stock.state_dict())
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     return type(stock).__name__, write_folder(stock, tensors, entries, folder, out)
+
+
+def _by_kind(config: Any) -> dict[str, Any]:
+    """Gemma 3's rotary settings, and which blocks attend to everything: mlx-lm counts them."""
+    kinds, rope = list(config.layer_types), config.rope_parameters
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    counted = [
+        "sliding_attention" if (place + 1) % every else "full_attention"
+        for place in range(len(kinds))
+    ]
+    if kinds != counted:
+        raise InputError(
+            "mlx-lm takes every so many blocks of a Gemma 3 for those that attend to everything, "
+            "and where blocks were removed they no longer are"
+        )
+    return {
+        "rope_theta": rope["full_attention"]["rope_theta"],
+        "rope_local_base_freq": rope["sliding_attention"]["rope_theta"],
+        "sliding_window_pattern": every,
+    }

@@ -211,6 +211,28 @@ def test_block_configs_have_widths_that_their_readers_compute(
     assert json.loads(read.to_json_string())["block_configs"] == config["block_configs"]
 
 
+@pytest.mark.parametrize(("full", "pattern"), [((1, 3), 2), ((1, 2), None)])
+def test_mlx_counts_the_blocks_that_attend_to_everything(
+    full: tuple[int, ...],
+    pattern: int | None,
+    saved: Callable[..., tuple[Any, Path]],
+    tmp_path: Path,
+) -> None:
+    """One that lost blocks would be read with windows in other places."""
+    kinds = ["full_attention" if p in full else "sliding_attention" for p in range(4)]
+    _, folder = saved("shared_blocks", "gemma3_text", layer_types=kinds)
+    out = tmp_path / "out"
+    if pattern is None:
+        with pytest.raises(NoSuchForm, match="every so many blocks of a Gemma 3"):
+            export_model(folder, Form.of("mlx"), out)
+        return
+    export_model(folder, Form.of("mlx"), out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["sliding_window_pattern"] == pattern
+    rope = config["rope_parameters"]
+    assert config["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
+
+
 @pytest.mark.parametrize("target", ["gguf", "openelm"])
 def test_narrow_mlps_of_qwen3_keep_their_widths(
     target: str, saved: Callable[..., tuple[Any, Path]], tmp_path: Path
