@@ -1070,6 +1070,7 @@ def _narrow_embeddings(model: PreTrainedModel, blocks: nn.Module, width: int) ->
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module not in inside:
             module.weight = nn.Parameter(module.weight.new_zeros(module.num_embeddings, width))
+            module._is_hf_initialized = False  # type: ignore[assignment]  # with values of its own
             module.embedding_dim = width
 
 
