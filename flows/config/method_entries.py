@@ -153,4 +153,6 @@ def _told(value: Any) -> str:
     """A setting as a part of a name: "0.5", "widths+removals", "kv_bytes 0.5"."""
     if isinstance(value, Mapping):
         return " ".join(f"{key} {inner}" for key, inner in value.items()) or "none"
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return "+".join(each if isinstance(each, str) else repr(each) for each in value)
+    return str(value)

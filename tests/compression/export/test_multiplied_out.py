@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.export.multiplied_out import multiplied_out, why_not
+from foldstack.compression.export.forms import why_no_stock
+from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM, NarrowAttention
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import config_for, plan_of
@@ -78,6 +79,6 @@ def test_a_value_bias_in_the_output_goes_back_where_the_stock_class_has_one(
 
 def test_what_cannot_be_is_named() -> None:
     plan = Plan.identity("llama", 4)
-    assert why_not(plan) is None
-    assert "light network" in str(why_not(plan.replace(1, 3, "ffn", 8)))
-    assert "norm what attention" in str(why_not(plan.borrow({3: 1}, {}, outputs="normed")))
+    assert why_no_stock(plan) is None
+    assert "light network" in str(why_no_stock(plan.replace(1, 3, "ffn", 8)))
+    assert "norm what attention" in str(why_no_stock(plan.borrow({3: 1}, {}, outputs="normed")))

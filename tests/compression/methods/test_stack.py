@@ -247,7 +247,7 @@ def test_a_stack_is_called_by_its_steps() -> None:
         for update in ("none", "closed_form")
     ]
     names = [variant.name for variant in expand(rivals, [0.3], [0])]
-    assert names[1] == "shortgpt+svd_llm (shortgpt, svd_llm update=closed_form)"
+    assert names[1] == "shortgpt+svd_llm shortgpt+svd_llm update=closed_form"
 
 
 def test_a_stack_depends_on_the_code_of_its_steps() -> None:

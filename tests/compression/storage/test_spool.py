@@ -27,7 +27,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "basis_sharing at once": {"name": "basis_sharing", "update": "global"},
     "basis_sharing in order": {"name": "basis_sharing", "update": "layerwise"},
     "modegpt": {"name": "modegpt"},
-    "modegpt refitted": {"name": "modegpt", "refit": "residual"},
+    "modegpt refitted": {
+        "name": "modegpt",
+        "refit": "residual",
+        # By rule: what is chosen by measuring runs every block for it.
+        "allocation": "influence",
+        "query_key_weight": 0.5,
+    },
     "svd_llm refitted": {"name": "svd_llm", "refit": "residual"},
     "slicegpt": {"name": "slicegpt", "round_interval": 1},
 }

@@ -227,7 +227,7 @@ def test_impossible_changes_are_refused(change, sentence):
         ([{"source": 0, "stands_for": [0], "outputs": "loud"}], "'plain', 'normed' or 'scaled'"),
         ([{"source": 0, "stands_for": [0], "colour": "red"}], "Extra inputs are not permitted"),
         ([{"source": 0, "stands_for": [0], "linears": {Q: {"rank": 0}}}], "greater than or equal"),
-        ([{"source": 0, "stands_for": [0], "mlp_width": 0}], "greater than or equal"),
+        ([{"source": 0, "stands_for": [0], "mlp_width": -1}], "greater than or equal"),
         (
             [
                 {

@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(hub: dict[str, str], config
     rows = found["rows"]
     assert isinstance(rows, list)
     assert [row["state"] for row in rows] == ["done", "done"]
-    assert "At 15 % shortgpt is the only variant: " in str(found["findings"])
+    assert "At 15 % shortgpt is the only variant" in str(found["findings"])
     resolved = next(Path(hub["FOLDSTACK_HOME"]).glob("sweeps/*/config.yaml")).read_text()
     assert COMMIT in resolved
 

@@ -126,7 +126,7 @@ def test_two_entries_of_one_method_are_told_apart_by_what_differs() -> None:
     ]
     config = parse_config({"methods": several})
     assert [v.label for v in config.variants] == [
-        "search widths+removals flops 0.5 0.20", "search ranks none 0.20",
+        "search widths+removals+maps flops 0.5 0.20", "search ranks none 0.20",
     ]  # fmt: skip
 
 
