@@ -43,6 +43,7 @@ from foldstack.flows.running.stage_runs import StageRuns
 from foldstack.tasks import score_variants
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
+from foldstack.tasks.running.prefect_cache import is_deployed
 from foldstack.tasks.running.worker_pool import PACKAGE_LOGGER, worker_processes
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def sweep(config: RunConfig) -> Comparison:
         InputError: something in `config` cannot work; nothing has been computed then.
         SweepFailed: some variants failed; the others are in its comparison.
     """
-    if runtime.deployment.id and config.tracking.enabled and not has_tracking_server(config):
+    if is_deployed() and config.tracking.enabled and not has_tracking_server(config):
         raise InputError(
             "a deployment's run must know its MLflow server, and neither MLFLOW_TRACKING_URI nor "
             "tracking.uri is set: it would log to a file that nobody looks at; set one, or "
@@ -94,7 +95,7 @@ def sweep(config: RunConfig) -> Comparison:
     if PACKAGE_LOGGER.level == logging.NOTSET:  # Prefect gives it handlers, but no level
         PACKAGE_LOGGER.setLevel(logging.INFO)
     # Models cannot be loaded in several threads at once; the command line has its own processes.
-    with worker_processes() if runtime.deployment.id else nullcontext(), without_secrets():
+    with worker_processes() if is_deployed() else nullcontext(), without_secrets():
         return _run(config)
 
 

@@ -12,6 +12,7 @@ from prefect import runtime
 
 import foldstack.compression.errors as somewhere_in_the_package
 from foldstack.tasks.environment.redaction import redacted
+from foldstack.tasks.running.prefect_cache import is_deployed
 
 ROOT = Path(somewhere_in_the_package.__file__).resolve().parents[1]
 """The clone, where foldstack is installed from one."""
@@ -30,7 +31,7 @@ def provenance() -> dict[str, str]:
 
 def _source() -> str:
     """The deployment that runs, else the command line."""
-    if runtime.deployment.id:
+    if is_deployed():
         return f"{runtime.flow_run.flow_name}/{runtime.deployment.name}"
     program, *rest = sys.argv
     return redacted(" ".join([Path(program).name, *rest]))

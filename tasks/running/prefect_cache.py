@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, runtime, task
+from prefect import Task, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
@@ -123,6 +123,15 @@ def limited(seconds: float | None) -> Iterator[None]:
         time_limit.reset(token)
 
 
+def is_deployed() -> bool:
+    """Whether the flow run around us is one of a deployment.
+
+    Its context knows; `prefect.runtime` asks the server where the answer is no.
+    """
+    context = FlowRunContext.get()
+    return context is not None and getattr(context.flow_run, "deployment_id", None) is not None
+
+
 def stage_task(name: str, store: ArtifactStore, **options: Any) -> Task[..., Artifact]:
     """The thin Prefect task of one kind of stage: `stage_task("compress", store)`.
 
@@ -137,7 +146,7 @@ def stage_task(name: str, store: ArtifactStore, **options: Any) -> Task[..., Art
         options: more options of Prefect tasks, e.g. tags.
     """
     tags = set(options.pop("tags", ()))
-    if runtime.deployment.id:
+    if is_deployed():
         # By which an operator may limit a kind. Prefect asks for each tag's limit before each run,
         # over a connection of its own per tag: half of what a task costs where nobody limits any.
         tags.add(name)

@@ -179,11 +179,11 @@ def test_record_of_a_moved_store_points_to_its_new_place(
     assert state.result().open() == stage.artifact(moved).folder
 
 
-@pytest.mark.parametrize(("deployment", "tags"), [("", {"gpu"}), ("nightly", {"gpu", "shout"})])
+@pytest.mark.parametrize(("deployed", "tags"), [(False, {"gpu"}), (True, {"gpu", "shout"})])
 def test_kinds_are_tagged_where_an_operator_may_limit_them(
-    deployment: str, tags: set[str], store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+    deployed: bool, tags: set[str], store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", deployment)
+    monkeypatch.setattr(prefect_cache, "is_deployed", lambda: deployed)
     assert prefect_cache.stage_task("shout", store, tags=["gpu"]).tags == tags
 
 
