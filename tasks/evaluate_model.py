@@ -70,18 +70,13 @@ class EvaluateModel(ComputedStage):
         from foldstack.compression.checkpoints.checkpoint import load_tokenizer
         from foldstack.compression.evaluation.perplexity import measure_perplexity
         from foldstack.compression.structure.size import size_of
-        from foldstack.compression.text.calibration import Windows
-        from foldstack.compression.text.corpus import documents
-        from foldstack.compression.text.self_written import written_texts
+        from foldstack.compression.text.self_written import texts_of
 
         progress("load the model", 0, 1)
         model = open_model(self.model, self.dtype, self.execution)
         tokenizer = load_tokenizer(model_folder(self.model))
-        texts = (
-            documents(self.source)
-            if self.written is None
-            else written_texts(Windows.load(self.written.open()), tokenizer)
-        )
+        written = None if self.written is None else self.written.open()
+        texts = texts_of(self.source, written, tokenizer)
         result = measure_perplexity(model, tokenizer, texts, self.protocol, progress)
         (folder / PERPLEXITY_FILE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
         facts: Facts = {

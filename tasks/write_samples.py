@@ -51,21 +51,15 @@ class WriteSamples(ComputedStage):
     def compute(self, folder: Path, work: Path, progress: Progress) -> Facts:
         from foldstack.compression.checkpoints.checkpoint import load_tokenizer
         from foldstack.compression.evaluation.samples import beginnings, write_samples
-        from foldstack.compression.text.calibration import Windows
-        from foldstack.compression.text.corpus import documents
-        from foldstack.compression.text.self_written import written_texts
+        from foldstack.compression.text.self_written import texts_of
 
         progress("load the model", 0, 1)
         model = open_model(self.model, self.dtype, self.execution)
         tokenizer = load_tokenizer(model_folder(self.model))
         prompts = list(self.spec.prompts)
         if not prompts:
-            texts = (
-                documents(self.source)
-                if self.written is None
-                else written_texts(Windows.load(self.written.open()), tokenizer)
-            )
-            prompts = beginnings(texts, tokenizer, self.spec)
+            written = None if self.written is None else self.written.open()
+            prompts = beginnings(texts_of(self.source, written, tokenizer), tokenizer, self.spec)
         found = write_samples(model, tokenizer, prompts, self.spec.new_tokens, progress)
         (folder / SAMPLES_FILE).write_bytes(_SAMPLES.dump_json(found, indent=1))
         return {"samples": len(found)}

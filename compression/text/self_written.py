@@ -5,8 +5,9 @@ it would say, in its own languages and proportions. Source: self-calibration, ar
 without a BOS token each window begins with a random token, as in LLM-QAT, arXiv 2305.17888.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foldstack.compression.storage.digest import digest_json
 from foldstack.compression.text.calibration import Windows, WindowSpec
+from foldstack.compression.text.corpus import TextSource, documents
 from foldstack.compression.text.text_tokens import bos_token
 
 Progress = Callable[[str, int, int], None]
@@ -79,6 +81,15 @@ def write_windows(
         num_text_tokens=tokens.numel(),
         num_documents=sum(map(len, starts)),
     )
+
+
+def texts_of(
+    source: TextSource, written: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> Sequence[str]:
+    """The text that a model is measured on: `source`, or the windows in the folder `written`."""
+    if written is None:
+        return documents(source)
+    return written_texts(Windows.load(written), tokenizer)
 
 
 def written_texts(windows: Windows, tokenizer: PreTrainedTokenizerBase) -> list[str]:

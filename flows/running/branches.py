@@ -392,11 +392,10 @@ class _BranchBuilder:
     def _engines(self, model: ModelRef | Artifact, name: str) -> dict[str, Any]:
         """The exports of a branch, and their speeds."""
         exports = exports_of(self.config, model, name, self.execution)
-        dense = exports_of(self.config, self.model, DENSE, self.execution)
         speeds = {
             form: engine_speed_of(
                 self.config,
-                (self.model, dense[form].artifact(self.store)),
+                (self.model, self._dense_exports[form].artifact(self.store)),
                 (model, stage.artifact(self.store)),
                 form,
                 name,
@@ -406,6 +405,10 @@ class _BranchBuilder:
         }
         there = {form: stage for form, stage in speeds.items() if stage is not None}
         return {"exports": exports, "engine_speeds": there}
+
+    @cached_property
+    def _dense_exports(self) -> dict[str, ExportModel]:
+        return exports_of(self.config, self.model, DENSE, self.execution)
 
     def of(self, variant: Variant) -> Branch:
         contenders = variant.method.contenders
@@ -458,25 +461,16 @@ class _BranchBuilder:
     def _finished(self, variant: Variant, compress: CompressModel | ChooseFinalist) -> Branch:
         """What is done with a compressed model."""
         compressed = compress.artifact(self.store)
-        before = self._evaluate(compressed, f"{variant.label} before recovery")
-        recover = self._recover(compressed, variant, variant.label)
+        recover, name = self._recover(compressed, variant, variant.label), variant.label
         if recover is None:
-            before = self._evaluate(compressed, variant.label)
-            speed = self._speed(compressed, variant.label)
-            engines = self._engines(compressed, variant.label)
-            return Branch(
-                variant.label, variant, compress, before, speed=speed,
-                tracks=self._tracks(compressed, variant.label),
-                samples=self._samples(compressed, variant.label), **engines,
-            )  # fmt: skip
-        recovered = recover.artifact(self.store)
-        after = self._evaluate(recovered, f"{variant.label} after recovery")
-        speed = self._speed(recovered, variant.label)
-        engines = self._engines(recovered, variant.label)
+            final, before, after = compressed, self._evaluate(compressed, name), None
+        else:
+            final = recover.artifact(self.store)
+            before = self._evaluate(compressed, f"{name} before recovery")
+            after = self._evaluate(final, f"{name} after recovery")
         return Branch(
-            variant.label, variant, compress, before, recover, after, speed,
-            self._tracks(recovered, variant.label), self._samples(recovered, variant.label),
-            **engines,
+            name, variant, compress, before, recover, after, self._speed(final, name),
+            self._tracks(final, name), self._samples(final, name), **self._engines(final, name),
         )  # fmt: skip
 
     def _recover(
