@@ -19,8 +19,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 DENSE = 15.80
 """Perplexity of the reference model after the same recovery (docs/methods.md)."""
 COLORED = {
-    "modegpt": "#cc79a7", "flexigpt": "#0072b2", "stack": "#e69f00", "sleb": "#009e73",
-    "llm_streamline": "#d55e00", "svd_llm": "#56b4e9",
+    "search": "black", "modegpt": "#cc79a7", "flexigpt": "#0072b2", "stack": "#e69f00",
+    "sleb": "#009e73", "llm_streamline": "#d55e00", "svd_llm": "#56b4e9",
 }  # fmt: skip
 LABEL_SPACING = 1.055
 GREY = "0.72"

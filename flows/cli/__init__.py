@@ -18,6 +18,7 @@
 - `held_models`: Which models in the store are the only copy of what an alias in MLflow's registry
   points to.
 - `listing`: What `foldstack ls` prints: names, and a line about each.
+- `output`: What a command prints: its result, alone on standard output.
 - `processes`: Processes that serve: started, logged, watched over, started again when they die, and
   ended.
 - `quick_imports`: Import what a command needs without Python's garbage collector.

@@ -4,23 +4,23 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.cli.completion import complete_kind, complete_override, complete_recipe
+from foldstack.flows.cli.output import output_for_result, print_facts, print_json
 from foldstack.flows.cli.quick_imports import importing
 from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 
 if TYPE_CHECKING:
-    from foldstack.flows.cli.command_compress import Recipe
+    from foldstack.flows.comparison.result import Comparison
     from foldstack.flows.config.model_recipe import Wishes
     from foldstack.flows.config.run_config import RunConfig
 
@@ -100,23 +100,9 @@ def run(
     if dry_run:
         plan(config, overrides, as_json)
         return
-    from foldstack.flows.running.prefect_server import TemporaryServer
-
-    # The server needs seconds to start: it does so while the libraries are imported here.
-    with _output_for_result() as output, TemporaryServer() as server:
-        with importing():
-            from foldstack.flows.cli.command_run import exit_code, run_command
-            from foldstack.flows.comparison.findings import findings
-            from foldstack.flows.comparison.terminal import print_result
-            from foldstack.flows.running.progress import console_on
-
-        comparison = run_command(_load(config, overrides), server, _command_line())
-        code = exit_code(comparison)
-        if as_json:
-            told = {"findings": findings(comparison)}
-            _print_json(told | comparison.model_dump(mode="json"), output)
-        else:
-            print_result(comparison, console_on(output))
+    with output_for_result() as output:
+        comparison = _swept(lambda: _load(config, overrides))
+        code = _show_comparison(comparison, as_json, output)
     raise typer.Exit(code)
 
 
@@ -135,7 +121,12 @@ def compress(
         bool,
         typer.Option("--front", help="Several sizes up to that (0.5), with their speeds, to pick."),
     ] = False,
-    method: Annotated[str, typer.Option(help="See `foldstack ls methods`. [modegpt]")] = "",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="See `foldstack ls methods`. [search, or modegpt where that takes too long here]"
+        ),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the model; new or empty.")] = None,
     calibration: Annotated[
         str,
@@ -190,79 +181,31 @@ def _compress(
     wishes: "Wishes", out: Path | None, save_recipe: Path | None, dry_run: bool, as_json: bool
 ) -> int:
     """The exit code of `compress`."""
-    from foldstack.flows.cli.command_compress import check_out, print_recipe, recipe_command
+    from foldstack.flows.cli import command_compress as parts
+    from foldstack.flows.cli.command_run import exit_code
 
-    check_out(out, is_front=wishes.front)
-    with _output_for_result() as output:
-        recipe = recipe_command(wishes, save_recipe)
+    parts.check_out(out, is_front=wishes.front)
+    with output_for_result() as output:
+        recipe = parts.recipe_command(wishes, save_recipe)
         if not as_json:
-            print_recipe(recipe, sys.stderr)
+            parts.print_recipe(recipe, sys.stderr)
         if dry_run:
             _print_plan(recipe.config, as_json, output)
             return 0
+        comparison = _swept(lambda: recipe.config)
         if wishes.front:
-            return _run_front(recipe, as_json, output)
-        return _run_recipe(recipe, out, as_json, output)
-
-
-def _run_front(recipe: "Recipe", as_json: bool, output: TextIO) -> int:
-    from foldstack.flows.running.prefect_server import TemporaryServer
-
-    with TemporaryServer() as server:
-        with importing():
-            from foldstack.flows.cli import command_compress as parts
-            from foldstack.flows.cli.command_run import exit_code, run_command
-            from foldstack.flows.comparison.terminal import print_result
-            from foldstack.flows.running.progress import console_on
-
-        comparison = run_command(recipe.config, server, _command_line())
-    points = parts.points_of(comparison, recipe.config)
-    if as_json:
-        told = comparison.model_dump(mode="json")
-        _print_json({"points": points, "recipe": recipe.text, "comparison": told}, output)
-    else:
-        console = console_on(output)
-        print_result(comparison, console)
-        parts.print_points(points, _command_line(), console)
-    return exit_code(comparison)
-
-
-def _run_recipe(recipe: "Recipe", out: Path | None, as_json: bool, output: TextIO) -> int:
-    from foldstack.flows.running.prefect_server import TemporaryServer
-
-    with TemporaryServer() as server:
-        with importing():
-            from foldstack.flows.cli import command_compress as parts
-            from foldstack.flows.cli.command_run import exit_code, link_of, run_command
-            from foldstack.flows.comparison.terminal import print_result
-            from foldstack.flows.running.progress import console_on
-
-        comparison = run_command(recipe.config, server, _command_line())
-    code, row = exit_code(comparison), parts.compressed_row(comparison)
-    if row is None:
-        print_result(comparison, console_on(output))
-        return code
-    folder = Path(row.folder)
-    link = link_of(recipe.config, row)
-    if out is not None:
-        parts.copy_out(folder, out)
-        folder = out.absolute()
-    elif link.exists() and link.samefile(folder):
-        folder = link  # shorter, and the same
-    if as_json:
-        facts = {"folder": str(folder), **parts.facts_of(comparison, row)}
-        use = parts.usage_of(row, folder)
-        told = comparison.model_dump(mode="json")
-        _print_json({**facts, "use": use, "recipe": recipe.text, "comparison": told}, output)
-    else:
-        parts.print_end(comparison, row, folder, recipe.config, console_on(output))
-    return code
+            parts.show_front(comparison, recipe, _command_line(), output, as_json=as_json)
+        elif (row := parts.compressed_row(comparison)) is not None:
+            parts.show_model(comparison, row, recipe, out, output, as_json=as_json)
+        else:
+            return _show_comparison(comparison, False, output)
+        return exit_code(comparison)
 
 
 @app.command(epilog=examples("foldstack plan demo", "foldstack plan qwen3-0.6b sparsities=[0.3]"))
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would do: sizes, what is in the store already, time and memory."""
-    with _output_for_result() as output:
+    with output_for_result() as output:
         _print_plan(_load(config, overrides), as_json, output)
 
 
@@ -313,12 +256,12 @@ def cache_list(home: Home = None, as_json: AsJson = False) -> None:
 @cache.command("explain", epilog=examples("foldstack cache explain demo recovery.steps=8"))
 def cache_explain(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say for every stage of CONFIG whether it hits, and if not, what changed."""
-    with _output_for_result() as output:
+    with output_for_result() as output:
         from foldstack.flows.cli.command_cache import explain_command, told_of
 
         explained = explain_command(_load(config, overrides))
         if as_json:
-            _print_json({"stages": [entry.as_dict() for entry in explained]}, output)
+            print_json({"stages": [entry.as_dict() for entry in explained]}, output)
         else:
             print(told_of(explained), file=output)
 
@@ -391,13 +334,13 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure one model: perplexity, bits per byte and benchmarks."""
-    with _output_for_result() as output:
+    with output_for_result() as output:
         from foldstack.flows.cli.command_measure import config_for, evaluate_command
 
         chosen = config_for(
             config, model, revision=revision, benchmarks=_names_in(tasks), limit=limit
         )
-        _print_facts(evaluate_command(chosen, against), output, as_json)
+        print_facts(evaluate_command(chosen, against), output, as_json)
 
 
 @app.command()
@@ -426,14 +369,14 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a model in the form of another program, load it there, and compare."""
-    with _output_for_result() as output:
+    with output_for_result() as output:
         with importing():
             from foldstack.flows.cli.command_export import export_command, sentences
 
         folder = out or Path("exports") / f"{Path(model).name}-{to}"
         report = export_command(model, to, folder, quantise or None, engine_python or None)
         if as_json:
-            _print_json(asdict(report), output)
+            print_json(asdict(report), output)
         else:
             print(*sentences(report, folder), sep="\n", file=output)
 
@@ -446,10 +389,10 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast a model is, in turn with the dense one."""
-    with _output_for_result() as output:
+    with output_for_result() as output:
         from foldstack.flows.cli.command_measure import bench_command, config_for
 
-        _print_facts(bench_command(config_for(config, model), against), output, as_json)
+        print_facts(bench_command(config_for(config, model), against), output, as_json)
 
 
 @app.command(
@@ -492,7 +435,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Print the results of any number of sweeps as one table, and write it to a file."""
-    with _output_for_result() as output:
+    with output_for_result() as output:
         from foldstack.flows.cli import command_compare
         from foldstack.flows.running.progress import console_on
 
@@ -503,7 +446,7 @@ def compare(
         if out is not None:
             command_compare.write_compared(compared, choice, out)
         if as_json:
-            _print_json(command_compare.as_json(compared), output)
+            print_json(command_compare.as_json(compared), output)
         else:
             command_compare.print_compared(compared, choice, console_on(output))
     for sentence in compared.damaged:
@@ -538,6 +481,33 @@ def ui(
     serve(servers, folder, partial(print, flush=True))
 
 
+def _swept(config: Callable[[], "RunConfig"]) -> "Comparison":
+    """What a sweep came to, shown while it runs; `config` is called once it can be read."""
+    from foldstack.flows.running.prefect_server import TemporaryServer
+
+    # The server needs seconds to start: it does so while the libraries are imported here.
+    with TemporaryServer() as server:
+        with importing():
+            from foldstack.flows.cli.command_run import run_command
+
+        return run_command(config(), server, _command_line())
+
+
+def _show_comparison(comparison: "Comparison", as_json: bool, output: TextIO) -> int:
+    """Print the table, or all of it as JSON; gives the exit code."""
+    from foldstack.flows.cli.command_run import exit_code
+    from foldstack.flows.comparison.findings import findings
+    from foldstack.flows.comparison.terminal import print_result
+    from foldstack.flows.running.progress import console_on
+
+    code = exit_code(comparison)
+    if as_json:
+        print_json({"findings": findings(comparison), **comparison.model_dump(mode="json")}, output)
+    else:
+        print_result(comparison, console_on(output))
+    return code
+
+
 def _load(config: str, overrides: list[str] | None) -> "RunConfig":
     from foldstack.flows.config.run_config import load_config
 
@@ -550,7 +520,7 @@ def _print_plan(config: "RunConfig", as_json: bool, output: TextIO) -> None:
 
     expected = dry_run(config)
     if as_json:
-        _print_json(expected.model_dump(mode="json"), output)
+        print_json(expected.model_dump(mode="json"), output)
     else:
         print_dry_run(expected, console_on(output))
 
@@ -562,38 +532,6 @@ def _names_in(text: str) -> list[str]:
 
 def _command_line() -> str:
     return " ".join(["foldstack", *sys.argv[1:]])
-
-
-def _print_facts(facts: dict[str, Any], output: TextIO, as_json: bool) -> None:
-    if as_json:
-        _print_json(facts, output)
-        return
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        print(f"{name:<{width}}  {text}", file=output)
-
-
-@contextmanager
-def _output_for_result() -> Iterator[TextIO]:
-    """Standard output, for the result alone: whatever else prints meanwhile goes to standard error.
-
-    Libraries print, also from C; so the file descriptor itself is turned round.
-    """
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    with os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors="replace") as output:
-        try:
-            yield output
-        finally:
-            output.flush()
-            sys.stdout.flush()
-            os.dup2(output.fileno(), 1)
-
-
-def _print_json(value: Any, output: TextIO) -> None:
-    print(json.dumps(value, indent=1), file=output)
 
 
 def main() -> None:

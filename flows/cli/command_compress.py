@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,10 +17,15 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.storage.digest import digest_folder
 from foldstack.compression.text.corpus import SELF
 from foldstack.compression.text.text_files import is_text_file
+from foldstack.flows.cli.command_run import link_of
+from foldstack.flows.cli.output import print_json
 from foldstack.flows.comparison.result import Comparison, Row
 from foldstack.flows.comparison.tables import benchmarks_in
+from foldstack.flows.comparison.terminal import print_result
 from foldstack.flows.config.model_recipe import Wishes, method_for, recipe_for
 from foldstack.flows.config.run_config import RunConfig, parse_config
+from foldstack.flows.planning.machine_rates import operations_per_second
+from foldstack.flows.running.progress import console_on
 from foldstack.tasks.environment.home import foldstack_home, store_url
 
 MIB = 1 << 20
@@ -44,7 +50,7 @@ def recipe_command(wishes: Wishes, save_to: Path | None = None) -> Recipe:
             be written.
     """
     folder = _plain_folder(wishes)
-    chosen = method_for(wishes, folder)
+    chosen = method_for(wishes, folder, partial(operations_per_second, wishes.device))
     data = recipe_for(wishes, folder, chosen)
     config = parse_config(data, where="compress")
     why = f"# {chosen.method}: {chosen.why}.\n" if chosen.why else ""
@@ -130,6 +136,44 @@ def compressed_row(comparison: Comparison) -> Row | None:
     return next((r for r in comparison.rows if not r.is_dense and r.state == "done"), None)
 
 
+def show_front(
+    comparison: Comparison, recipe: Recipe, command: str, output: TextIO, *, as_json: bool
+) -> None:
+    """The end of `compress --front`: the points, and how one of them is picked."""
+    points = points_of(comparison, recipe.config)
+    if as_json:
+        told = comparison.model_dump(mode="json")
+        print_json({"points": points, "recipe": recipe.text, "comparison": told}, output)
+        return
+    console = console_on(output)
+    print_result(comparison, console)
+    print_points(points, command, console)
+
+
+def show_model(
+    comparison: Comparison,
+    row: Row,
+    recipe: Recipe,
+    out: Path | None,
+    output: TextIO,
+    *,
+    as_json: bool,
+) -> None:
+    """The end of `compress`: the model, copied to where it was wanted."""
+    folder, link = Path(row.folder), link_of(recipe.config, row)
+    if out is not None:
+        copy_out(folder, out)
+        folder = out.absolute()
+    elif link.exists() and link.samefile(folder):
+        folder = link  # shorter, and the same
+    if as_json:
+        facts = {"folder": str(folder), **facts_of(comparison, row)}
+        use, told = usage_of(row, folder), comparison.model_dump(mode="json")
+        print_json({**facts, "use": use, "recipe": recipe.text, "comparison": told}, output)
+    else:
+        print_end(comparison, row, folder, recipe.config, console_on(output))
+
+
 def usage_of(row: Row, folder: Path) -> list[str]:
     """Three lines of Python that write with the model, wherever transformers is installed."""
     trust = ", trust_remote_code=True" if row.structure.get("grade") == "portable" else ""
@@ -170,8 +214,6 @@ def facts_of(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 def points_of(comparison: Comparison, config: RunConfig) -> list[dict[str, Any]]:
     """The models of a front, each with its folder, its sizes, what it lost and how fast it is."""
-    from foldstack.flows.cli.command_run import link_of
-
     points = []
     for row in comparison.rows:
         if row.is_dense or row.state != "done":

@@ -1,6 +1,7 @@
 """The recipe for one model that nobody has written one for: from a few wishes to a config."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ from foldstack.compression.text.text_files import is_text_file
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-SEARCH, DEFAULT_METHOD = "search", "modegpt"
-"""By docs/methods.md: what loses least before recovery, and what does of all that take no more than
-statistics. The latter is the default: what a search takes is not measured on larger models."""
+SEARCH, WITHOUT_SEARCH = "search", "modegpt"
+"""By docs/methods.md: what loses least, and what does of all that take no more than statistics."""
+PATIENCE_SECONDS = 900.0
+"""Of arithmetic on this machine, beyond which nobody gets a search who has not asked for it."""
 SCORING_PASSES = 20.0
 """What a search may compute for scores and rounds, in passes of the calibration windows through the
 whole model."""
@@ -155,33 +157,49 @@ def recipe_for(wishes: Wishes, folder: Path, chosen: Chosen | None = None) -> di
     }
 
 
-def method_for(wishes: Wishes, folder: Path) -> Chosen:
-    """The method that is asked for, or the default one; and on how many tokens variants are scored,
-    if fewer than usual.
+def method_for(
+    wishes: Wishes, folder: Path, operations_per_second: Callable[[], float] = lambda: math.inf
+) -> Chosen:
+    """The method that is asked for, or the best one that this machine computes in a while; and on
+    how many tokens variants are scored, if fewer than usual.
 
     Scores cost passes over their tokens, a variant each, so deep models and those of a large
     vocabulary are scored on fewer, but never on fewer windows than `LEAST_SCORED_WINDOWS`.
+
+    Args:
+        wishes: what was asked for.
+        folder: the model's, with plain weights.
+        operations_per_second: what the machine computes; called where that decides.
     """
+    if wishes.method not in ("", SEARCH):
+        return Chosen(wishes.method, "")
     from foldstack.compression.checkpoints.checkpoint import load_config
 
-    if not wishes.method:
-        return Chosen(DEFAULT_METHOD, "the default; --method search loses less and takes longer")
-    if wishes.method != SEARCH:
-        return Chosen(wishes.method, "")
     config = load_config(folder)
     tokens = min(WINDOW_TOKENS, getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS)
-    each, calibration = _passes_for_a_token(config), NUM_WINDOWS * tokens
-    affordable = int(SCORING_PASSES * calibration / each) // tokens * tokens
+    cost, calibration = _cost_of_a_search(config), NUM_WINDOWS * tokens
+    affordable = int(SCORING_PASSES * calibration / cost.passes) // tokens * tokens
     scored = max(LEAST_SCORED_WINDOWS * tokens, min(affordable, SCORE_TOKENS))
-    passes = each * scored / calibration
+    if not wishes.method:
+        seconds = scored * cost.operations / operations_per_second()
+        if seconds > PATIENCE_SECONDS:
+            why = f"a search, which loses less, would compute for {seconds / 60:,.0f} minutes here"
+            return Chosen(WITHOUT_SEARCH, f"{why}: --method search")
+    passes = cost.passes * scored / calibration
     why = f"its scores of {scored} tokens cost {passes:.1f} passes over the calibration windows"
     return Chosen(SEARCH, why, None if scored == SCORE_TOKENS else scored)
 
 
-def _passes_for_a_token(config: "PreTrainedConfig") -> float:
-    """What the search computes for each token that variants are scored on, over a pass of the token
-    through the whole model; the making of their tensors is not in it.
-    """
+@dataclass(frozen=True)
+class _SearchCost:
+    """Of each token that variants are scored on; the making of their tensors is not in it."""
+
+    passes: float
+    """Over a pass of the token through the whole model."""
+    operations: float
+
+
+def _cost_of_a_search(config: "PreTrainedConfig") -> _SearchCost:
     from foldstack.compression.methods.search.scoring import scoring_arithmetic
     from foldstack.compression.methods.search.search import Search
     from foldstack.compression.structure.size import size_of
@@ -193,7 +211,8 @@ def _passes_for_a_token(config: "PreTrainedConfig") -> float:
     works = [scoring_arithmetic(meta, family, SCORE_TOKENS) for family in sorted(search.scores)]
     works.append(search.arithmetic(meta, SCORE_TOKENS))
     passes, heads = sum(work.passes for work in works), sum(work.heads for work in works)
-    return (passes * (whole - head) + heads * head) / whole
+    operations = passes * (whole - head) + heads * head
+    return _SearchCost(operations / whole, operations)
 
 
 def _sparsities(wishes: Wishes, method: str, config: "PreTrainedConfig") -> list[float]:

@@ -1,5 +1,6 @@
 """How fast this machine is, measured for a moment, in what stages are made of."""
 
+import math
 import os
 import subprocess
 import sys
@@ -74,6 +75,18 @@ def characters_per_second(tokenizer: "PreTrainedTokenizerBase", documents: Seque
     started = time.process_time()  # of all threads that a tokenizer may take
     tokenizer(sample, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return sum(map(len, sample)) / (time.process_time() - started)
+
+
+def operations_per_second(device: str) -> float:
+    """Of matrix products in float32 on the cores of this machine; without end on another device,
+    which computes a hundred times as much."""
+    from foldstack.tasks.environment.execution import device_named
+
+    if device_named(device) != "cpu":
+        return math.inf
+    import torch
+
+    return _matmul_rate(torch.float32)
 
 
 def _matmul_rate(dtype: "torch.dtype") -> float:

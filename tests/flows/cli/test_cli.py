@@ -16,6 +16,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.methods import METHODS
 from foldstack.flows.cli import app as cli
 from foldstack.flows.cli.listing import listing
+from foldstack.flows.cli.output import output_for_result
 from foldstack.tasks.environment.home import disk_full
 
 CONFIG = "methods: [shortgpt]\n"
@@ -50,7 +51,7 @@ def test_output_that_cannot_hold_a_sign_shows_another(
 
     def show() -> None:
         sys.stdout.write("modegpt 0.012 ± 0.001\n")
-        with cli._output_for_result() as output:
+        with output_for_result() as output:
             print("the table 3 ± 1", file=output)
 
     monkeypatch.setattr(cli, "app", show)

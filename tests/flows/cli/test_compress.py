@@ -1,6 +1,7 @@
 """`foldstack compress`: the recipe that wishes stand for, what is refused, and how it ends."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,7 +47,7 @@ def test_a_model_alone_is_compressed_on_what_it_writes(model_folder: FolderFacto
     folder = model_folder("llama")
     config = parse_config(recipe_for(Wishes(str(folder)), folder))
     assert config.model == ModelChoice(name=str(folder))
-    assert [variant.label for variant in config.variants] == ["modegpt 0.20"]
+    assert [variant.label for variant in config.variants] == ["search 0.20"]
     assert config.calibration.source.corpus == config.evaluation.perplexity.source.corpus == "self"
     assert config.calibration.source.split != config.evaluation.perplexity.source.split
     assert config.calibration.window_tokens == 128  # its context
@@ -112,17 +113,24 @@ def test_a_search_is_scored_on_what_the_model_can_afford(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without it a deep model, or one of a large vocabulary, would be scored for hours."""
-    chosen = method_for(Wishes("reference"), MODEL_FOLDER)
-    assert (chosen.method, chosen.tokens) == ("modegpt", None)
-    assert "--method search loses less" in chosen.why
     wishes = Wishes("reference", method="search")
     chosen = method_for(wishes, MODEL_FOLDER)
+    assert chosen == method_for(Wishes("reference"), MODEL_FOLDER, lambda: 1e12)
     assert chosen.tokens
     assert 1024 <= chosen.tokens < 2048
     assert recipe_for(wishes, MODEL_FOLDER)["sensitivity"] == {"tokens": chosen.tokens}
     monkeypatch.setattr(model_recipe, "SCORING_PASSES", 1.0)
     assert method_for(wishes, MODEL_FOLDER).tokens == 512  # two windows
     assert method_for(Wishes("reference", method="shortgpt"), MODEL_FOLDER).why == ""
+
+
+def test_nobody_waits_for_a_search_that_was_not_asked_for() -> None:
+    """Without it a large model on a small machine would be scored for a night by default."""
+    chosen = method_for(Wishes("reference"), MODEL_FOLDER, lambda: 1e8)
+    assert (chosen.method, chosen.tokens) == ("modegpt", None)
+    assert re.search(r"would compute for [\d,]+ minutes here: --method search", chosen.why)
+    asked = Wishes("reference", method="search")
+    assert method_for(asked, MODEL_FOLDER, lambda: 1e8).method == "search"
 
 
 def test_a_front_goes_as_far_as_its_method(model_folder: FolderFactory) -> None:
@@ -313,7 +321,7 @@ def test_a_mistake_is_one_sentence(
         ([folder, "--method", "modegtp"], "did you mean modegpt?"),
         ([folder, "--calibration", "no-such.txt"], "a corpus file must exist"),
         ([folder, "--dtype", "int4"], "model.dtype must be auto or float32"),
-        ([folder, "--sparsity", "0.97", "--dry-run"], "modegpt can remove at most"),
+        ([folder, "--sparsity", "0.97", "--dry-run"], "search can remove at most"),
         ([str(tmp_path / "broken.gguf")], "broken.gguf is not a whole GGUF file"),
     ):
         monkeypatch.setattr(sys, "argv", ["foldstack", "compress", *arguments])
