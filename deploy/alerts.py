@@ -2,6 +2,10 @@
 
     FOLDSTACK_ALERT_URL=https://hooks.example/... python deploy/alerts.py
 
+Without the address only what notifies nobody is registered: runs that give no sign of life are
+marked as crashed. Every topology does that when it comes up, as such a run would keep its place in
+the queue for ever.
+
 The address takes a POST of {"text": "subject, then body"}, as Slack's and Mattermost's incoming
 webhooks do. It is a secret: it lies in the block `foldstack-alerts` and comes from the environment.
 Run it again after a change of either; automations of the same names are replaced. For e-mail,
@@ -12,13 +16,11 @@ Set PREFECT_FLOWS_HEARTBEAT_FREQUENCY here as for the runs: how long one may be 
 import argparse
 import asyncio
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
-from foldstack.compression.errors import InputError
 
 AUTOMATIONS = Path(__file__).resolve().parent / "automations.yaml"
 BLOCK = "foldstack-alerts"
@@ -26,10 +28,28 @@ VARIABLE = "FOLDSTACK_ALERT_URL"
 
 
 async def register(url: str) -> list[str]:
-    """Make or renew the block and the automations; gives the names of the latter."""
-    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    """Make or renew the block and the automations; gives the names of the latter.
+
+    Those that notify stay as they are where there is no address.
+    """
     from prefect.client.orchestration import get_client
     from prefect.events.schemas.automations import AutomationCore
+
+    found = automations(await _block(url) if url else "")
+    if not url:
+        found = [each for each in found if not notifies(each)]
+    wanted = [AutomationCore.model_validate(each) for each in found]
+    async with get_client() as client:
+        for automation in wanted:
+            for old in await client.read_automations_by_name(automation.name):
+                await client.delete_automation(old.id)
+            await client.create_automation(automation)
+    return [automation.name for automation in wanted]
+
+
+async def _block(url: str) -> str:
+    """Id of the block that holds the address."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
     block = CustomWebhookNotificationBlock(
         name=BLOCK,
@@ -37,14 +57,12 @@ async def register(url: str) -> list[str]:
         json_data={"text": "{{subject}}\n{{body}}"},
         secrets={"url": url},
     )
-    block_id = await block.save(BLOCK, overwrite=True)
-    wanted = [AutomationCore.model_validate(each) for each in automations(str(block_id))]
-    async with get_client() as client:
-        for automation in wanted:
-            for old in await client.read_automations_by_name(automation.name):
-                await client.delete_automation(old.id)
-            await client.create_automation(automation)
-    return [automation.name for automation in wanted]
+    return str(await block.save(BLOCK, overwrite=True))
+
+
+def notifies(automation: Mapping[str, Any]) -> bool:
+    """Whether it needs an address."""
+    return any("block_document_id" in action for action in automation["actions"])
 
 
 def automations(block_id: str) -> list[dict[str, Any]]:
@@ -73,13 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description = (__doc__ or "").splitlines()[0]
     told = f"The address that notifications go to is read from {VARIABLE}."
     argparse.ArgumentParser(description=description, epilog=told).parse_args(arguments)
-    try:
-        if not (url := os.environ.get(VARIABLE, "")):
-            raise InputError(f"{VARIABLE} must hold the address that alerts are sent to")
-        for name in asyncio.run(register(url)):
-            print(f"registered: {name}")
-    except InputError as error:
-        sys.exit(f"alerts: {error}")
+    url = os.environ.get(VARIABLE, "")
+    for name in asyncio.run(register(url)):
+        print(f"registered: {name}")
+    if not url:
+        print(f"nobody is told of anything new: {VARIABLE} must hold the address for that")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from interrupted import go_on
 from stack import (
     PARTS,
     POOL,
@@ -71,12 +72,15 @@ def up(stack: Stack, say: Callable[[str], None] = lambda _: None) -> Iterator[Pa
             parts.add(server)
             say(f"{server.name}: {server.page}, user admin, password in secrets.json")
         register(stack)
+        for sentence in go_on(stack):
+            say(sentence)
         parts.add(worker(stack))
         yield parts
 
 
 def register(stack: Stack) -> None:
-    """Have the Prefect server know the pool, its limits and the deployments.
+    """Have the Prefect server know the pool, its limits, the deployments, and what is to be done
+    about runs that give no sign of life (and whom to tell, with FOLDSTACK_ALERT_URL).
 
     Raises:
         InputError: it refuses.
@@ -85,6 +89,7 @@ def register(stack: Stack) -> None:
     prefect_command(stack, "deploy", "--all", "--prefect-file", str(DEPLOY / "prefect.yaml"))
     limit = ("set-concurrency-limit", QUEUE, str(AT_A_TIME), "--pool", POOL)
     prefect_command(stack, "work-queue", *limit)
+    command(stack, str(DEPLOY / "alerts.py"))
 
 
 def upgrade(stack: Stack, say: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@
 starts what `local_stack.py` does, gives the deployment `nightly` one more schedule, each minute and
 with a small config, waits until the scheduler has started it and the worker has finished it, and
 looks its runs up in MLflow. Then it has the worker refresh the comparison, registers the alerts
-with an address of its own, runs the deployment `on-demand` with a config that must fail, and waits
+with an address of its own, runs the deployment `by-config` with a config that must fail, and waits
 for what is sent to that address. With --killed it kills (kill -9) a run together with its worker,
 so that nobody is left to tell, and waits for the alert of the heartbeat that stops. With --keep
 everything stays up afterwards, until Ctrl-C.
@@ -131,7 +131,7 @@ def alert_of_a_failure() -> dict[str, Any]:
     with listener() as (address, heard):
         asyncio.run(alerts.register(address))
         run = run_deployment(
-            "sweep/on-demand",
+            "sweep/by-config",
             parameters={"config": UNREACHABLE},
             timeout=CHECK_SECONDS,
             poll_interval=1,
@@ -154,7 +154,7 @@ def alert_of_a_kill(parts: Parts) -> dict[str, Any]:
     with listener() as (address, heard):
         asyncio.run(alerts.register(address))
         run = run_deployment(
-            "sweep/on-demand", parameters={"config": NOT_CACHED}, timeout=0, as_subflow=False
+            "sweep/by-config", parameters={"config": NOT_CACHED}, timeout=0, as_subflow=False
         )
         process = asyncio.run(_process_with_heartbeat(run.id, time.monotonic() + CHECK_SECONDS))
         parts.kill("Worker")

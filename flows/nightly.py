@@ -25,7 +25,7 @@ from foldstack.flows.comparison.run_records import experiment_of, registered_nam
 from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.method_entries import sparsity_text
 from foldstack.flows.config.run_config import RunConfig
-from foldstack.flows.sweep import SweepFailed, run_name, sweep
+from foldstack.flows.sweep import SweepFailed, answered, page_of, run_name, sweep
 from foldstack.tasks.environment.redaction import without_secrets
 from foldstack.tasks.running.worker_pool import end_workers
 from foldstack.tasks.tracking.quality_gate import Gate, Verdict, apply_gate, refused
@@ -78,14 +78,14 @@ def nightly(
     verdicts = quality_gate(config, comparison, gate)
     create_table_artifact(
         table=[verdict.model_dump() for verdict in verdicts],
-        key=f"gate-{comparison.sweep}",
+        key=page_of("gate", comparison.model),
         description="The best model at each sparsity beside the accepted one",
     )
     for verdict in verdicts:
         announce(registered_name(config), verdict)
     if bad := refused(verdicts):
         raise GateRefused(f"{len(bad)} of {len(verdicts)} models refused, the first is {bad[0]}")
-    return comparison
+    return answered(comparison, ". ".join(map(str, verdicts)))
 
 
 @contextmanager

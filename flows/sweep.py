@@ -7,20 +7,23 @@ import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 import base64
 import logging
 import re
+import signal
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from prefect import flow, runtime
 from prefect.artifacts import (
-    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
+from prefect.states import Completed
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.storage.durable import write_whole
@@ -42,17 +45,22 @@ from foldstack.flows.running.provenance import git_commit
 from foldstack.flows.running.stage_runs import StageRuns
 from foldstack.tasks import score_variants
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
+from foldstack.tasks.environment.unheard import outlive_readers
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
 from foldstack.tasks.running.prefect_cache import is_deployed
 from foldstack.tasks.running.worker_pool import PACKAGE_LOGGER, worker_processes
 
 logger = logging.getLogger(__name__)
 
+SENTENCES_IN_A_LIST = 3
+"""Of an answer that stands in a list of many runs."""
 SILENT = Silent()
 display: ContextVar[Display] = ContextVar("display", default=SILENT)
 """Where progress is shown."""
 prepared: ContextVar[Layout | None] = ContextVar("prepared", default=None)
 """A layout that was checked already: the command line does so before it waits for a server."""
+on_sigterm: ContextVar[Any] = ContextVar("on_sigterm", default=None)
+"""Who hears of SIGTERM while the flow runs; None: Prefect, which then raises an error in it."""
 
 
 class SweepFailed(RuntimeError):
@@ -95,8 +103,31 @@ def sweep(config: RunConfig) -> Comparison:
     if PACKAGE_LOGGER.level == logging.NOTSET:  # Prefect gives it handlers, but no level
         PACKAGE_LOGGER.setLevel(logging.INFO)
     # Models cannot be loaded in several threads at once; the command line has its own processes.
-    with worker_processes() if is_deployed() else nullcontext(), without_secrets():
-        return _run(config)
+    if is_deployed():
+        outlive_readers()
+    workers = worker_processes() if is_deployed() else nullcontext()
+    with _sigterm_heard_by(on_sigterm.get()), workers, without_secrets():
+        return answered(_run(config))
+
+
+def answered(comparison: Comparison, answer: str = "") -> Comparison:
+    """What a flow gives back so that its final state says what was found: Prefect shows that in
+    every list of runs. Who calls the flow gets the comparison itself.
+    """
+    message = answer or " ".join(findings(comparison)[:SENTENCES_IN_A_LIST])
+    return Completed(message=message, data=comparison)  # type: ignore[return-value]
+
+
+@contextmanager
+def _sigterm_heard_by(handler: Any) -> Iterator[None]:
+    if not callable(handler) or current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(config: RunConfig) -> Comparison:
@@ -139,13 +170,15 @@ def _run_on(engine: Engine, layout: Layout, started: float) -> Comparison:
 
 
 def run_sweep(layout: Layout, shown_on: Display) -> Comparison:
-    """Run the flow on a layout that was checked."""
+    """Run the flow on a layout that was checked; SIGTERM stays with whoever hears of it here."""
     tokens = prepared.set(layout), display.set(shown_on)
+    heard = on_sigterm.set(signal.getsignal(signal.SIGTERM))
     try:
         return sweep(layout.config)
     finally:
         prepared.reset(tokens[0])
         display.reset(tokens[1])
+        on_sigterm.reset(heard)
 
 
 def _publish(
@@ -201,52 +234,70 @@ def _report(
     )
 
 
+def page_of(what: str, model: str) -> str:
+    """Key of a page among Prefect's artifacts. It is the same for all sweeps of a model, so that
+    Prefect's history of a page is that of the results.
+    """
+    return re.sub("[^a-z0-9]+", "-", f"{what}-{Path(model).name}".lower()).strip("-")
+
+
 def _show_ranking(layout: Layout, runs: StageRuns) -> None:
     """The ranking as a table and a picture on the page of the flow run."""
     ranked = runs.artifact(layout.ranking)
     if ranked is None:
         return
+    model = layout.config.model.name
     rows: list[dict[str, Any]] = load_ranking(ranked).table()
-    key = f"ranking-{layout.sweep}"
-    _create(create_table_artifact, table=rows, key=key, description="Scores of the blocks")
-    _show_picture(ranked.folder / PLOT_FILE, f"{key}-plot", "Scores of the blocks")
+    key, told = page_of("ranking", model), f"Scores of the blocks of {layout.model.name}"
+    _create(create_table_artifact, table=[_short(row) for row in rows], key=key, description=told)
+    pictures = {f"Blocks of {layout.model.name}": ranked.folder / PLOT_FILE}
     for stage in layout.scores:
         scored = runs.artifact(stage)
         if scored is not None and (file := scored.folder / score_variants.PLOT_FILE).is_file():
-            name = f"sensitivity-{stage.family}-{stage.shard.index}-{layout.sweep}"
-            _show_picture(file, name, stage.label.capitalize())
+            pictures[stage.label.capitalize()] = file
+    _show_pictures(pictures, f"{key}-plot", told)
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers with as many digits as mean something."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _show_comparison(comparison: Comparison, files: dict[str, Any]) -> None:
-    key = f"comparison-{comparison.sweep}"
-    table = records(comparison.frame())
     found = findings(comparison)
     for sentence in found:
         logger.info("%s", sentence)  # Prefect's page of logs is where many look first
     told = "\n".join(f"- {sentence}" for sentence in found)
-    _create(
-        create_table_artifact, table=table, key=key, description=f"{comparison.title}\n\n{told}"
-    )
-    # One key for all sweeps of a model: Prefect's history of it is the history of the results.
     page = f"# {comparison.title}\n\n{result_files.summary(comparison)}"
-    model = re.sub("[^a-z0-9]+", "-", Path(comparison.model).name.lower()).strip("-")
-    _create(create_markdown_artifact, markdown=page, key=f"sweep-of-{model}", description=told)
+    key = page_of("sweep-of", comparison.model)
+    _create(create_markdown_artifact, markdown=page, key=key, description=told)
+    key = page_of("comparison", comparison.model)
+    described = f"{comparison.title}\n\n{told}"
+    table = records(comparison.frame())
+    _create(create_table_artifact, table=table, key=key, description=described)
     if "quality_against_size.png" in files:
-        _show_picture(files["quality_against_size.png"], f"{key}-plot", "Quality against size")
+        pictures = {"Quality against size": files["quality_against_size.png"]}
+        _show_pictures(pictures, f"{key}-plot", described)
 
 
 def _show_links(comparison: Comparison) -> None:
     """From Prefect's page to MLflow's; the way back is a tag of every MLflow run."""
     for name in ("mlflow runs", "mlflow compare"):
         if page := comparison.links.get(name):
-            key = f"{name.replace(' ', '-')}-{comparison.sweep}"
+            key = page_of(name, comparison.model)
             _create(create_link_artifact, link=page, link_text=name, key=key)
 
 
-def _show_picture(file: Any, key: str, description: str) -> None:
-    data = base64.b64encode(file.read_bytes()).decode()
-    url = f"data:image/png;base64,{data}"
-    _create(create_image_artifact, image_url=url, key=key, description=description)
+def _show_pictures(pictures: Mapping[str, Path], key: str, description: str) -> None:
+    """As a page with the pictures in it: an image artifact wants an address of a server, and shows
+    what it was given as a text below the picture.
+    """
+    shown = [
+        f"![{title}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
+        for title, file in pictures.items()
+    ]
+    page = "\n\n".join(shown)
+    _create(create_markdown_artifact, markdown=page, key=key, description=description)
 
 
 def _create(create: Any, **what: Any) -> None:

@@ -126,6 +126,9 @@ import importlib, sys
 for module in {modules}:
     importlib.import_module(f"foldstack.{{module}}")
     assert "torch" not in sys.modules, f"{{module}} imports torch"
+from foldstack.flows.cli.listing import KINDS, listing, schema_text
+assert schema_text() and all(listing(kind) for kind in KINDS)
+assert "torch" not in sys.modules, "a listing imports torch"
 """
     assert run_python(code) == ""
 

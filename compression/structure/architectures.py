@@ -2,11 +2,12 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from foldstack.compression.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 READS = ("attention_input", "attention_output", "mlp_input", "mlp_output")
 
@@ -33,23 +34,22 @@ class Architecture:
     mlp_width_entry: str = "intermediate_size"
     """The config's entry for the inner width of all MLPs."""
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def blocks(self, model: "nn.Module") -> "nn.ModuleList":
         """The executed blocks of a stock model or of a FoldstackForCausalLM."""
-        blocks = stock_of(model).get_submodule(self.blocks_path)
-        assert isinstance(blocks, nn.ModuleList)
+        blocks: nn.ModuleList = stock_of(model).get_submodule(self.blocks_path)  # type: ignore[assignment]
         return blocks
 
-    def final_norm(self, model: nn.Module) -> nn.Module:
+    def final_norm(self, model: "nn.Module") -> "nn.Module":
         return stock_of(model).get_submodule(self.final_norm_path)
 
-    def weight(self, module: nn.Module) -> Tensor:
+    def weight(self, module: "nn.Module") -> "Tensor":
         """The weight as (out, in), also for a Conv1D."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         # A linear put together from slices has a weight like those that it is put together from.
         is_transposed = getattr(module, "is_conv1d", type(module).__name__ == "Conv1D")
         return weight.T if is_transposed else weight
 
-    def stored_weight(self, module: nn.Module, weight: Tensor) -> Tensor:
+    def stored_weight(self, module: "nn.Module", weight: "Tensor") -> "Tensor":
         """An (out, in) weight as `module` stores it."""
         return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
 
@@ -86,11 +86,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def stock_of(model: nn.Module) -> nn.Module:
+def stock_of(model: "nn.Module") -> "nn.Module":
     """The stock model inside a FoldstackForCausalLM, or the model itself."""
     is_foldstack = getattr(getattr(model, "config", None), "model_type", "") == "foldstack"
-    inner = model.model if is_foldstack else model
-    assert isinstance(inner, nn.Module)
+    inner: nn.Module = model.model if is_foldstack else model  # type: ignore[assignment]
     return inner
 
 

@@ -212,9 +212,9 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 @app.command()
 def schema() -> None:
     """Print the JSON schema of config files."""
-    from foldstack.flows.config.run_config import json_schema
+    from foldstack.flows.cli.listing import schema_text
 
-    print(json.dumps(json_schema(), indent=2))
+    print(schema_text(), end="")
 
 
 @app.command("ls", epilog=examples("foldstack ls methods", "foldstack ls recipes --json"))

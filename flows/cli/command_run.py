@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -26,6 +25,7 @@ from foldstack.tasks.environment.home import in_this_home, telling_disk_full
 from foldstack.tasks.running.worker_pool import end_workers, worker_processes
 
 INTERRUPTED = 130
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Comparison:
@@ -130,13 +130,17 @@ class _Shown(logging.Handler):
 
 @contextmanager
 def stopping_on_signal(server: TemporaryServer, console: Console, again: str) -> Iterator[None]:
-    """End at once on Ctrl-C or SIGTERM: a stage cannot be interrupted, but it can be resumed."""
+    """End at once on Ctrl-C or SIGTERM: a stage cannot be interrupted, but it can be resumed.
+
+    Whoever else takes a signal meanwhile: Prefect does, raises an error in the flow, and tells its
+    server of it for minutes if that got the signal too. So it is heard of where the kernel brings
+    it, by a thread of its own, which needs no answer of the main one either.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one kills
+    def stop(number: int) -> None:
         console.show_cursor()
         by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         text = f"\nfoldstack: stopped{by}; what is finished is kept, to go on: {again}\n"
@@ -144,15 +148,35 @@ def stopping_on_signal(server: TemporaryServer, console: Console, again: str) ->
         end_workers()
         cancel_flow_run()
         server.abandon()
-        os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
+        os._exit(_code(number))
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    def listen() -> None:
+        stopping: threading.Thread | None = None
+        while numbers := os.read(heard, 1):
+            if (number := numbers[0]) not in STOPPING:
+                continue
+            if stopping is None:
+                stopping = threading.Thread(target=stop, args=[number], daemon=True)
+                stopping.start()
+            elif number == signal.SIGINT:  # somebody cannot wait
+                os._exit(_code(number))
+
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
+    told_before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(told_before)
+        os.close(told)  # the thread reads to the end
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _code(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else 128 + number
 
 
 def exit_code(comparison: Comparison) -> int:

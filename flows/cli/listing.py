@@ -1,5 +1,6 @@
 """What `foldstack ls` prints: names, and a line about each."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import yaml
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.config.config_errors import did_you_mean
-from foldstack.flows.config.config_file import recipes
+from foldstack.flows.config.config_file import RECIPES, recipes
 
 ARXIV = re.compile(r"(?<![\d.])\d{4}\.\d{5}(?![\d.])")
 """A paper's number."""
@@ -60,12 +61,25 @@ def markdown_table(what: str, entries: Mapping[str, str]) -> Iterator[str]:
 
 
 def _methods() -> dict[str, str]:
-    from foldstack.compression.methods import METHODS
-
+    """From the schema, which a test holds to the code: methods themselves import torch."""
+    schema = json.loads(schema_text())
+    entries = schema["properties"]["methods"]["items"]["oneOf"]
+    methods = [schema["$defs"][entry["$ref"].rpartition("/")[2]] for entry in entries]
     return {
-        name: " ".join((method.__doc__ or "").strip().partition("\n\n")[0].split())
-        for name, method in METHODS.items()
+        method["properties"]["name"]["const"]: " ".join(method["description"].split())
+        for method in methods
     }
+
+
+def schema_text() -> str:
+    """The JSON schema of configs as it comes with foldstack; of one that is just being written
+    anew (`foldstack schema > flows/recipes/schema.json`) from the code.
+    """
+    if text := (RECIPES / "schema.json").read_text(encoding="utf-8"):
+        return text
+    from foldstack.flows.config.run_config import json_schema
+
+    return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def _blocks(architecture: Any) -> str:

@@ -16,6 +16,11 @@ from foldstack.flows.cli.processes import Parts, Server, check_free
 from foldstack.flows.prefect_defaults import DEFAULTS as PREFECT_DEFAULTS
 from foldstack.flows.running.prefect_database import database_settings
 
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+"""Where the server keeps who holds a place of a deployment. Its memory, the default, is gone when
+it is started again, and Prefect ends a run whose place is lost.
+"""
+
 
 def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
     """The Prefect server on loopback; `settings` are more of its environment."""
@@ -31,6 +36,7 @@ def prefect(port: int, settings: Mapping[str, str] | None = None) -> Server:
         | {
             "PREFECT_UI_API_URL": f"{address}/api",
             "PREFECT_UI_URL": address,  # links in alerts
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
         },
         settings=settings or {},
         port_option="--prefect_port",

@@ -8,6 +8,8 @@
 - `frame`: Rows as a pandas frame: typed columns, what is asked for of them, and formats of files.
 - `interactive`: Pictures of comparisons that answer to the pointer: plotly figures as data, and its
   script.
+- `item_table`: What a model made of each item of its benchmarks, as a table: MLflow lays those of
+  several models side by side.
 - `plots`: Pictures of a comparison.
 - `report`: The report of a sweep, or of several: one HTML page that needs nothing else, and no
   network.

@@ -4,6 +4,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 from foldstack.compression.storage.digest import digest_json
 from foldstack.flows.comparison.dataset_uses import dataset_uses
 from foldstack.flows.comparison.files import summary
+from foldstack.flows.comparison.item_table import ITEMS_TABLE, item_table
 from foldstack.flows.comparison.result import QUALITY, Comparison, Row
 from foldstack.flows.comparison.rows import row_of
 from foldstack.flows.comparison.tables import records
@@ -28,6 +31,7 @@ from foldstack.tasks.rank_blocks import PLOT_FILE, TABLE_FILE
 from foldstack.tasks.recover_model import load_history
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import MANIFEST
+from foldstack.tasks.tracking.mlflow_pages import view_tag
 from foldstack.tasks.tracking.run_record import PREFIX, ModelFiles, RunRecord, Status
 from foldstack.tasks.tracking.tracker import Tracker
 from foldstack.tasks.tracking.tracking_database import ARTIFACTS
@@ -96,12 +100,14 @@ class SweepLog:
             return {}, []
         records: dict[str, RunRecord] = {}
         uploaded = _to_upload(self._layout.config, comparison)
+        sweep = self._sweep_record(comparison, files)
+        tracker.log(sweep)  # first: the others are shown below it
         for branch, row in zip(self._layout.branches, comparison.rows, strict=True):
             status: Status = "FINISHED" if row.state == "done" else "FAILED"
             upload = row.label in uploaded
-            records[row.label] = self._record(branch, row, runs, status, upload=upload)
+            record = self._record(branch, row, runs, status, upload=upload)
+            records[row.label] = replace(record, parent=sweep.fingerprint)
             tracker.log(records[row.label])
-        tracker.log(self._sweep_record(comparison, files))
         if self._layout.config.tracking.register_best and not _is_complete(tracker, records):
             for sparsity, row in comparison.best().items():
                 alias = f"best-at-{sparsity_text(sparsity).replace('.', '-')}"
@@ -110,7 +116,7 @@ class SweepLog:
                 tracker.register_best(name, records[row.label], alias, told, _figures(row))
         tracker.finish()
         links = {"mlflow": redacted(tracker.uri), "mlflow experiment": tracker.experiment}
-        links |= tracker.pages([record.fingerprint for record in records.values()])
+        links |= tracker.pages(self._layout.sweep)
         return links, tracker.warnings
 
     def settle(self) -> None:
@@ -133,6 +139,7 @@ class SweepLog:
             for part, stage in branch.stages.items()
             if (artifact := runs.artifact(stage)) is not None
         }
+        evaluated = artifacts.get("evaluate_after") or artifacts.get("evaluate_before")
         texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False)}
         maker, model = artifacts.get("recover") or artifacts.get("compress"), None
         if maker is not None:
@@ -152,6 +159,7 @@ class SweepLog:
             datasets=dataset_uses(layout),
             files=_files(layout, runs, artifacts),
             texts=texts,
+            tables={ITEMS_TABLE: partial(item_table, evaluated)} if evaluated else {},
             model=model,
             status=status,
             started=_started(artifacts.values()),
@@ -172,7 +180,11 @@ class SweepLog:
             fingerprint=digest_json({"sweep": comparison.sweep, "failed": counts["failed"]}),
             params={"model.name": comparison.model, "best_rule": comparison.best_rule},
             metrics={**counts, **best},
-            tags={PREFIX + "kind": "sweep", "mlflow.note.content": summary(comparison)},
+            tags={
+                PREFIX + "kind": "sweep",
+                PREFIX + "view": view_tag(comparison.sweep)[0],
+                "mlflow.note.content": summary(comparison),
+            },
             files=files,
             tables={"comparison_table.json": _columns_of(comparison)},
             status=status,

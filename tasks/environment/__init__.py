@@ -9,4 +9,5 @@
 - `inherited`: What is taken from the environment, and what in it was meant for others.
 - `redaction`: Secrets come from the environment and go nowhere else: into no log, page, file or
   traceback.
+- `unheard`: A process that prints goes on when nobody reads it any more.
 """

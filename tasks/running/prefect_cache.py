@@ -21,7 +21,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.context import TaskRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
@@ -124,12 +124,12 @@ def limited(seconds: float | None) -> Iterator[None]:
 
 
 def is_deployed() -> bool:
-    """Whether the flow run around us is one of a deployment.
+    """Whether the flow run around us is one of a deployment, or a part of such a one.
 
-    Its context knows; `prefect.runtime` asks the server where the answer is no.
+    The process of a deployment's run is told its id; a flow that this one calls has a run of its
+    own, which knows no deployment. (`prefect.runtime` asks the server where the answer is no.)
     """
-    context = FlowRunContext.get()
-    return context is not None and getattr(context.flow_run, "deployment_id", None) is not None
+    return bool(os.environ.get("PREFECT__FLOW_RUN_ID"))
 
 
 def stage_task(name: str, store: ArtifactStore, **options: Any) -> Task[..., Artifact]:

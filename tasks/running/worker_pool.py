@@ -28,6 +28,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs
+from foldstack.tasks.environment.unheard import outlive_readers
 from foldstack.tasks.stage import Progress, Stage
 from foldstack.tasks.store.manifest import Facts
 
@@ -215,6 +216,7 @@ def _serve(connection: Connection, parent: int, level: int) -> None:
     """The life of a worker process: compute what comes, until nobody is there any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    outlive_readers()
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
     hide_in_logs()
     own_environment()

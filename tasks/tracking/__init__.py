@@ -2,8 +2,8 @@
 
 - `logged_models`: Models as MLflow holds them: with their weights where that was asked for, else
   with their place.
-- `mlflow_pages`: Addresses of MLflow's pages, and the columns in which its experiment page shows
-  variants.
+- `mlflow_pages`: Addresses of MLflow's pages, and what its experiment page shows of variants:
+  columns and charts.
 - `quality_gate`: Whether a new result may take the place of the last accepted one, in MLflow's
   model registry.
 - `receipts`: Which records a tracking server already holds, known without importing its client.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 PREFIX = "foldstack."
 """What the names of our tags begin with."""
 
+Columns = Mapping[str, Sequence[object]]
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
 
 
@@ -54,8 +55,10 @@ class RunRecord:
     files: Mapping[str, Path] = field(default_factory=dict)
     """Local file or folder by its path inside the run."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    tables: Mapping[str, Mapping[str, Sequence[object]]] = field(default_factory=dict)
-    """Columns of values, by the table's path inside the run: MLflow shows and compares them."""
+    tables: Mapping[str, Columns | Callable[[], Columns]] = field(default_factory=dict)
+    """Columns of values, by the table's path inside the run: MLflow shows and compares them. What
+    is long and follows from the fingerprint is made when it is logged.
+    """
     model: ModelFiles | None = None
     status: Status = "FINISHED"
     started: float | None = None
@@ -63,6 +66,8 @@ class RunRecord:
     seconds: float | None = None
     """What all of its stages took; None: until now."""
     sweep: str = ""
+    parent: str = ""
+    """Fingerprint of the run below which MLflow shows this one; logged before it."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Tags that change from run to run (addresses, who ran it): no reason to write again."""
 
@@ -75,5 +80,7 @@ class RunRecord:
     def digest(self) -> str:
         """Changes when there is something new to log."""
         content = asdict(self) | {"links": {}, "sweep": "", "files": sorted(self.files)}
+        del content["parent"]
+        content["tables"] = {k: None if callable(v) else v for k, v in self.tables.items()}
         content["model"] = self.model.digest if self.model else ""  # wherever it lies by now
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

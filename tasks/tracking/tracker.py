@@ -44,6 +44,7 @@ METRICS_PER_BATCH = 1000
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
+PARENT_TAG = "mlflow.parentRunId"
 REACHABLE_SECONDS = 3.0
 SLOWEST_BYTES_PER_SECOND = 1 << 20
 """At which a file of weights is still waited for."""
@@ -66,6 +67,7 @@ class Tracker:
         self._thread: threading.Thread | None = None
         self._num_steps = 0  # that the thread has done, for whoever waits for it
         self._more_patience = 0.0  # for the file that is sent just now
+        self._shown: set[str] = set()  # sweeps that have their view
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = self._receipts.experiment_id
 
@@ -106,12 +108,11 @@ class Tracker:
                 break
         self._thread = None
 
-    def pages(self, fingerprints: Sequence[str]) -> dict[str, str]:
-        """Addresses of MLflow's pages that show these records' runs, as far as they are logged."""
-        ids = [self.run_ids[name] for name in fingerprints if name in self.run_ids]
-        if not ids or self._experiment_id is None:
+    def pages(self, sweep: str) -> dict[str, str]:
+        """Addresses of MLflow's pages that show a sweep's runs, once some are logged."""
+        if not self.run_ids or self._experiment_id is None:
             return {}
-        return mlflow_pages.pages(self.uri, self._experiment_id, ids)
+        return mlflow_pages.pages(self.uri, self._experiment_id, sweep)
 
     def _enqueue(self, item: "RunRecord | _Best") -> None:
         if self._thread is None:
@@ -148,7 +149,7 @@ class Tracker:
             self._client, self._experiment_id = open_experiment(
                 self.uri, self.experiment, self._artifact_location
             )
-            self._client.set_experiment_tag(self._experiment_id, *mlflow_pages.VIEW_TAG)
+            self._client.set_experiment_tag(self._experiment_id, *mlflow_pages.view_tag())
         assert self._experiment_id is not None
         if isinstance(item, _Best):
             if item.fingerprint in self.run_ids:
@@ -161,7 +162,17 @@ class Tracker:
                     item.tags,
                 )
             return
-        run_id = bring_up_to(self._client, self._experiment_id, item, self._about_to_send)
+        if item.sweep and item.sweep not in self._shown:
+            view = mlflow_pages.view_tag(item.sweep)
+            self._client.set_experiment_tag(self._experiment_id, *view)
+            self._shown.add(item.sweep)
+        run_id = bring_up_to(
+            self._client,
+            self._experiment_id,
+            item,
+            self._about_to_send,
+            parent_id=self.run_ids.get(item.parent),
+        )
         self._more_patience = 0.0
         self.run_ids[item.fingerprint] = run_id
         if item.status != "RUNNING":
@@ -236,10 +247,17 @@ def bring_up_to(
     experiment_id: str,
     record: RunRecord,
     about_to_send: Callable[[int], None] = lambda _: None,
+    *,
+    parent_id: str | None = None,
 ) -> str:
     """Find or make the run of `record` and add what it lacks; return its id.
 
-    `about_to_send` is told the size in bytes of each file of weights before it is sent.
+    Args:
+        client: of the server.
+        experiment_id: where the run is, or is made.
+        record: what is to be known of it.
+        about_to_send: told the size in bytes of each file of weights before it is sent.
+        parent_id: the run below which MLflow shows this one, unless it is below another already.
     """
     run = find_run(client, experiment_id, record.fingerprint)
     if run is None:
@@ -251,6 +269,8 @@ def bring_up_to(
     if record.model is not None:
         model_id = logged_models.log_model(client, experiment_id, run_id, record, about_to_send)
     _add_values(client, run, record, model_id)
+    if parent_id is not None and PARENT_TAG not in run.data.tags:
+        client.set_tag(run_id, PARENT_TAG, parent_id)
     if record.datasets and not (run.inputs and run.inputs.dataset_inputs):
         _add_datasets(client, run_id, record.datasets)
     for place, path in record.files.items():
@@ -261,8 +281,10 @@ def bring_up_to(
             client.log_artifact(run_id, str(path), folder or None)
     for place, text in record.texts.items():
         client.log_text(run_id, text, place)
-    for place, columns in record.tables.items():
-        _log_table(client, run_id, columns, place)
+    for place, table in record.tables.items():
+        columns = table() if callable(table) else table
+        if any(columns.values()):
+            _log_table(client, run_id, columns, place)
     if record.status != "RUNNING":
         ended = None
         if record.seconds is not None:  # what it took to compute, not to log

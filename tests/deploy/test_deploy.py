@@ -77,15 +77,26 @@ def test_server_and_flow_accept_the_parameters(name: str) -> None:
     ],
 )
 def test_the_form_refuses_what_the_flow_would(wrong: dict[str, Any], place: str) -> None:
-    schema = parameter_schema(flow_of("on-demand")).model_dump_for_openapi()
+    schema = parameter_schema(flow_of("by-config")).model_dump_for_openapi()
     with pytest.raises(Exception, match=place.replace(".", r"\.")):
         validate({"config": wrong}, schema, raise_on_error=True, ignore_required=True)
 
 
 def test_the_form_says_what_each_field_means() -> None:
-    schema = parameter_schema(flow_of("on-demand")).model_dump_for_openapi()
+    schema = parameter_schema(flow_of("by-config")).model_dump_for_openapi()
     fields = schema["definitions"]["RunConfig"]["properties"]
     assert fields["sparsities"]["description"].startswith("Fractions of the whole model")
+
+
+def test_the_short_form_offers_recipes_and_methods_and_explains_its_fields() -> None:
+    schema = parameter_schema(flow_of("on-demand")).model_dump_for_openapi()
+    fields = schema["properties"]
+    assert list(fields) == ["recipe", "model", "methods", "sparsities", "overrides"]
+    assert all(field["description"] for field in fields.values())
+    assert "demo" in fields["recipe"]["enum"]
+    assert "modegpt" in fields["methods"]["items"]["enum"]
+    with pytest.raises(Exception, match="shortgp"):
+        validate({"methods": ["shortgp"]}, schema, raise_on_error=True, ignore_required=True)
 
 
 def test_nightly_runs_on_a_schedule_and_never_twice_at_once() -> None:
@@ -93,7 +104,7 @@ def test_nightly_runs_on_a_schedule_and_never_twice_at_once() -> None:
     assert [each["cron"] for each in nightly["schedules"]] == ["0 2 * * *"]
     assert nightly["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
     queues = {name: each["work_pool"].get("work_queue_name") for name, each in DEPLOYMENTS.items()}
-    assert queues["nightly"] == queues["on-demand"] == "gpu"  # they share the machine
+    assert {queues[name] for name in ("nightly", "on-demand", "by-config")} == {"gpu"}  # shared
     assert nightly["parameters"]["limit_hours"] < 24
 
 
@@ -236,9 +247,9 @@ def test_a_run_may_be_silent_for_as_long_as_its_heartbeats_say(alerts: ModuleTyp
     assert AutomationCore.model_validate(gone).trigger.within.total_seconds() == 100
 
 
-def test_alerts_without_an_address_are_a_sentence(
-    alerts: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("FOLDSTACK_ALERT_URL", raising=False)
-    with pytest.raises(SystemExit, match="FOLDSTACK_ALERT_URL must hold the address"):
-        alerts.main([])
+def test_what_needs_no_address_is_registered_without_one(alerts: ModuleType) -> None:
+    """A run that is gone without a word keeps its place in the queue until it is marked."""
+    need = {each["name"]: alerts.notifies(each) for each in alerts.automations("")}
+    assert [name for name, notifies in need.items() if not notifies] == [
+        "A foldstack run is gone without a word"
+    ]

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
+from prefect.client.schemas.objects import FlowRun
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").iterdir())
@@ -163,3 +165,23 @@ def test_a_backup_overwrites_nothing_and_is_whole_or_refused(tmp_path: Path) -> 
         )
         assert done.returncode == 1
         assert said in done.stderr
+
+
+def test_a_run_is_under_way_where_its_own_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart of the machine another process may have the number of the run's."""
+    monkeypatch.syspath_prepend(str(DEPLOY))
+    import interrupted  # type: ignore[import-not-found]
+
+    number = uuid4()
+    environment = os.environ | {interrupted.RUN_VARIABLE: str(number)}
+    with subprocess.Popen(["sleep", "60"], env=environment) as process:
+        pid = f"a-host:{process.pid}"
+        mine, other = (
+            FlowRun(id=each, flow_id=uuid4(), infrastructure_pid=pid) for each in (number, uuid4())
+        )
+        assert interrupted.is_computed(mine)
+        assert not interrupted.is_computed(other)
+        process.kill()
+        process.wait()
+        assert not interrupted.is_computed(mine)
+    assert not interrupted.is_computed(FlowRun(id=number, flow_id=uuid4()))

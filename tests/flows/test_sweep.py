@@ -295,12 +295,14 @@ def test_prefect_shows_ranking_and_comparison(first: Comparison) -> None:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        found = {artifact.key: artifact.type for artifact in client.read_artifacts()}
-    assert found[f"ranking-{first.sweep}"] == "table"
-    assert found[f"ranking-{first.sweep}-plot"] == "image"
-    assert found[f"comparison-{first.sweep}"] == "table"
-    assert found[f"comparison-{first.sweep}-plot"] == "image"
-    assert found["sweep-of-tiny-llama"] == "markdown"
+        found = {artifact.key: artifact for artifact in client.read_artifacts()}
+        said = {run.state.message for run in client.read_flow_runs() if run.state}
+    assert {found[f"{page}-tiny-llama"].type for page in ("ranking", "comparison")} == {"table"}
+    assert found["sweep-of-tiny-llama"].type == "markdown"
+    for page in ("ranking", "comparison"):
+        plot = found[f"{page}-tiny-llama-plot"]
+        assert "](data:image/png;base64," in plot.data
+    assert " ".join(findings(first)[:3]) in said, "a list of runs does not say what was found"
 
 
 def test_second_run_finds_everything_and_logs_nothing(

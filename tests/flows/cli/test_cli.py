@@ -130,7 +130,7 @@ def test_schema_is_json(
 
 
 def test_listings_name_everything() -> None:
-    assert set(listing("methods")) == set(METHODS)
+    assert list(listing("methods")) == list(METHODS)
     assert all(listing("methods").values())
     assert "llama" in listing("architectures")
     assert "demo" in listing("recipes")

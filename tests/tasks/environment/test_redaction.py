@@ -117,6 +117,6 @@ def test_what_other_libraries_log_holds_no_secret(caplog: pytest.LogCaptureFixtu
 
 
 def test_addresses_of_pages_hold_no_password() -> None:
-    for page in pages(f"http://bob:{PASSWORD}@host:5000", "1", ["r1"]).values():
+    for page in pages(f"http://bob:{PASSWORD}@host:5000", "1", "sweep").values():
         assert page.startswith("http://host:5000/#/")
         assert PASSWORD not in page

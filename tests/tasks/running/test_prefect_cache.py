@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from prefect import flow
 
 from foldstack.tasks.running import prefect_cache
 from foldstack.tasks.stage import Stage, run_stage
@@ -185,6 +186,25 @@ def test_kinds_are_tagged_where_an_operator_may_limit_them(
 ) -> None:
     monkeypatch.setattr(prefect_cache, "is_deployed", lambda: deployed)
     assert prefect_cache.stage_task("shout", store, tags=["gpu"]).tags == tags
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_flow_that_a_deployments_run_calls_is_deployed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without it the nightly's sweep computes in threads, which cannot be ended."""
+
+    @flow
+    def inner() -> bool:
+        return prefect_cache.is_deployed()
+
+    @flow
+    def outer() -> bool:
+        return inner()
+
+    assert not outer()
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "11111111-2222-3333-4444-555555555555")
+    assert outer()
 
 
 @pytest.mark.usefixtures("prefect_server")

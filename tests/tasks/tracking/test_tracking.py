@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 import socket
 import subprocess
@@ -209,14 +211,56 @@ def test_the_best_run_gets_the_alias(uri: str, tmp_path: Path, record: RunRecord
     assert version.run_id == second.run_ids[other.fingerprint]
 
 
-def test_the_compare_page_lists_the_runs(uri: str, tmp_path: Path, record: RunRecord) -> None:
+def test_the_compare_page_is_a_view_of_the_sweep_that_is_there(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    """A view that the experiment does not have is an error on a page without charts."""
     tracker = tracker_at(uri, tmp_path)
-    assert tracker.pages([record.fingerprint]) == {}
-    log(tracker, record)
+    assert tracker.pages("a-sweep") == {}
+    log(tracker, replace(record, sweep="a-sweep"))
 
-    page = tracker.pages([record.fingerprint, "not logged"])["mlflow compare"]
-    assert page is not None
-    assert f'runs=["{tracker.run_ids[record.fingerprint]}"]' in page
+    page = tracker.pages("a-sweep")["mlflow compare"]
+    assert not re.search(r"[\[\]\"' ]", page), "terminals cut links there"
+    key = re.search("viewStateShareKey=([^&]+)", page)
+    assert key is not None
+    experiment = MlflowClient(tracking_uri=uri).get_experiment_by_name("foldstack/tiny")
+    assert experiment is not None
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key[1]}"])
+    assert "LIKE '%a-sweep%'" in view["searchFilter"]
+    shown = {section["uuid"] for section in view["compareRunSections"]}
+    assert {chart["metricSectionId"] for chart in view["compareRunCharts"]} <= shown
+
+
+def test_variants_are_shown_below_the_sweep_that_made_them(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    sweeps = [replace(record, fingerprint=name * 32, model=None) for name in ("aa", "bb")]
+    for sweep in sweeps:
+        tracker = tracker_at(uri, tmp_path)
+        log(tracker, sweep, replace(record, sweep=sweep.fingerprint, parent=sweep.fingerprint))
+        assert tracker.warnings == []
+    found = {run.data.tags["foldstack.fingerprint"]: run for run in runs(uri)}
+    tags = found[record.fingerprint].data.tags
+    assert tags["foldstack.sweeps"].split() == [each.fingerprint for each in sweeps]
+    assert tags["mlflow.parentRunId"] == found[sweeps[0].fingerprint].info.run_id
+
+
+def test_a_long_table_is_made_when_it_is_logged_and_not_again(
+    uri: str, tmp_path: Path, record: RunRecord
+) -> None:
+    made = []
+
+    def table() -> dict[str, list[object]]:
+        made.append(1)
+        return {"item": ["one", "two"], "score": [1.0, 0.0]}
+
+    for _ in range(2):
+        log(tracker_at(uri, tmp_path), replace(record, tables={"items_table.json": table}))
+    assert len(made) == 1
+    client, (run,) = MlflowClient(tracking_uri=uri), runs(uri)
+    file = client.download_artifacts(run.info.run_id, "items_table.json", str(tmp_path))
+    assert json.loads(Path(file).read_text())["data"] == [["one", 1.0], ["two", 0.0]]
+    assert "items_table.json" in run.data.tags["mlflow.loggedArtifacts"]  # MLflow compares it
 
 
 OPEN = """
