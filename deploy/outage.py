@@ -44,7 +44,7 @@ PARTS: dict[str, Callable[[Stack], Server]] = {
     "Worker": worker,
 }
 """In the order in which they are killed."""
-METHODS = ("shortgpt", "svd_llm", "llm_streamline", "modegpt")
+METHODS = ("shortgpt", "svd_llm", "modegpt")
 FIRST = SMALL_CONFIG | {
     "name": "outage check",
     "methods": [{"name": name} for name in METHODS],

@@ -39,7 +39,7 @@ from foldstack.flows.planning.forecast import stage_limits
 from foldstack.flows.planning.preflight import check
 from foldstack.flows.running.branches import Layout, lay_out
 from foldstack.flows.running.engines import Engine, engine_for
-from foldstack.flows.running.prefect_server import note_flow_run
+from foldstack.flows.running.prefect_server import has_pages, note_flow_run
 from foldstack.flows.running.progress import Display, Silent
 from foldstack.flows.running.provenance import git_commit
 from foldstack.flows.running.stage_runs import StageRuns
@@ -311,5 +311,5 @@ def _flow_run_tags() -> dict[str, str]:
     run_id = runtime.flow_run.id
     if run_id is None:
         return {}
-    url = runtime.flow_run.ui_url
+    url = runtime.flow_run.ui_url if has_pages() else None
     return {"prefect.flow_run_id": str(run_id), **({"prefect.flow_run_url": url} if url else {})}

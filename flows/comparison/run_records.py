@@ -29,6 +29,7 @@ from foldstack.tasks.environment.redaction import redacted
 from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.rank_blocks import PLOT_FILE, TABLE_FILE
 from foldstack.tasks.recover_model import load_history
+from foldstack.tasks.running.usage import samples_of
 from foldstack.tasks.store.artifacts import Artifact
 from foldstack.tasks.store.manifest import MANIFEST
 from foldstack.tasks.tracking.mlflow_pages import view_tag
@@ -155,6 +156,7 @@ class SweepLog:
             params=flatten(config),
             metrics=metrics(row),
             series=_curves(artifacts.get("recover")),
+            system=_usage(branch),
             tags={PREFIX + name: value for name, value in tags.items() if value} | run_note(row),
             datasets=dataset_uses(layout),
             files=_files(layout, runs, artifacts),
@@ -309,6 +311,20 @@ def _curves(recovered: Artifact | None) -> dict[str, list[tuple[int, float]]]:
         f"recovery/{name}": [(int(row["step"]), row[name]) for row in history if name in row]
         for name in CURVES
     }
+
+
+def _usage(branch: Branch) -> dict[str, list[tuple[float, float]]]:
+    """Memory and processor time of the branch's stages, by names like MLflow's own."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for part, stage in branch.stages.items():
+        if samples := samples_of(stage.fingerprint):
+            name = part.replace("/", "_")
+            memory = [(each.moment, each.memory_bytes / 1e6) for each in samples]
+            curves[f"{name}_memory_usage_megabytes"] = memory
+            curves[f"{name}_cpu_utilization_percentage"] = [
+                (each.moment, each.cpu_percent) for each in samples
+            ]
+    return curves
 
 
 def _files(layout: Layout, runs: StageRuns, artifacts: Mapping[str, Artifact]) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from foldstack.flows.comparison.tables import (
     columns,
     texts,
 )
+from foldstack.tasks.tracking.mlflow_pages import LOCAL_SERVER
 
 if TYPE_CHECKING:
     import pandas
@@ -121,6 +122,8 @@ def print_result(comparison: Comparison, console: Console) -> None:
     counts = f"{comparison.num_cached} of {comparison.num_stages} stages from the store"
     lines.append(f"{counts}, {comparison.seconds:.1f} s")
     lines += [f"{name}: {place}" for name, place in comparison.links.items()]
+    if any(place.startswith(LOCAL_SERVER) for place in comparison.links.values()):
+        lines.append("`foldstack ui` serves MLflow's pages, and Prefect's")
     lines += [f"note: {sentence}" for sentence in comparison.missed]
     lines += [f"warning: {sentence}" for sentence in comparison.warnings]
     for line in lines:

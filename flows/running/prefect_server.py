@@ -53,7 +53,8 @@ DELIVERY_SECONDS = 5.0
 CANCEL_SECONDS = 3.0
 ANSWER_SECONDS = 10.0
 
-# The flow run that is under way in this process, and the API that knows of it.
+# The flow run that is under way in this process, and the API that knows of it; "temporary" where
+# that goes away with this process.
 _current: dict[str, str] = {}
 
 MIGRATED = "foldstack-migrated-by"
@@ -114,7 +115,7 @@ class TemporaryServer:
         self._wait(settings.server.ephemeral.startup_timeout_seconds)
         os.environ["PREFECT_API_URL"] = self._url
         refresh_global_settings_context()
-        _current["api"] = self._url
+        _current["api"] = _current["temporary"] = self._url
         if self._database is not None:
             _note_migration(self._database)
             if self._database.name != FILE:
@@ -201,6 +202,11 @@ def last_words(log: str) -> str:
     ]
     found = (errors or lines or ["it said nothing"])[-1]
     return found if len(found) <= TOLD_CHARACTERS else f"{found[:TOLD_CHARACTERS]} ..."
+
+
+def has_pages() -> bool:
+    """Whether the server of the flow run will still be there for somebody who follows a link."""
+    return "temporary" not in _current
 
 
 def note_flow_run(run_id: str) -> None:

@@ -29,6 +29,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs
 from foldstack.tasks.environment.unheard import outlive_readers
+from foldstack.tasks.running.usage import sampled
 from foldstack.tasks.stage import Progress, Stage
 from foldstack.tasks.store.manifest import Facts
 
@@ -80,7 +81,8 @@ class WorkerPool:
             raise RuntimeError(f"{stage.label}: the run was told to end")
         worker = self._idle_or_new()
         try:
-            facts = worker.run(stage, folder, work, progress)
+            with sampled(worker.pid, stage.fingerprint):
+                facts = worker.run(stage, folder, work, progress)
         except _WorkerDied as death:
             with self._lock:
                 if worker in self._all:
@@ -196,6 +198,10 @@ class _Worker:
         if not self._connection.poll(max(0.0, deadline - time.monotonic())):
             self.end(0)
             raise _WorkerDied(f"it was ended, as it took longer than {limit:.0f} s")
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
 
     def is_alive(self) -> bool:
         return self._process.is_alive()

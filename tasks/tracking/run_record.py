@@ -50,6 +50,9 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """Curves, as (step, value) points."""
+    system: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """What its stages took of the machine: curves of (seconds since 1970, value) points, which are
+    there only where the stages were computed just now."""
     tags: Mapping[str, str] = field(default_factory=dict)
     datasets: Sequence[DatasetUse] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
@@ -80,7 +83,7 @@ class RunRecord:
     def digest(self) -> str:
         """Changes when there is something new to log."""
         content = asdict(self) | {"links": {}, "sweep": "", "files": sorted(self.files)}
-        del content["parent"]
+        del content["parent"], content["system"]
         content["tables"] = {k: None if callable(v) else v for k, v in self.tables.items()}
         content["model"] = self.model.digest if self.model else ""  # wherever it lies by now
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -335,6 +335,12 @@ def _add_values(
         if _name(key) not in run.data.metrics
         for step, value in points
     ]
+    metrics += [
+        Metric(f"system/{_name(key)}", value, int(1000 * moment), step)
+        for key, points in record.system.items()
+        if f"system/{_name(key)}" not in run.data.metrics
+        for step, (moment, value) in enumerate(points)
+    ]
     wanted = {**record.tags, **record.links}
     if record.sweep:
         sweeps = set(run.data.tags.get(PREFIX + "sweeps", "").split()) | {record.sweep}

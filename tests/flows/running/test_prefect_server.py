@@ -109,3 +109,13 @@ def test_a_dead_address_of_a_profile_names_the_profile(monkeypatch: pytest.Monke
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with pytest.raises(InputError, match="unset PREFECT_API_URL"):
         prefect_server._check_answers("http://127.0.0.1:9/api")
+
+
+def test_a_server_that_goes_away_with_the_command_has_no_pages_to_link_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every MLflow run would carry a link that leads nowhere."""
+    monkeypatch.setattr(prefect_server, "_current", {"api": "http://127.0.0.1:1/api"})
+    assert prefect_server.has_pages()
+    prefect_server._current["temporary"] = "http://127.0.0.1:1/api"
+    assert not prefect_server.has_pages()

@@ -32,6 +32,7 @@ def record(tmp_path: Path) -> RunRecord:
         params={"method.name": "shortgpt", "sparsity": 0.25},
         metrics={"quality/bits_per_byte": 1.5},
         series={"recovery/loss": [(0, 3.0), (10, 2.0)]},
+        system={"compress_memory_usage_megabytes": [(1e9, 700.0), (1e9 + 10, 800.0)]},
         tags={"foldstack.method": "shortgpt"},
         datasets=[DatasetUse("stories", "f" * 64, "stories.txt", "calibration")],
         files={"compress/plan.json": plan},
@@ -67,7 +68,10 @@ def test_a_record_arrives_whole(uri: str, tmp_path: Path, record: RunRecord) -> 
     assert run.info.run_id == tracker.run_ids[record.fingerprint]
     assert run.info.status == "FINISHED"
     assert run.data.params == {"method.name": "shortgpt", "sparsity": "0.25"}
-    assert run.data.metrics == {"quality/bits_per_byte": 1.5, "recovery/loss": 2.0}
+    taken = "system/compress_memory_usage_megabytes"
+    assert run.data.metrics == {"quality/bits_per_byte": 1.5, "recovery/loss": 2.0, taken: 800.0}
+    moments = [each.timestamp for each in client.get_metric_history(run.info.run_id, taken)]
+    assert moments == [1000 * 10**9, 1000 * 10**9 + 10_000]
     assert len(client.get_metric_history(run.info.run_id, "recovery/loss")) == 2
     assert run.data.tags["foldstack.sweeps"] == "s1"
     (use,) = run.inputs.dataset_inputs
