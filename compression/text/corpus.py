@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def documents(source: TextSource) -> list[str]:
 def source_digest(source: TextSource) -> str:
     """Give the SHA-256 of the documents: equal exactly where the text is equal.
 
-    What is to be known of how they were read goes into the log, once for each call.
+    What is to be known of how they were read goes into the log, once for each process.
 
     Raises:
         InputError: as for `documents`.
@@ -72,11 +73,17 @@ def source_digest(source: TextSource) -> str:
     content = hashlib.sha256()
     texts, notes = _read(source)
     for note in notes:
-        logger.warning("%s", note)
+        _tell(note)
     for text in texts:
         data = text.encode()
         content.update(len(data).to_bytes(8, "big") + data)
     return content.hexdigest()
+
+
+@cache
+def _tell(note: str) -> None:
+    """A text is calibrated on, recovered with and measured on: it is told of once."""
+    logger.warning("%s", note)
 
 
 def _read(source: TextSource) -> tuple[list[str], list[str]]:
