@@ -49,8 +49,7 @@ def sparsity_between(dense: Size, compressed: Size) -> float:
 def size_of_plan(config: PreTrainedConfig, plan: Plan, dtype: torch.dtype | None = None) -> Size:
     """The size of what `plan` makes of the model with this config."""
     stored_dtype: torch.dtype | None = getattr(config, "dtype", None)
-    key = f"{config.to_json_string(use_diff=False)}\n{plan.model_dump_json()}"
-    return _size(_Structure(key, config, plan), dtype or stored_dtype)
+    return _size(_Structure.of(config, plan), dtype or stored_dtype)
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,11 @@ class _Structure:
     key: str
     config: PreTrainedConfig = field(compare=False)
     plan: Plan = field(compare=False)
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, plan: Plan) -> "_Structure":
+        key = f"{config.to_json_string(use_diff=False)}\n{plan.model_dump_json()}"
+        return cls(key, config, plan)
 
 
 @lru_cache(maxsize=4096)
@@ -101,13 +105,26 @@ class BlockSize:
     kv_bytes_per_token: int
 
 
-def size_of_block(model: PreTrainedModel, position: int) -> BlockSize:
-    """The size of the block at `position`, without what it borrows but with the FLOPs of that."""
+def block_sizes_of_plan(
+    config: PreTrainedConfig, plan: Plan, dtype: torch.dtype
+) -> tuple[BlockSize, ...]:
+    """The sizes of the blocks of what `plan` makes of the model with this config, in order."""
+    return _block_sizes(_Structure.of(config, plan), dtype)
+
+
+@lru_cache(maxsize=4096)
+def _block_sizes(structure: _Structure, dtype: torch.dtype) -> tuple[BlockSize, ...]:
+    model = build_on_meta(config_for(structure.config, structure.plan))
+    return tuple(_size_of_block(model, at, dtype) for at in range(len(structure.plan.blocks)))
+
+
+def _size_of_block(model: PreTrainedModel, position: int, dtype: torch.dtype) -> BlockSize:
+    """Without what it borrows but with the FLOPs of that."""
     block = architecture_of(model).blocks(model)[position]
     return BlockSize(
         parameters=count_parameters(block),
         flops_per_token=2 * _executed_weights(block),
-        kv_bytes_per_token=_kv_elements_of(model.config, position) * model.dtype.itemsize,
+        kv_bytes_per_token=_kv_elements_of(model.config, position) * dtype.itemsize,
     )
 
 

@@ -17,8 +17,7 @@ from foldstack.compression.statistics.sensitivity import (
 )
 from foldstack.compression.statistics.variant_times import Seconds
 from foldstack.compression.structure.plan import Plan
-from foldstack.compression.structure.size import BlockSize, size_of_block
-from foldstack.compression.structure.surgery import build_on_meta, config_for
+from foldstack.compression.structure.size import BlockSize, block_sizes_of_plan
 
 Choice = frozenset[Variant]
 """The variants that stand in a model, of which no two decide about the same."""
@@ -69,8 +68,8 @@ class Library(Sites):
         """What a variant saves."""
         touched = variant.gone or range(variant.first, variant.stop)
         like = [self._like(position) for position in touched]
-        before = [self._size(position) for position in like]
-        after: list[BlockSize] = []
+        before = [self._dense_sizes[position] for position in like]
+        after: tuple[BlockSize, ...] = ()
         if not variant.gone:
             after = self._sizes_with(variant, like[0])
         return Saved(
@@ -113,26 +112,25 @@ class Library(Sites):
         shapes = self.parameters[position]
         return next(p for p in self.positions if self.parameters[p] == shapes)
 
-    @cached_property
-    def _sizes(self) -> dict[int | Variant, list[BlockSize]]:
-        return {}
-
-    def _size(self, position: int) -> BlockSize:
-        if position not in self._sizes:
-            self._sizes[position] = [size_of_block(self.model, position)]
-        return self._sizes[position][0]
-
-    def _sizes_with(self, variant: Variant, like: int) -> list[BlockSize]:
+    def _sizes_with(self, variant: Variant, like: int) -> tuple[BlockSize, ...]:
         """Of the blocks that it is about; one block is counted where the first like it is."""
         if variant.stop == variant.first + 1:
             variant = variant.model_copy(update={"first": like, "stop": like + 1})
         if variant not in self._sizes:
-            here = range(variant.first, variant.stop)
-            made = build_on_meta(
-                config_for(self.model.config, self.plan_with([variant]).keep(here))
-            )
-            self._sizes[variant] = [size_of_block(made, at) for at in range(len(here))]
+            plan = self.plan_with([variant]).keep(range(variant.first, variant.stop))
+            self._sizes[variant] = self._sizes_of(plan)
         return self._sizes[variant]
+
+    @cached_property
+    def _sizes(self) -> dict[Variant, tuple[BlockSize, ...]]:
+        return {}
+
+    @cached_property
+    def _dense_sizes(self) -> tuple[BlockSize, ...]:
+        return self._sizes_of(self.plan)
+
+    def _sizes_of(self, plan: Plan) -> tuple[BlockSize, ...]:
+        return block_sizes_of_plan(self.model.config, plan, self.model.dtype)
 
 
 def in_order(choice: Iterable[Variant]) -> list[Variant]:

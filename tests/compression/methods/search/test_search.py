@@ -20,29 +20,36 @@ from foldstack.compression.methods.search.scoring import Scorer, scored
 from foldstack.compression.methods.search.search import Search
 from foldstack.compression.statistics.gathering import KINDS, gather
 from foldstack.compression.statistics.ranking import rank_blocks
+from foldstack.compression.statistics.sensitivity import Family
 from foldstack.compression.structure.size import size_of
 from foldstack.compression.structure.surgery import cut, plan_of
 
 OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def windows() -> Tensor:
     return torch.randint(97, (8, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def evidence_of(windows: Tensor) -> Callable[[Any], Evidence]:
-    def of(model: Any) -> Evidence:
+@pytest.fixture(scope="module")
+def evidence_of(windows: Tensor) -> Callable[..., Evidence]:
+    """Half of the windows are scored on, the others are for the rounds."""
+
+    def of(model: Any, families: frozenset[Family] = Search(sparsity=0.5).scores) -> Evidence:
         statistics = gather(model, windows, KINDS)
         evidence = Evidence(windows, statistics, rank_blocks(statistics))
-        # Half of the windows are for the rounds.
         half = replace(evidence, calibration=windows[:4])
-        return replace(
-            evidence, sensitivity=scored(half, model, Search(sparsity=0.5).scores).sensitivity
-        )
+        return replace(evidence, sensitivity=scored(half, model, families).sensitivity)
 
     return of
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Any, evidence_of: Any) -> tuple[Any, Evidence]:
+    """A model of which nothing is known, and its scores: no search changes either."""
+    model = tiny_model("llama")
+    return model, evidence_of(model)
 
 
 def divergence(model: Any, smaller: Any, windows: Tensor) -> float:
@@ -97,7 +104,7 @@ def test_depth_alone_is_never_worse_than_the_methods_that_remove_blocks(
     with torch.no_grad():  # blocks that need one another
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    evidence = evidence_of(model)
+    evidence = evidence_of(model, frozenset({"removals"}))
     one = (
         size_of(model).parameters
         - size_of(cut(model, ShortGpt(sparsity=0.01).compress(model, evidence))).parameters
@@ -144,11 +151,11 @@ def test_the_same_scores_give_the_same_choice(tiny_model: Any, evidence_of: Any)
     assert all(torch.equal(second.tensors[name], t) for name, t in first.tensors.items())
 
 
-def test_two_budgets_are_both_kept(tiny_model: Any, evidence_of: Any) -> None:
-    model = tiny_model("llama")
+def test_two_budgets_are_both_kept(plain: tuple[Any, Evidence]) -> None:
+    model, evidence = plain
     dense = size_of(model)
     method = Search(sparsity=0.2, budget={"kv_bytes": 0.5, "flops": 0.75}, rounds=1)
-    smaller = size_of(cut(model, method.compress(model, evidence_of(model))))
+    smaller = size_of(cut(model, method.compress(model, evidence)))
     assert smaller.parameters <= 0.8 * dense.parameters + 1
     assert smaller.kv_bytes_per_token <= 0.5 * dense.kv_bytes_per_token
     assert smaller.flops_per_token <= 0.75 * dense.flops_per_token
@@ -177,10 +184,9 @@ def test_a_native_target_gives_a_stock_model(
     assert losses[2] <= losses[1] + 1e-9
 
 
-def test_widths_are_multiples_where_scored_ones_are_not(tiny_model: Any, evidence_of: Any) -> None:
+def test_widths_are_multiples_where_scored_ones_are_not(plain: tuple[Any, Evidence]) -> None:
     """One scoring serves searches of all multiples; a kernel that asked for 8 must get 8."""
-    model = tiny_model("llama")
-    evidence = evidence_of(model)
+    model, evidence = plain
     for rounds in (0, 1):
         multiples = {"mlp_multiple": 8, "head_multiple": 4}
         method = Search(sparsity=0.3, library=("widths",), rounds=rounds, **multiples)
@@ -204,11 +210,10 @@ def test_budgets_out_of_reach_say_how_far_the_library_goes(tiny_model: Any) -> N
 
 
 def test_what_the_reported_rise_and_the_measured_one_are_is_of_one_kind(
-    tiny_model: Any, windows: Tensor, evidence_of: Any
+    plain: tuple[Any, Evidence], windows: Tensor
 ) -> None:
     """At little sparsity, single scores add up to what the built model loses, or nearly."""
-    model = tiny_model("llama")
-    evidence = evidence_of(model)
+    model, evidence = plain
     assert evidence.sensitivity is not None
     library = Library(model)
     scores = {s.variant: s.mean for s in evidence.sensitivity.scores}
@@ -228,19 +233,29 @@ def test_between_scored_widths_a_curve_rises_and_passes_through_all() -> None:
     assert LossCurve([(10.0, 0.0)])(10.0) <= 1e-12
 
 
-def test_every_slot_has_its_original(tiny_model: Any, evidence_of: Any) -> None:
-    model = tiny_model("llama")
+def test_every_slot_has_its_original(plain: tuple[Any, Evidence]) -> None:
+    model, evidence = plain
+    assert evidence.sensitivity is not None
     library = Library(model)
-    sensitivity = evidence_of(model).sensitivity
-    options = options_of(library, sensitivity)
+    options = options_of(library, evidence.sensitivity)
     assert {slot for o in options if not o.key for slot in o.slots} == set(library.slots)
     assert all(o.saved["parameters"] > 0 for o in options if o.key)
 
 
-def test_finalists_differ_in_how_many_blocks_go(tiny_model: Any, evidence_of: Any) -> None:
-    """Without it a contest would heal the same model again and again."""
+def test_a_cache_is_counted_in_the_precision_of_the_model(tiny_model: Any) -> None:
+    """Without it a narrower head of a half-precision model would save less than nothing."""
     model = tiny_model("llama")
-    evidence = evidence_of(model)
+    saved = []
+    for precise in (model, tiny_model("llama").to(torch.bfloat16)):
+        library = Library(precise)
+        saved.append(library.saved(library.width(0, "value_output", 4)))
+    assert saved[1].kv_bytes == saved[0].kv_bytes / 2 > 0
+    assert saved[1].parameters == saved[0].parameters
+
+
+def test_finalists_differ_in_how_many_blocks_go(plain: tuple[Any, Evidence]) -> None:
+    """Without it a contest would heal the same model again and again."""
+    model, evidence = plain
     method = Search(sparsity=0.4, finalists=3, rounds=1, refit="none")
     assert Search(sparsity=0.4, rounds=1, refit="none") == method.contenders[0]
     made = [each.compress(model, evidence) for each in method.contenders]
