@@ -237,6 +237,7 @@ def runs_in_mlflow(experiment: str) -> list[dict[str, Any]]:
             "run_id": run.info.run_id,
             "experiment_id": run.info.experiment_id,
             "status": run.info.status,
+            "sweeps": run.data.tags.get("foldstack.sweeps", ""),
             "bits_per_byte": run.data.metrics.get("quality/bits_per_byte"),
             "flow_run_url": run.data.tags.get("prefect.flow_run_url", ""),
             "files": len(client.list_artifacts(run.info.run_id)),

@@ -52,7 +52,7 @@ from foldstack.tasks.running.worker_pool import PACKAGE_LOGGER, worker_processes
 
 logger = logging.getLogger(__name__)
 
-SENTENCES_IN_A_LIST = 3
+SENTENCES_IN_A_LIST = 6
 """Of an answer that stands in a list of many runs."""
 SILENT = Silent()
 display: ContextVar[Display] = ContextVar("display", default=SILENT)

@@ -165,8 +165,8 @@ def test_a_scheduled_run_goes_through_and_shows_up_in_mlflow(seen: dict[str, Any
 def test_the_worker_refreshes_the_comparison(seen: dict[str, Any]) -> None:
     refreshed = seen["refresh"]
     assert refreshed["state"] == "Completed", refreshed["message"]
-    rows = {(row["sweep"], row["model"], row["sparsity"]) for row in refreshed["rows"]}
-    assert {("scheduled check", "dense", ""), ("scheduled check", "svd_llm", "0.3")} <= rows
+    rows = {(row["sweep"], row["model"]) for row in refreshed["rows"]}
+    assert {("scheduled check", "dense"), ("scheduled check", "svd_llm 0.30")} <= rows
 
 
 def test_a_failed_run_sends_an_alert_with_its_cause(seen: dict[str, Any]) -> None:
@@ -209,6 +209,13 @@ def test_mlflow_shows_the_variants_with_their_metrics(seen: dict[str, Any], page
     page.open(pages(seen["mlflow"], variants[0]["experiment_id"], "")["mlflow runs"])
     wanted = [text for run in variants for text in (run["name"], str(run["bits_per_byte"])[:8])]
     page.wait_for(*[re.escape(text) for text in wanted], "quality/bits_per_byte", "sparsity")
+
+
+def test_mlflow_draws_what_decides(seen: dict[str, Any], page: Page) -> None:
+    page.log_in(f"admin:{seen['secrets_of_mlflow']}")
+    (dense,) = [run for run in seen["mlflow_runs"] if run["name"] == "dense"]
+    page.open(pages(seen["mlflow"], dense["experiment_id"], dense["sweeps"])["mlflow compare"])
+    page.wait_for("what decides", "size/parameters vs. quality/bits_per_byte")
 
 
 def test_mlflow_shows_the_plot(seen: dict[str, Any], page: Page) -> None:

@@ -302,7 +302,7 @@ def test_prefect_shows_ranking_and_comparison(first: Comparison) -> None:
     for page in ("ranking", "comparison"):
         plot = found[f"{page}-tiny-llama-plot"]
         assert "](data:image/png;base64," in plot.data
-    assert " ".join(findings(first)[:3]) in said, "a list of runs does not say what was found"
+    assert " ".join(findings(first)[:6]) in said, "a list of runs does not say what was found"
 
 
 def test_second_run_finds_everything_and_logs_nothing(
