@@ -7,6 +7,7 @@ would, with the weights of the blocks in host memory and one block at a time on 
 beside their floors: the arithmetic alone at the rate of a large matrix product in that precision.
 
     python benchmarks/gpu.py [--shape 7b|13b|tiny] [--seconds 420] [--out gpu.json] [--json]
+    python benchmarks/gpu.py --dry-run   # every phase, tiny and on the CPU; fails if one does
 """
 
 import argparse
@@ -315,14 +316,19 @@ class Compression:
             self.statistics.gram(0, reads).to(self.device) for reads in ("mlp_input", "mlp_output")
         )
         kept = torch.arange(round(len(wide) * (1 - SPARSITY)), device=self.device)
+        sides = {"square": (square, narrow), "up": (up, narrow), "down": (down, wide)}
         forms: dict[str, Callable[[], Any]] = {
             "leverage_scores": lambda: leverage_scores(wide, 0.01),
             "refitted": lambda: refitted(down, wide, kept),
             "cholesky_float64": lambda: torch.linalg.cholesky_ex(wide + wide.trace() / len(wide)
                 * torch.eye(len(wide), device=wide.device, dtype=wide.dtype)),
-            "whitened_svd_square": lambda: whitened_svd(square, narrow),
-            "whitened_svd_up": lambda: whitened_svd(up, narrow),
-            "whitened_svd_down": lambda: whitened_svd(down, wide),
+            **{
+                f"whitened_svd_{name}_{kind}": lambda w=w, gram=gram, ranks=ranks: (
+                    whitened_svd(w, gram, ranks)
+                )
+                for name, (w, gram) in sides.items()
+                for kind, ranks in (("whole", ()), ("cut", (len(narrow) // 3,)))
+            },
             "eigh_float64": lambda: torch.linalg.eigh(narrow),
             "eigh_float32": lambda: torch.linalg.eigh(narrow.float()),
         }  # fmt: skip
@@ -449,8 +455,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--no-throughput", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="every phase, tiny and on the CPU")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.dry_run:
+        device, arguments.shape = torch.device("cpu"), "tiny"
+        arguments.windows, arguments.window_tokens = 16, 64
     report = Report(arguments.out, device, arguments.seconds, arguments.json)
     report.add("torch", torch.__version__)
     report.add("transformers", transformers.__version__)

@@ -6,7 +6,12 @@ resident memory the kernel tells when it ends; what the check in yet another pro
 load of the result, is told apart. Each method compresses the model twice: in one go, and killed
 (SIGKILL) three times, a quarter of the blocks apart. Both must write the same bytes.
 
+With --limit every stage may take that many MiB of memory of its own (RLIMIT_DATA: all but what it
+maps of files), so that a model with more weights than that goes through only if it is streamed; it
+is then compressed once, and not killed.
+
     python benchmarks/memory.py [--json] [--blocks 22] [--methods modegpt svd_llm] [--work DIR]
+    python benchmarks/memory.py --width 1024 --blocks 48 --windows 2 --methods modegpt --limit 1024
 
 It takes most of an hour on one core. With --work, what was measured is kept in DIR, and the command
 that was interrupted goes on with the next process when it is given again.
@@ -38,15 +43,15 @@ from foldstack.tasks.rank_blocks import RankBlocks
 from foldstack.tasks.stage import ModelRef, Stage, run_stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 
-NUM_WINDOWS, WINDOW_TOKENS = 16, 512
+WINDOW_TOKENS = 512
 SPARSITY = 0.25
 KILLS = 3
 SECONDS_BETWEEN_LOOKS = 0.05
 MIB = 1024
 
 
-def make_checkpoint(folder: Path, blocks: int) -> None:
-    """Random weights in the shape of TinyLlama 1.1B."""
+def make_checkpoint(folder: Path, blocks: int, width: int) -> None:
+    """Random weights in the shape of TinyLlama 1.1B, or in its proportions."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,25 +59,25 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
     torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
         vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=blocks,
-        num_attention_heads=32,
-        num_key_value_heads=4,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 512,
         max_position_embeddings=2048,
         dtype="bfloat16",
     )
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
 
 
-def random_windows(store: ArtifactStore) -> Artifact:
+def random_windows(store: ArtifactStore, count: int) -> Artifact:
     """Calibration windows of random tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    shape = (NUM_WINDOWS, WINDOW_TOKENS)
+    shape = (count, WINDOW_TOKENS)
     tokens = torch.randint(32_000, shape, generator=generator, dtype=torch.int32)
-    windows = Windows(tokens, [[] for _ in tokens], NUM_WINDOWS, tokens.numel(), 1)
+    windows = Windows(tokens, [[] for _ in tokens], count, tokens.numel(), 1)
 
     def write(folder: Path, _work: Path) -> dict[str, str]:
         windows.save(folder)
@@ -82,10 +87,10 @@ def random_windows(store: ArtifactStore) -> Artifact:
 
 
 def stages(work: Path, methods: list[str]) -> dict[str, Stage]:
-    """By name, in order; needs the checkpoint and the windows."""
+    """By name, in order; needs the checkpoint, and how many windows were asked for."""
     store, execution = ArtifactStore(work / "store"), Execution(device="cpu")
     model = ModelRef.of(str(work / "model"))
-    calibration = random_windows(store)
+    calibration = random_windows(store, int((work / "windows").read_text()))
     gathering = GatherStatistics(
         model=model,
         calibration=calibration,
@@ -169,15 +174,19 @@ def compress_killed(work: Path, name: str, blocks: int) -> dict[str, float]:
 
 def run_here(work: Path, name: str) -> None:
     """The stage in this process; prints its peak memory."""
+    if (work / "limit").is_file():
+        limit = int((work / "limit").read_text()) * MIB**2
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     run_stage(stages(work, [name] if name in METHODS else [])[name], ArtifactStore(work / "store"))
     # Of children Linux tells what they began with, a copy of this process, or more.
     others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / MIB
     print(json.dumps({"peak_mib": peak_resident_bytes() / MIB**2, "reload_peak_mib": others}))
 
 
-def make_here(work: Path, blocks: int) -> dict[str, float]:
+def make_here(work: Path, blocks: int, width: int) -> dict[str, float]:
     """The checkpoint, in a process of its own."""
-    making = [sys.executable, __file__, "--make", "--work", work, "--blocks", str(blocks)]
+    making = [sys.executable, __file__, "--make", "--work", work]
+    making += ["--blocks", str(blocks), "--width", str(width)]
     subprocess.run(making, check=True)
     weights = sum(file.stat().st_size for file in (work / "model").glob("*.safetensors"))
     return {"blocks": float(blocks), "weights_mib": weights / MIB**2}
@@ -189,16 +198,17 @@ def run_fresh(work: Path, name: str) -> dict[str, float]:
     return {f"{name}_{what}": found[what] for what in ("peak_mib", "seconds")}
 
 
-def measure(work: Path, blocks: int, methods: list[str]) -> dict[str, float]:
+def measure(work: Path, blocks: int, width: int, methods: list[str]) -> dict[str, float]:
     """All figures, memory in MiB; those that are in `work` already are not measured again."""
     pieces: dict[str, Callable[[], dict[str, float]]] = {
-        "make": lambda: make_here(work, blocks),
+        "make": lambda: make_here(work, blocks, width),
         "gather": lambda: run_fresh(work, "gather"),
         "rank": lambda: run_fresh(work, "rank"),
     }
     for name in methods:
         pieces[name] = partial(compress_in_one_go, work, name)
-        pieces[f"{name}-killed"] = partial(compress_killed, work, name, blocks)
+        if not (work / "limit").is_file():
+            pieces[f"{name}-killed"] = partial(compress_killed, work, name, blocks)
     for piece, take in pieces.items():
         file = work / f"{piece}.figures.json"
         if not file.is_file():
@@ -214,13 +224,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--blocks", type=int, default=22)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="MiB that a stage may take of its own")
     parser.add_argument("--methods", nargs="+", default=["modegpt", "svd_llm"])
     parser.add_argument("--work", type=Path, help="kept; on a disk with 20 GB; default: temporary")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
-        make_checkpoint(arguments.work / "model", arguments.blocks)
+        make_checkpoint(arguments.work / "model", arguments.blocks, arguments.width)
     elif arguments.stage:
         run_here(arguments.work, arguments.stage)
     else:
@@ -229,7 +242,10 @@ def main() -> None:
                 temporary = tempfile.TemporaryDirectory(prefix="foldstack-memory-")
                 arguments.work = Path(stack.enter_context(temporary))
             arguments.work.mkdir(parents=True, exist_ok=True)
-            figures = measure(arguments.work, arguments.blocks, arguments.methods)
+            (arguments.work / "windows").write_text(str(arguments.windows))
+            if arguments.limit:
+                (arguments.work / "limit").write_text(str(arguments.limit))
+            figures = measure(arguments.work, arguments.blocks, arguments.width, arguments.methods)
         if arguments.json:
             print(json.dumps(figures, indent=1))
         else:

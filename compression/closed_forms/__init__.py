@@ -6,6 +6,8 @@
   tensors in and out.
 - `inner_pairs`: Pairs of matrices with a narrower dimension between them: closed forms, tensors in
   and out.
+- `leading_directions`: Eigenvectors and least squares in float32, where a measurement says that
+  float64 would lose no less: tensors in, tensors out.
 - `loss_curve`: A loss as a function of what is saved, from a few places where it is known.
 - `low_rank`: Low-rank factors of a linear, best on its own inputs: closed forms, tensors in,
   tensors out.

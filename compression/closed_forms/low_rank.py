@@ -11,6 +11,10 @@ here, so a singular or badly conditioned G (too few tokens, a dead channel) need
 input direction that never occurred keeps its projection U U^T W x, where an inverse would answer
 with noise or with zero.
 
+For the ranks that are asked for, large matrices are decomposed in float32, whose rounding is
+measured; where it would cost anything, and for weights of float64, it is float64
+(`leading_directions`).
+
 Several weights that read inputs of one width can share their first factor, the basis (Basis
 Sharing, arXiv 2410.03765): stacked, they are one weight of more outputs, factored once on their
 pooled Gram.
@@ -25,6 +29,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foldstack.compression.closed_forms.leading_directions import (
+    LARGEST_SHARE,
+    SMALLEST_SIZE,
+    leading_in_float32,
+    share_of_gradient,
+    strips_times,
+    well_conditioned_factor,
+)
 from foldstack.compression.errors import InputError
 
 # Weight of directions that never occurred, relative to the mean energy of those that did: it orders
@@ -32,6 +44,9 @@ from foldstack.compression.errors import InputError
 UNSEEN_DIRECTION_WEIGHT = 1e-10
 # Mean squares below this are no energy at all: products with them would leave float64's range.
 NO_ENERGY = 1e-200
+# Diagonals of the triangular factor of a weight farther apart than this are left to Householder's
+# reflections in float64.
+WEIGHT_CONDITION = 1e5
 # Singular values of a Gram below this share of the largest one are rounding noise of float32 sums.
 RELATIVE_TOLERANCE = 1e-10
 
@@ -50,21 +65,34 @@ class WhitenedSVD:
 
     left: Float[Tensor, "out rank"]
     """Orthonormal directions of the outputs (U)."""
-    singular_values: Float[Tensor, " rank"]
-    """Root of the output energy along each direction: the singular values of W G^(1/2)."""
+    singular_values: Float[Tensor, " all"]
+    """Root of the output energy along each direction: the singular values of W G^(1/2), also those
+    of directions that were left out."""
     right: Float[Tensor, "rank in"]
     """Coordinates of the outputs as functions of the inputs, U^T W (Sigma V^T S^-1 for a regular
     G)."""
+    rounding: float = 0.0
+    """Share that float32 adds to what is lost at the ranks asked for; 0 in float64."""
 
 
-def whitened_svd(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> WhitenedSVD:
-    """The full decomposition of `weight` on inputs with Gram matrix `gram`, in float64.
+def whitened_svd(
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], ranks: Sequence[int] = ()
+) -> WhitenedSVD:
+    """The decomposition of `weight` on inputs with Gram matrix `gram`.
 
     arXiv 2403.07378, algorithm 1, in the inverse-free form (see the module's docstring).
+
+    Args:
+        ranks: those that it is to be cut to; it has as many components as the largest of them, and
+            all singular values. Without any it is whole, and in float64.
 
     Raises:
         InputError: the Gram has an entry that is not finite.
     """
+    if ranks and weight.dtype != torch.float64 and min(weight.shape) >= SMALLEST_SIZE:
+        found = _in_float32(weight, gram, ranks)
+        if found is not None:
+            return found
     weight, gram = weight.double(), symmetric(gram)
     seen = gram.diagonal().mean()
     # Inputs that are always zero say nothing: then the weight alone orders its directions.
@@ -76,26 +104,85 @@ def whitened_svd(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
     energy = core @ gram @ core.T + unseen * (core @ core.T)
     values, directions = torch.linalg.eigh((energy + energy.T) / 2)
     values, directions = values.flip(0).clamp_min(0), directions.flip(1)
+    directions = directions[:, : max(ranks)] if ranks else directions
     left = directions if basis is None else basis @ directions
     return WhitenedSVD(left=left, singular_values=values.sqrt(), right=left.T @ weight)
 
 
-def whitened_svd_operations(rows: int, columns: int) -> float:
-    """Float64 operations of `whitened_svd` of a weight (rows, columns).
+def _in_float32(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> WhitenedSVD | None:
+    """The same, but None where it takes float64.
+
+    Of more outputs than inputs W = Q R, so U = Q Z and U^T W = Z^T R with Z the eigenvectors of
+    R G R^T; R comes from W^T W, whose condition is that of a weight squared, not of activations.
+    """
+    energy = float(gram.diagonal().double().mean())
+    if not energy > NO_ENERGY:
+        return None
+    unit = symmetric(gram / energy, torch.float32)
+    is_tall = weight.shape[0] > weight.shape[1]
+    core = _triangle(weight) if is_tall else weight
+    if core is None:
+        return None
+    leading = leading_in_float32(core, unit, ranks, is_triangular=is_tall)
+    if leading.share > LARGEST_SHARE:
+        return None
+    single, directions = weight.float(), leading.vectors
+    if is_tall:
+        solved = torch.linalg.solve_triangular(core, directions.double(), upper=True)
+        left, right = single @ solved.float(), directions.T @ core.float()
+    else:
+        left, right = directions, directions.T @ single
+    return WhitenedSVD(left, (leading.values * energy).sqrt(), right, leading.share)
+
+
+def _triangle(weight: Tensor) -> Tensor | None:
+    """The upper triangular R with R^T R = W^T W, in float64; None where W is too badly
+    conditioned for it."""
+    columns = weight.shape[1]
+    upper = torch.zeros(columns, columns, dtype=torch.float64, device=weight.device)
+    for rows in weight.split(columns):
+        double = rows.double()
+        for start in range(0, columns, SMALLEST_SIZE):
+            strip = slice(start, start + SMALLEST_SIZE)
+            upper[strip, start:] += double[:, strip].T @ double[:, start:]
+    factor, failed = torch.linalg.cholesky_ex(upper, upper=True)
+    diagonal = factor.diagonal()
+    if failed or diagonal.max() > WEIGHT_CONDITION * diagonal.min():
+        return None
+    return factor
+
+
+def whitened_svd_operations(rows: int, columns: int, rank: int | None = None) -> float:
+    """Operations of `whitened_svd` of a weight (rows, columns), in the time of float64: those in
+    float32 count half.
+
+    Args:
+        rank: the largest that it is cut to; none: it is whole.
 
     An eigendecomposition with its vectors is counted as 9 n^3 (Golub and Van Loan, section 8.3).
     """
+    kept = min(rows, columns) if rank is None else rank
+    if rank is None or min(rows, columns) < SMALLEST_SIZE:
+        if rows > columns:
+            return 13.0 * columns**3 + 4.0 * rows * columns**2 + 4.0 * rows * columns * kept
+        return 9.0 * rows**3 + 4.0 * columns * rows**2 + 2.0 * rows * columns**2
     if rows > columns:
-        return 15.0 * columns**3 + 8.0 * rows * columns**2
-    return 9.0 * rows**3 + 4.0 * columns * rows**2 + 2.0 * rows * columns**2
+        of_weight = rows * columns**2 + columns**3 / 3 + columns**2 * kept
+        single = 11.0 * columns**3 + 2.0 * rows * columns * kept + 2.0 * columns**2 * kept
+        return of_weight + single / 2
+    single = 9.0 * rows**3 + 2.0 * rows * columns**2 + rows**2 * columns
+    return (single + 2.0 * rows * columns * kept) / 2
 
 
 def updated_directions_operations(rows: int, columns: int, rank: int, *, shifted: bool) -> float:
-    """Float64 operations of `updated_directions` for a weight (rows, columns)."""
+    """Operations of `updated_directions` for a weight (rows, columns), in the time of float64."""
     crossed = 2.0 * rank * columns**2
     residual = 2.0 * rows * columns * rank
-    square = 13.0 * rank**3 + 2.0 * columns * rank**2 + 4.0 * rows * rank**2
-    return square + (2 if shifted else 1) * (crossed + residual)
+    square = 2.0 * columns * rank**2 + 4.0 * rows * rank**2
+    if min(rows, columns) < SMALLEST_SIZE:
+        return square + 13.0 * rank**3 + (2 if shifted else 1) * (crossed + residual)
+    single = square + (2 if shifted else 1) * crossed + residual
+    return rank**3 / 3 + single / 2
 
 
 def eigen_whitened_svd(
@@ -120,8 +207,10 @@ def eigen_whitened_svd(
     return WhitenedSVD(left=left, singular_values=singular_values, right=coordinates)
 
 
-def symmetric(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """The Gram in float64, its rounding noise out of the way.
+def symmetric(
+    gram: Float[Tensor, "in in"], dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "in in"]:
+    """The Gram in float64, or another precision, its rounding noise out of the way.
 
     Raises:
         InputError: it has an entry that is not finite.
@@ -131,7 +220,7 @@ def symmetric(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
             "a Gram matrix must be finite, got NaN or infinity; "
             "run the model in float32 or bfloat16"
         )
-    total = gram.to(torch.float64, copy=True)
+    total = gram.to(dtype, copy=True)
     total += gram.T
     return total.div_(2)  # in place: of the widest Gram each copy counts
 
@@ -146,7 +235,7 @@ def truncate(
     would be larger by about the root of the number of tokens, and recovery would move one of the
     two while the other stands still.
     """
-    assert 1 <= rank <= len(svd.singular_values)
+    assert 1 <= rank <= svd.left.shape[1]
     return balance(svd.right[:rank], svd.left[:, :rank])
 
 
@@ -184,8 +273,13 @@ def updated_directions(
 
         U_new = W (G' + D) A^T (A G' A^T)^-1 = U + ((W - U A) G' + W D) A^T (A G' A^T)^-1
 
-    The second form is the one computed: where A G' A^T is singular it leaves U as it was.
+    The second form is the one computed: where A G' A^T is singular it leaves U as it was. Large
+    ones are computed in float32 where that is as good (`leading_directions`).
     """
+    if weight.dtype != torch.float64 and min(weight.shape) >= SMALLEST_SIZE:
+        found = _updated_in_float32(weight, coordinates, directions, deviated_gram, target_shift)
+        if found is not None:
+            return found
     weight, gram = weight.double(), deviated_gram.double()
     coordinates, directions = coordinates.double(), directions.double()
     crossed = gram @ coordinates.T
@@ -199,6 +293,36 @@ def updated_directions(
         residual = residual + weight @ (target_shift.double() @ coordinates.T)
     updated: Tensor = directions + (residual * scale) @ inverse * scale
     return updated
+
+
+def _updated_in_float32(
+    weight: Tensor,
+    coordinates: Tensor,
+    directions: Tensor,
+    deviated_gram: Tensor,
+    target_shift: Tensor | None,
+) -> Tensor | None:
+    """The same, but None where it takes float64."""
+    weight, coordinates, directions = weight.float(), coordinates.float(), directions.float()
+    crossed = strips_times(deviated_gram, coordinates.T)
+    normal = coordinates @ crossed
+    energy = normal.diagonal()
+    if not (energy > 0).all():
+        return None
+    scale = energy.rsqrt()
+    solvable = well_conditioned_factor((scale[:, None] * normal * scale).double())
+    if solvable is None:
+        return None
+    factor, inverse = solvable
+    wanted = crossed
+    if target_shift is not None:
+        wanted = crossed + strips_times(target_shift, coordinates.T)
+    residual = weight @ wanted - directions @ normal
+    updated = directions + torch.cholesky_solve((residual * scale).T, factor.float()).T * scale
+    share = share_of_gradient(
+        weight, coordinates, updated, deviated_gram, target_shift, scale, inverse
+    )
+    return updated if share <= LARGEST_SHARE else None
 
 
 def pooled_gram(
@@ -226,7 +350,7 @@ def shared_factors(
     arXiv 2410.03765, section 3.1: the whitened SVD of the weights side by side. Its loss is that
     of every linear on the pooled inputs of all.
     """
-    basis, stacked = truncate(whitened_svd(torch.cat(tuple(weights)), gram), rank)
+    basis, stacked = truncate(whitened_svd(torch.cat(tuple(weights)), gram, (rank,)), rank)
     return basis, list(stacked.split([len(weight) for weight in weights]))
 
 

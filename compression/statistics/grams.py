@@ -83,9 +83,9 @@ def summed_inputs(block: nn.Module, architecture: Architecture) -> Iterator[Inpu
         if reads not in sums.grams:
             size, device = rows.shape[1], rows.device
             sums.grams[reads] = torch.zeros(size, size, dtype=torch.float64, device=device)
-            sums.inputs[reads] = torch.zeros(size, dtype=torch.float64)
+            sums.inputs[reads] = torch.zeros(size, dtype=torch.float64, device=device)
         add_upper_product(sums.grams[reads], rows)
-        sums.inputs[reads] += rows.sum(0, dtype=torch.float64).cpu()
+        sums.inputs[reads] += rows.sum(0, dtype=torch.float64)
 
     try:
         with _input_hooks(block, architecture, add):
@@ -93,6 +93,8 @@ def summed_inputs(block: nn.Module, architecture: Architecture) -> Iterator[Inpu
     finally:
         for reads, upper in sums.grams.items():
             sums.grams[reads] = mirrored(upper.to(precision))
+            # Only now: on a GPU each look from the host waits for all that is on its way.
+            sums.inputs[reads] = sums.inputs[reads].cpu()
 
 
 @contextmanager

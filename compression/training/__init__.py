@@ -11,6 +11,8 @@
   out.
 - `recovery`: Recovery: a compressed model is trained for a while, by itself or after its dense
   teacher.
+- `teacher_states`: What a frozen teacher makes of windows that are trained on more than once,
+  computed once.
 - `training_loop`: A training loop that survives being killed: its checkpoints, its schedule, its
   data order.
 """

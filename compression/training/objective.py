@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from foldstack.compression.training.distillation import (
     hidden_distance,
     last_hidden_state,
 )
+from foldstack.compression.training.teacher_states import Taught, TeacherStates
 
 FIGURES = (*BLEND_FIGURES, "tail_distance")
 
@@ -87,6 +89,27 @@ class Objective(nn.Module):
         self._blend = blend
         self._autocast_to = autocast_to
         self._tail = tail
+        self._states: TeacherStates | None = None
+
+    def keep_teacher(
+        self, windows: Int[Tensor, "windows tokens"], batch_size: int, folder: Path
+    ) -> None:
+        """Let the teacher pass all windows now; where there is room for its hidden states, it does
+        not pass them again."""
+        device = next(self.parameters()).device
+
+        def make(batch: Tensor) -> Taught:
+            tokens = batch.to(device, torch.long)
+            with torch.autocast(
+                device.type, dtype=self._autocast_to, enabled=self._autocast_to is not None
+            ):
+                return self._taught(tokens)
+
+        self._states = with_smaller_batches(
+            lambda size: TeacherStates.of(windows, make, size, folder),
+            batch_size,
+            windows.shape[1],
+        )
 
     def forward(
         self, tokens: Int[Tensor, "batch tokens"], use_teacher: bool = True
@@ -104,24 +127,30 @@ class Objective(nn.Module):
             if self._teacher is None or not use_teacher:
                 loss, figures = self._blend(hidden, targets, self._head)
                 return loss, F.pad(figures, (0, 1))
-            teacher, teacher_head = self._teacher
-            with (
-                torch.no_grad(),
-                block_outputs(teacher, [its for _, its in pairs]) as teacher_outputs,
-            ):
-                seen = Reference(_predicting(last_hidden_state(teacher, tokens)), teacher_head)
+            last, *teacher_outputs = (self._states or self._taught)(tokens)
+            seen = Reference(_predicting(last), self._teacher[1])
             reference = seen if self._blend.distillation else None
             loss, figures = self._blend(hidden, targets, self._head, reference)
             if self._tail is None:
                 return loss, F.pad(figures, (0, 1))
             distances = [
-                hidden_distance(_predicting(outputs[own]), _predicting(teacher_outputs[its]))
-                for own, its in pairs
+                hidden_distance(_predicting(outputs[own]), _predicting(its))
+                for (own, _), its in zip(pairs, teacher_outputs, strict=True)
             ]
             distance = torch.stack(distances).mean()
             loss = loss + self._tail.weight * distance
             figures = torch.cat([loss.detach()[None], figures[1:], distance.detach()[None]])
             return loss, figures
+
+    def _taught(self, tokens: Int[Tensor, "batch tokens"]) -> Taught:
+        """What is compared with: the teacher's last hidden states, and the outputs of its blocks
+        that the tail names."""
+        assert self._teacher is not None
+        teacher = self._teacher[0]
+        positions = [] if self._tail is None else [its for _, its in self._tail.pairs]
+        with torch.no_grad(), block_outputs(teacher, positions) as outputs:
+            last = last_hidden_state(teacher, tokens)
+        return [last, *(outputs[position] for position in positions)]
 
     def _attention(self, tokens: Tensor) -> AbstractContextManager[object]:
         needs_it = self._autocast_to is not None and tokens.device.type == "cpu"

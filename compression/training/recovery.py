@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import plan_of
 from foldstack.compression.training.distillation import Blend, head_of, tail_pairs
 from foldstack.compression.training.objective import FIGURES, Objective, Tail, mean_loss
+from foldstack.compression.training.teacher_states import WORTH_FROM
 from foldstack.compression.training.training_loop import (
     Checkpoints,
     History,
@@ -102,6 +104,9 @@ class Recovery(BaseModel):
     tail_blocks: int = Field(default=4, ge=1)
     """Number of last blocks whose outputs are compared, each with that of its block in the teacher,
     the last with the teacher's last."""
+    cache_teacher: bool = True
+    """Where windows come again, let the teacher pass each once and keep its hidden states, in files
+    where they take more than a gigabyte."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast; auto takes it where the hardware multiplies bfloat16 faster."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -115,6 +120,11 @@ class Recovery(BaseModel):
     @property
     def needs_teacher(self) -> bool:
         return self.distillation > 0 or self.tail_distillation > 0
+
+    def keeps_teacher(self, num_windows: int, num_processes: int = 1) -> bool:
+        """Whether its hidden states on so many windows are kept, which each process does alone."""
+        passed = self.steps * self.schedule.windows_per_step / num_processes
+        return self.cache_teacher and self.needs_teacher and passed >= WORTH_FROM * num_windows
 
     @property
     def schedule(self) -> Schedule:
@@ -240,6 +250,9 @@ def _recover(
             checkpoints=checkpoints,
         )
         saved = None if checkpoints is None else checkpoints.newest()
+        if settings.keeps_teacher(len(windows), accelerator.num_processes):
+            folder = Path(tempfile.gettempdir()) if work is None else work
+            objective.keep_teacher(windows, batch_size, folder)
         accelerator.wait_for_everyone()
         history, seconds = training.run(windows, saved, _reporter(progress, settings.steps))
         after = None if validation is None else mean_loss(objective, validation, batch_size)

@@ -202,11 +202,41 @@ def _compress(
         return exit_code(comparison)
 
 
-@app.command(epilog=examples("foldstack plan demo", "foldstack plan qwen3-0.6b sparsities=[0.3]"))
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+@app.command(
+    epilog=examples(
+        "foldstack plan demo",
+        "foldstack plan qwen3-0.6b sparsities=[0.3]",
+        "foldstack plan run.yaml --on h200 --devices 8 statistics.shards=8",
+    )
+)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            "--on",
+            help="h100 or h200: on such a machine, by what was measured on one; of the model there "
+            "need be no more than a folder with its config.json.",
+        ),
+    ] = "",
+    devices: Annotated[int, typer.Option("--devices", min=1, help="How many, with --on.")] = 1,
+    as_json: AsJson = False,
+) -> None:
     """Say what a run would do: sizes, what is in the store already, time and memory."""
     with output_for_result() as output:
-        _print_plan(_load(config, overrides), as_json, output)
+        loaded = _load(config, overrides)
+        if not on:
+            _print_plan(loaded, as_json, output)
+            return
+        from foldstack.flows.planning.on_paper import plan_on_paper, print_paper
+        from foldstack.flows.running.progress import console_on
+
+        paper = plan_on_paper(loaded, on, devices)
+        if as_json:
+            print_json(paper.model_dump(mode="json"), output)
+        else:
+            print_paper(paper, console_on(output))
 
 
 @app.command()

@@ -100,12 +100,11 @@ def dry_run(config: RunConfig) -> DryRun:
 
 def expected_models(layout: Layout) -> dict[str, ExpectedModel]:
     """The size of every model of the run, by label, from its outline on the meta device."""
-    from foldstack.compression.checkpoints.checkpoint import load_config
     from foldstack.compression.structure.size import size_of, size_of_plan, sparsity_between
     from foldstack.compression.structure.surgery import build_on_meta
     from foldstack.tasks.environment.execution import torch_dtype
 
-    config = load_config(layout.model.folder)
+    config = layout.model_config()
     meta = build_on_meta(config)
     dtype = torch_dtype(layout.config.model.dtype) or stored_dtype(meta)
     dense = size_of(meta, dtype)

@@ -78,11 +78,10 @@ class _Shapes:
 
 def needs_of(layout: Layout) -> dict[str, Need]:
     """The need of every stage, by its fingerprint."""
-    from foldstack.compression.checkpoints.checkpoint import load_config
     from foldstack.compression.structure.size import count_parameters
     from foldstack.compression.structure.surgery import build_on_meta, config_for
 
-    config = load_config(layout.model.folder)
+    config = layout.model_config()
     meta = build_on_meta(config)
     shapes = _shapes(meta, layout)
     needs: dict[str, Need] = {}
@@ -142,6 +141,11 @@ def stored_dtype(meta: Any) -> Any:
     return getattr(meta.config.get_text_config(decoder=True), "dtype", None) or meta.dtype
 
 
+def _float32_copies(shapes: _Shapes, layout: Layout) -> int:
+    """Size over that of a block as stored, where it computes: a CPU multiplies in float32."""
+    return 1 if layout.on_paper else max(1, 4 // shapes.element_bytes)
+
+
 def autocast_of(layout: Layout) -> Any:
     """What recovery casts its products to, where it trains; None for float32."""
     import torch
@@ -149,6 +153,8 @@ def autocast_of(layout: Layout) -> Any:
     from foldstack.compression.training.recovery import autocast_dtype
     from foldstack.tasks.environment.execution import device_named
 
+    if layout.on_paper:
+        return None if layout.config.recovery.precision == "float32" else torch.bfloat16
     name = layout.config.model.device
     # A named one may be another machine's, which a run on Dask does not look for here.
     device = torch.device(device_named(name) if name == "auto" else name)
@@ -176,7 +182,7 @@ def _shared_need(stage: Stage, shapes: _Shapes, layout: Layout) -> Need:
         return Need(PROCESS_BYTES + 12 * elements, disk)
     batch = chosen.statistics.batch_size * chosen.calibration.window_tokens
     # Blocks of half precision compute in float32 on a CPU; hidden states are in files.
-    in_float32 = max(1, 4 // shapes.element_bytes)
+    in_float32 = _float32_copies(shapes, layout)
     of_window = 8 * (shapes.num_blocks + 1) * chosen.calibration.window_tokens * shapes.hidden
     memory = (
         in_float32 * (shapes.block_bytes + shapes.activations(batch))
@@ -206,7 +212,7 @@ def _of_scoring(shapes: _Shapes, layout: Layout) -> int:
     from foldstack.compression.methods.search.scoring import LOGIT_BYTES, TOP
 
     chosen = layout.config
-    in_float32 = max(1, 4 // shapes.element_bytes)
+    in_float32 = _float32_copies(shapes, layout)
     weights = shapes.dense_bytes * (1 if in_float32 == 1 else 1 + in_float32)
     tokens = chosen.sensitivity.tokens
     kept = 8 * tokens * min(TOP, shapes.vocabulary)
@@ -244,6 +250,7 @@ def _of_measuring(
 
 def _of_recovering(made: Any, shapes: _Shapes, layout: Layout) -> int:
     """Bytes of training the model `made`, which is on the meta device; it is not the same after."""
+    from foldstack.compression.statistics.hidden_states import MEMORY_BYTES
     from foldstack.compression.structure.architectures import architecture_of
     from foldstack.compression.training.recovery import adapters_for
 
@@ -254,6 +261,10 @@ def _of_recovering(made: Any, shapes: _Shapes, layout: Layout) -> int:
     kept = tokens * num_blocks * (3 * shapes.widest + 8 * shapes.hidden) * 4
     logits = 3 * tokens * shapes.vocabulary * 4
     teacher = shapes.dense_bytes if settings.needs_teacher else 0
+    if settings.keeps_teacher(settings.windows.num_windows):
+        compared = 1 + (settings.tail_blocks if settings.tail_distillation else 0)
+        states = settings.windows.num_windows * settings.windows.window_tokens * shapes.hidden * 4
+        teacher += min(MEMORY_BYTES, compared * states)
     return opened.num_bytes + teacher + kept + logits
 
 
@@ -282,7 +293,7 @@ def _of_streams(method: Method, meta: Any, shapes: _Shapes, layout: Layout) -> i
     tokens = chosen.num_windows * chosen.window_tokens
     streams = method.arithmetic(meta, tokens).streams
     # Blocks of half precision compute in float32 on a CPU.
-    in_float32 = max(1, 4 // shapes.element_bytes)
+    in_float32 = _float32_copies(shapes, layout)
     block = 2 * shapes.block_bytes + shapes.activations(BATCH_SIZE * chosen.window_tokens)
     return 8 * streams * shapes.gram_elements + (in_float32 * block if streams else 0)
 

@@ -1,6 +1,6 @@
 """Seconds of a stage of which no earlier run is known, from its shapes and this machine's rates."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -34,6 +34,8 @@ LITTLE_SECONDS = 1.5
 OPENING_SECONDS = 0.5
 """Of a model, a tokenizer and a text."""
 CHARACTERS_PER_TOKEN = 3
+CHARACTERS_PER_SECOND = 2e6
+"""Of text into tokens, where there is no tokenizer to measure."""
 WHOLE_BENCHMARK = 1000
 """Items, by a guess."""
 
@@ -45,11 +47,13 @@ class StageArithmetic:
     Args:
         needs: of every stage, by its fingerprint.
         flops: per token of every model, by its label.
+        described: the rates of another machine for a model; without it, this one's are measured.
     """
 
     layout: Layout
     needs: Mapping[str, Need]
     flops: Mapping[str, float]
+    described: Callable[["PreTrainedModel", Layout], Rates] | None = None
 
     def seconds(self, stage: Stage) -> float:
         """Expected, with the libraries loaded already."""
@@ -81,6 +85,9 @@ class StageArithmetic:
                 tokens = stage.settings.steps * schedule.batch_size * schedule.gradient_accumulation
                 tokens *= schedule.windows.window_tokens
                 student = TRAINING_FACTOR * self._trained(tokens, branch)
+                windows = schedule.windows
+                if schedule.keeps_teacher(windows.num_windows):
+                    tokens = windows.num_windows * windows.window_tokens
                 teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
                 return OPENING_SECONDS + self._checking(branch) + student + teacher
             case "choose_finalist":
@@ -113,6 +120,8 @@ class StageArithmetic:
         from foldstack.compression.text.corpus import documents
 
         texts = documents(stage.source)
+        if self.layout.on_paper:
+            return sum(map(len, texts)) / CHARACTERS_PER_SECOND
         rate = characters_per_second(load_tokenizer(stage.model.open()), texts)
         return sum(map(len, texts)) / rate
 
@@ -201,6 +210,18 @@ class StageArithmetic:
         products = GRAM_FACTOR * work.products / self._rates.float32
         return work.float64 / self._rates.float64 + products + token * self._calibration
 
+    @property
+    def hidden_size(self) -> int:
+        """Of the dense model."""
+        return int(self._meta.config.get_text_config(decoder=True).hidden_size)
+
+    def streams_of(self, stage: Stage) -> int:
+        """Models whose hidden states a stage takes from block to block."""
+        branch = self._owners.get(stage.fingerprint)
+        if stage.stage != "compress_model" or branch is None or branch.variant is None:
+            return 1
+        return branch.variant.method.arithmetic(self._meta, self._calibration).streams
+
     @cached_property
     def _calibration(self) -> int:
         """Tokens."""
@@ -253,13 +274,14 @@ class StageArithmetic:
 
     @cached_property
     def _meta(self) -> "PreTrainedModel":
-        from foldstack.compression.checkpoints.checkpoint import load_config
         from foldstack.compression.structure.surgery import build_on_meta
 
-        return build_on_meta(load_config(self.layout.model.folder))
+        return build_on_meta(self.layout.model_config())
 
     @cached_property
     def _rates(self) -> Rates:
+        if self.described is not None:
+            return self.described(self._meta, self.layout)
         from foldstack.tasks.environment.execution import torch_dtype
 
         dtype = torch_dtype(self.layout.config.model.dtype) or stored_dtype(self._meta)

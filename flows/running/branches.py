@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from foldstack.compression.methods.method import Method
 from foldstack.compression.statistics.sensitivity import FAMILIES
@@ -41,6 +41,9 @@ from foldstack.tasks.stage import ModelRef, Stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 from foldstack.tasks.write_samples import WriteSamples
 from foldstack.tasks.write_windows import WriteWindows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +148,19 @@ class Layout:
     """Of the families of which a method asks for the time they save."""
     branches: tuple[Branch, ...]
     """The dense model's first."""
+    on_paper: bool = False
+    """Whether of the model there need be no more than a config."""
+
+    def model_config(self) -> "PreTrainedConfig":
+        """Of the dense model.
+
+        Raises:
+            InputError: the model is none that foldstack supports.
+        """
+        from foldstack.compression.checkpoints.agreement import read_config
+        from foldstack.compression.checkpoints.checkpoint import load_config
+
+        return (read_config if self.on_paper else load_config)(self.model.folder)
 
     @cached_property
     def workers(self) -> int:
@@ -213,16 +229,19 @@ class Layout:
             yield from branch.speeds
 
 
-def lay_out(config: RunConfig) -> Layout:
+def lay_out(config: RunConfig, *, on_paper: ModelRef | None = None) -> Layout:
     """The stages of `config`; reads the model's and the texts' bytes, computes nothing but plain
     weights of quantised ones.
+
+    Args:
+        on_paper: the model, of which nothing but the config is read: none of the stages can run.
 
     Raises:
         InputError: the model or a text cannot be found or read.
     """
     store = ArtifactStore(config.output.home / "store", config.output.store)
     chosen = config.model
-    model = find_model(store, chosen.name, chosen.revision, chosen.dtype)
+    model = on_paper or find_model(store, chosen.name, chosen.revision, chosen.dtype)
     if model.origin:
         logger.warning("%s", model.origin)
     # A worker of Dask's is told by its environment how many threads it may use.
@@ -268,6 +287,7 @@ def lay_out(config: RunConfig) -> Layout:
         config, store, model, calibration, recovery_windows, contest_windows, evaluation_windows,
         shards, statistics, ranking, scores, times,
         (builder.dense(), *(builder.of(variant) for variant in config.variants)),
+        on_paper is not None,
     )  # fmt: skip
 
 

@@ -154,6 +154,7 @@ class BasisSharing(Method):
             whitened_svd_operations(
                 sum(shapes[position, group.name][0] for position in group.positions),
                 shapes[group.positions[0], group.name][1],
+                group.rank,
             )
             for group in groups
         )

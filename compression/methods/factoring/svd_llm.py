@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -127,7 +127,7 @@ class SvdLlm(Method):
 
     def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
         shapes, ranks = linear_shapes(model), self._ranks(model)
-        once = math.fsum(whitened_svd_operations(*shapes[site]) for site in ranks)
+        once = math.fsum(whitened_svd_operations(*shapes[site], ranks[site]) for site in ranks)
         work = Arithmetic(float64=once * (2 if self.allocation == "v2" else 1))
         if self.update == "none":
             return work
@@ -193,7 +193,7 @@ class SvdLlm(Method):
         shapes = linear_shapes(model)
         losses: dict[tuple[str, tuple[int, int]], dict[Site, float]] = defaultdict(dict)
         for site, rank in uniform.items():
-            tail = self.decomposed(model, site, evidence).singular_values[rank:]
+            tail = self.decomposed(model, site, evidence, (rank,)).singular_values[rank:]
             losses[site[1], shapes[site]][site] = float(tail.norm())
             evidence.progress("svd_llm losses", sum(map(len, losses.values())), len(uniform))
         ranks: dict[Site, int] = {}
@@ -241,19 +241,28 @@ class SvdLlm(Method):
         self, model: PreTrainedModel, site: Site, rank: int, evidence: Evidence
     ) -> Factors:
         # A function of its own: the whole decomposition is gone before the next one begins.
-        svd = self.decomposed(model, site, evidence)
-        logger.debug("block %d %s: rank %d loses %.3g", *site, rank, tail_energy(svd, rank))
+        svd = self.decomposed(model, site, evidence, (rank,))
+        logger.debug(
+            "block %d %s: rank %d loses %.3g, computed in %s (rounding adds %.0e of it)",
+            *site, rank, tail_energy(svd, rank), svd.left.dtype, svd.rounding,
+        )  # fmt: skip
         factors = truncate(svd, rank)
         return as_held(factors, model) if self.update == "closed_form" else factors
 
-    def decomposed(self, model: PreTrainedModel, site: Site, evidence: Evidence) -> WhitenedSVD:
-        """The decomposition of a linear on its own inputs, before any rank is chosen."""
+    def decomposed(
+        self, model: PreTrainedModel, site: Site, evidence: Evidence, ranks: Sequence[int]
+    ) -> WhitenedSVD:
+        """The decomposition of a linear on its own inputs, to be cut to one of these ranks."""
         architecture = architecture_of(model)
         position, name = site
         linear = architecture.blocks(model)[position].get_submodule(name)
         weight = architecture.weight(linear).detach().to(model.device)
         reads = next(site.reads for site in architecture.linears if site.name == name)
-        decompose = eigen_whitened_svd if self.whitening == "eigen" else whitened_svd
+        decompose = (
+            eigen_whitened_svd
+            if self.whitening == "eigen"
+            else partial(whitened_svd, ranks=tuple(ranks))
+        )
         # No name for the Gram here: it goes when the decomposition has its own in float64.
         return decompose(
             weight,

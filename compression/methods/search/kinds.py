@@ -123,7 +123,7 @@ class _Rank(Kind):
         if not sites.is_dense(position) or sites.plan.is_sliced:
             return
         for gone in sites.rank_grid:
-            variant = self.at(position, level=round(PER_MILLE * (1 - gone)))
+            variant = self.at(position, level=_level(gone))
             if self.ranks(sites, variant):
                 yield variant
 
@@ -134,9 +134,7 @@ class _Rank(Kind):
             if not site.reads.startswith(self.reads):
                 continue
             rows, columns = sites.shapes[variant.first, site.name]
-            rank = int(rows * columns * variant.level / PER_MILLE / (rows + columns) + 1e-9)
-            step = sites.rank_multiple if rank >= sites.rank_multiple else 1
-            rank = max(1, rank // step * step)
+            rank = _rank(sites, (rows, columns), variant.level)
             if rank * (rows + columns) < rows * columns:
                 found[variant.first, site.name] = rank
         return found
@@ -147,11 +145,14 @@ class _Rank(Kind):
     def tensors(
         self, materials: Materials, variant: Variant, position: int
     ) -> Mapping[str, Tensor]:
-        model = materials.sites.model
+        sites = materials.sites
+        model = sites.model
         block = architecture_of(model).blocks(model)[position]
         tensors: dict[str, Tensor] = {}
-        for (_, name), rank in self.ranks(materials.sites, variant).items():
-            factors = truncate(materials.svd(position, name), rank)
+        for site, rank in self.ranks(sites, variant).items():
+            name, shape = site[1], sites.shapes[site]
+            scored = {_rank(sites, shape, _level(gone)) for gone in sites.rank_grid}
+            factors = truncate(materials.svd(position, name, sorted(scored | {rank})), rank)
             tensors |= named_factors(position, name, factors, block.get_submodule(name))
         return as_stored(tensors, model)
 
@@ -162,6 +163,18 @@ class _Rank(Kind):
             for site in self.ranks(sites, variant)
         )
         return Arithmetic(float64=sum(operations))
+
+
+def _level(gone: float) -> int:
+    """Of a rank that removes this share of a linear's parameters."""
+    return round(PER_MILLE * (1 - gone))
+
+
+def _rank(sites: Sites, shape: tuple[int, int], level: int) -> int:
+    rows, columns = shape
+    rank = int(rows * columns * level / PER_MILLE / (rows + columns) + 1e-9)
+    step = sites.rank_multiple if rank >= sites.rank_multiple else 1
+    return max(1, rank // step * step)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the tensors of variants are made from, and what several of them have in common."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,12 +22,12 @@ class Materials:
         self._factoring = SvdLlm(sparsity=0.5, update="none")
         self._svds: dict[tuple[int, str], WhitenedSVD] = {}
 
-    def svd(self, position: int, name: str) -> WhitenedSVD:
+    def svd(self, position: int, name: str, ranks: Sequence[int]) -> WhitenedSVD:
         """Of a linear, for all of its ranks."""
         site = position, name
-        if site not in self._svds:
+        if site not in self._svds or self._svds[site].left.shape[1] < max(ranks):
             model = self.sites.model
-            self._svds[site] = self._factoring.decomposed(model, site, self.evidence)
+            self._svds[site] = self._factoring.decomposed(model, site, self.evidence, ranks)
         return self._svds[site]
 
     @cached_property

@@ -24,7 +24,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.modeling_foldstack import Borrowed
 from foldstack.compression.structure.surgery import Cut, build_on_meta, config_for, cut, plan_of
-from foldstack.compression.training import distillation
+from foldstack.compression.training import distillation, teacher_states
 from foldstack.compression.training.adapters import Adapters, FoldingLora, linear_names
 from foldstack.compression.training.distillation import (
     Blend,
@@ -508,6 +508,39 @@ def test_divergence_from_oneself_is_zero(tiny_model: ModelFactory, windows: Tens
     for name, tensor in model.state_dict().items():
         # AdamW follows the sign of rounding errors, so "no gradient" is still a small step.
         assert (tensor - before[name]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_teacher_passes_windows_that_come_again_once(
+    tiny_model: ModelFactory,
+    windows: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_files: bool,
+) -> None:
+    """Eight steps see each window once or twice, by what is kept as by the teacher itself."""
+    if in_files:
+        monkeypatch.setattr(teacher_states, "MEMORY_BYTES", 0)
+    settings = QUICK.model_copy(
+        update={"steps": 8, "distillation": 0.5, "tail_distillation": 1.0, "tail_blocks": 2}
+    )
+    passed: list[int] = []
+    found = []
+    for keep in (True, False):
+        passed.clear()
+        teacher = tiny_model("llama", seed=1)
+        teacher.register_forward_hook(
+            lambda _module, _args, settings, _output: passed.append(len(settings["input_ids"])),
+            with_kwargs=True,
+        )
+        chosen = settings.model_copy(update={"cache_teacher": keep})
+        model = tiny_model("llama")
+        found.append(recover(model, windows, chosen, teacher=teacher, work=tmp_path / str(keep)))
+        of_head = 2  # `head_of` asks the teacher about one short window, twice
+        assert sum(passed) - of_head == (len(windows) if keep else 8 * settings.batch_size)
+    for kept, anew in zip(found[0].history, found[1].history, strict=True):
+        assert kept["loss"] == pytest.approx(anew["loss"], rel=1e-5)
+    assert [path.name for path in (tmp_path / "True").iterdir()] == ["step-00000008"]
 
 
 def test_distillation_brings_the_student_to_the_teacher(
