@@ -37,13 +37,12 @@ LARGEST_CONDITION = 1e4
 
 _STRIP = 512
 _PROBES = 4
+# Larger steps of the refinement would leave vectors that are not orthogonal.
 _LARGEST_STEP = 0.03
 # Eigenvalues of a Gram that are split off, and passes over it to find about where they are.
 _DOMINANT = 32
 _PASSES = 3
-# Eigenvalues that are split off, and passes over the matrix to find their vectors.
-_DOMINANT = 32
-_PASSES = 4
+# Of the power method, for a condition number.
 _ITERATIONS = 8
 # Standard deviations of the sum of the dropped eigenvalues that it must exceed to count.
 _DEVIATIONS = 10.0

@@ -112,7 +112,7 @@ def whitened_svd(
 def _in_float32(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> WhitenedSVD | None:
     """The same, but None where it takes float64.
 
-    Of more outputs than inputs W = Q R, so U = Q Z and U^T W = Z^T R with Z the eigenvectors of
+    For more outputs than inputs W = Q R, so U = Q Z and U^T W = Z^T R with Z the eigenvectors of
     R G R^T; R comes from W^T W, whose condition is that of a weight squared, not of activations.
     """
     energy = float(gram.diagonal().double().mean())
@@ -124,7 +124,7 @@ def _in_float32(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> WhitenedS
     if core is None:
         return None
     leading = leading_in_float32(core, unit, ranks, is_triangular=is_tall)
-    if leading.share > LARGEST_SHARE:
+    if not leading.share <= LARGEST_SHARE:
         return None
     single, directions = weight.float(), leading.vectors
     if is_tall:
@@ -164,14 +164,17 @@ def whitened_svd_operations(rows: int, columns: int, rank: int | None = None) ->
     kept = min(rows, columns) if rank is None else rank
     if rank is None or min(rows, columns) < SMALLEST_SIZE:
         if rows > columns:
-            return 13.0 * columns**3 + 4.0 * rows * columns**2 + 4.0 * rows * columns * kept
+            return 15.0 * columns**3 + 4.0 * rows * columns**2 + 4.0 * rows * columns * kept
         return 9.0 * rows**3 + 4.0 * columns * rows**2 + 2.0 * rows * columns**2
+    size = min(rows, columns)
+    refinement = 2.0 * size**2 * kept
+    single = 9.0 * size**3 + 4.0 * size**2 * kept + 4.0 * size * kept**2
     if rows > columns:
-        of_weight = rows * columns**2 + columns**3 / 3 + columns**2 * kept
-        single = 11.0 * columns**3 + 2.0 * rows * columns * kept + 2.0 * columns**2 * kept
-        return of_weight + single / 2
-    single = 9.0 * rows**3 + 2.0 * rows * columns**2 + rows**2 * columns
-    return (single + 2.0 * rows * columns * kept) / 2
+        triangle = rows * columns**2 + columns**3 / 3 + columns**2 * kept
+        single += 2.0 * columns**3 + 2.0 * rows * columns * kept + 2.0 * columns**2 * kept
+        return triangle + refinement + single / 2
+    single += 2.0 * rows * columns**2 + rows**2 * columns + 2.0 * rows * columns * kept
+    return refinement + single / 2
 
 
 def updated_directions_operations(rows: int, columns: int, rank: int, *, shifted: bool) -> float:
