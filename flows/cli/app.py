@@ -212,6 +212,7 @@ def _compress(
 def plan(
     config: Config,
     overrides: Overrides = None,
+    as_json: AsJson = False,
     on: Annotated[
         str,
         typer.Option(
@@ -221,7 +222,6 @@ def plan(
         ),
     ] = "",
     devices: Annotated[int, typer.Option("--devices", min=1, help="How many, with --on.")] = 1,
-    as_json: AsJson = False,
 ) -> None:
     """Say what a run would do: sizes, what is in the store already, time and memory."""
     with output_for_result() as output:
