@@ -258,9 +258,13 @@ def measure_block(
                 )
             ]
             seconds = (computing_seconds(device) - started) / count
-            losses.append(
-                [objective(w, seen, noise, pair) for w, pair in zip(weights, pairs, strict=True)]
-            )
+            if compare:
+                losses.append(
+                    [
+                        objective(w, seen, noise, pair)
+                        for w, pair in zip(weights, pairs, strict=True)
+                    ]
+                )
             if precision == torch.float64:
                 took.float64_seconds = seconds
                 took.loss_change = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
