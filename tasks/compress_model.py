@@ -46,6 +46,7 @@ class CompressModel(ComputedStage):
             "foldstack.compression.checkpoints.checkpoint",
             "foldstack.compression.checkpoints.model_card",
             "foldstack.compression.export.what_runs",
+            "foldstack.compression.structure.folding",
             "foldstack.compression.structure.size",
             "foldstack.compression.structure.surgery",
         )
@@ -65,6 +66,7 @@ class CompressModel(ComputedStage):
         from foldstack.compression.methods.method import Evidence, missed
         from foldstack.compression.statistics.gathering import Statistics
         from foldstack.compression.structure.architectures import architecture_of
+        from foldstack.compression.structure.folding import fold, unpaid_factors
         from foldstack.compression.structure.size import size_of, sparsity_between
         from foldstack.compression.structure.surgery import cut
         from foldstack.compression.text.calibration import Windows
@@ -82,6 +84,8 @@ class CompressModel(ComputedStage):
         # On the CPU, where the fresh process will be: other hardware computes other last digits.
         change = self.method.compress(model, evidence)
         smaller, plan = cut(model, change, share_memory=True).cpu(), change.plan
+        unpaid = unpaid_factors(smaller)
+        smaller, plan = fold(smaller, plan)
         forecast = {f"forecast/{name}": value for name, value in change.forecast.items()}
         del change  # with those of its tensors that were copied
         size, dense = size_of(smaller), size_of(model)
@@ -108,6 +112,7 @@ class CompressModel(ComputedStage):
             "sparsity": self.method.sparsity,
             "realised_sparsity": realised,
             "missed": missed(self.method, realised),
+            "multiplied_out": len(unpaid),
             "block_linear_sparsity": 1
             - size.block_linear_parameters / dense.block_linear_parameters,
             **size.as_dict(),

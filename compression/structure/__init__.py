@@ -3,6 +3,8 @@
 - `architectures`: Where the blocks and their linears sit in each supported model family.
 - `block_plan`: One executed block as data: whose weights it runs on, in which form, of which
   widths.
+- `folding`: Factored linears that store no less than their product, multiplied out: a model's last
+  step.
 - `head_slices`: Linears of which other positions hold some slices: the form in a plan, and how a
   change of order moves it.
 - `heads`: The attention of a block head by head, whatever way its family stores the projections.

@@ -225,8 +225,9 @@ def cache_name(module_class: Any) -> str:
 
 def take_cache(arguments: dict[str, Any], name: str) -> Any:
     """Take the KV cache out of named arguments, whichever of its names it goes by."""
-    found = [arguments.pop(n, None) for n in dict.fromkeys((name, *_CACHE_NAMES))]
-    return next((cache for cache in found if cache is not None), None)
+    found = arguments.pop(name, None)
+    others = [arguments.pop(other, None) for other in _CACHE_NAMES]
+    return next((cache for cache in others if cache is not None), None) if found is None else found
 
 
 class _Call:
@@ -273,6 +274,46 @@ def both(ours: Any, stock: Any) -> Any:
     return _class_of(f"{ours.__name__}Of{stock.__name__}", (ours, stock))
 
 
+def product(x: Any, *linears: Any) -> Any:
+    """What the last of the linears makes of what the others have made of x, in turn.
+
+    Without the calls around each product where there is nothing in them: they take as long as a
+    small product, and a structure has more of those than the dense model.
+    """
+    if torch.compiler.is_compiling():
+        for linear in linears:
+            x = linear(x)
+        return x
+    for linear in linears:
+        while type(linear) is Borrowed and not _is_watched(linear):
+            linear = linear._holder[0]._modules[linear.name]
+        state = linear.__dict__
+        held = state["_parameters"]
+        if (
+            type(linear) is not nn.Linear
+            or state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+            or "weight" not in held
+        ):
+            x = linear(x)
+        else:
+            x = nn.functional.linear(x, held["weight"], held["bias"])
+    return x
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class says: hooks, or a forward of its own."""
+    state = module.__dict__
+    return (
+        "forward" in state
+        or bool(state["_forward_hooks"] or state["_forward_pre_hooks"])
+        or bool(state["_backward_hooks"] or state["_backward_pre_hooks"])
+    )
+
+
 class Borrowed(nn.Module):
     """Stands where a position uses a module stored elsewhere; has no parameters of its own."""
 
@@ -289,14 +330,15 @@ class Borrowed(nn.Module):
     @property
     def target(self) -> nn.Module:
         """The module itself, found anew at each call: it may have been wrapped by an adapter."""
-        return getattr(self.holder, self.name)
+        found: Any = self._holder[0]._modules[self.name]
+        return found
 
     @property
     def weight(self) -> Any:
         return self.target.weight
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.target(*args, **kwargs)
+    def forward(self, x: torch.Tensor) -> Any:
+        return product(x, self.target)
 
     def extra_repr(self) -> str:
         return f"{type(self.holder).__name__}.{self.name}"
@@ -325,7 +367,8 @@ class LowRankLinear(nn.Module):
         self.second = nn.Linear(rank, out_features, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x))
+        parts = self._modules
+        return product(x, parts["first"], parts["second"])
 
 
 class AdaptedLinear(nn.Module):
@@ -345,7 +388,7 @@ class AdaptedLinear(nn.Module):
         return self.borrowed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.borrowed(x) + self.adapter(x)
+        result: torch.Tensor = product(x, self.borrowed) + self.adapter(x)
         return result
 
 
@@ -365,13 +408,15 @@ class SublayerOutput(nn.Module):
         self._handle: RemovableHandle | None = None
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        changed = y if self.kind == "scaled" else self.unit(y)
-        return (changed * self.weight).to(y.dtype)
+        return ((y * self.weight) if self.kind == "scaled" else self.unit(y, self.weight)).to(
+            y.dtype
+        )
 
-    def unit(self, y: torch.Tensor) -> torch.Tensor:
-        """(y - mean(y)) / std(y) per token, in float32 at least."""
+    def unit(self, y: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """(y - mean(y)) / std(y) * gain per token, in float32 at least."""
         precise = y.to(torch.promote_types(y.dtype, torch.float32))
-        return nn.functional.layer_norm(precise, y.shape[-1:], eps=self.EPS)
+        gain = None if gain is None else gain.to(precise.dtype)
+        return nn.functional.layer_norm(precise, y.shape[-1:], gain, eps=self.EPS)
 
     def after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Forward hook; being a method it goes with its module when a model is deep-copied."""
@@ -422,12 +467,16 @@ class SlicedLinear(nn.Module):
 
     What is stored is a linear of the stock class, so that it trains and takes adapters like any
     other; where nothing is, there is no module. While those that store the slices are such linears
-    and nothing more, W is put together at each call: memory is saved, arithmetic is not. As soon
-    as one of them is more than its weight (an adapter, an offloaded, quantised or engine's linear),
+    and nothing more, W is put together at each call, or where that would take longer than the
+    product, for a few tokens, multiplied run by run: memory is saved, arithmetic is not. As soon as
+    one of them is more than its weight (an adapter, an offloaded, quantised or engine's linear),
     each is called as a whole: of its outputs the slices are taken, or it reads the slices of the
     input that are its own and zeros for the others.
     Source of the idea: head-wise shareable attention, arXiv 2402.11819.
     """
+
+    FEW = 16
+    """Fewer tokens than these are multiplied run by run."""
 
     def __init__(self, dense: Any, form: dict[str, Any]) -> None:
         super().__init__()
@@ -518,9 +567,27 @@ class SlicedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         linears = self._linears()
         if all(map(_is_plain, linears)):
+            if not torch.compiler.is_compiling() and x.numel() < self.FEW * x.shape[-1]:
+                return self._by_runs(linears, x)
             weight = self.weight
             return nn.functional.linear(x, weight.T if self.is_conv1d else weight, self.bias)
         return self._cut_of(linears, x) if self.along_out else self._sum_of(linears, x)
+
+    def _by_runs(self, linears: list[Any], x: torch.Tensor) -> torch.Tensor:
+        """The product with W and its bias without putting W together."""
+        weights: list[Any] = [linear and linear._parameters.get("weight") for linear in linears]
+        if self.is_conv1d:
+            weights = [None if weight is None else weight.T for weight in weights]
+        multiply, bias = nn.functional.linear, self.bias
+        if self.along_out:
+            parts = [multiply(x, weights[k].narrow(0, start, n)) for k, start, n in self._runs]
+            whole = torch.cat(parts, -1)
+            return whole if bias is None else whole + bias
+        at, total = 0, bias
+        for k, start, n in self._runs:
+            part = multiply(x.narrow(-1, at, n), weights[k].narrow(1, start, n))
+            at, total = at + n, part if total is None else total + part
+        return total
 
     def _cut_of(self, linears: list[Any], x: torch.Tensor) -> torch.Tensor:
         """Slices of the linears' outputs, side by side."""
@@ -551,12 +618,10 @@ def _is_plain(linear: Any) -> bool:
     """True for a linear whose forward is the product with its weight and nothing more."""
     if linear is None or type(linear) is StoredBias:
         return True
-    is_stock = type(linear) is nn.Linear or type(linear).__name__ == "Conv1D"
-    is_changed = bool(
-        "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks
-    )
-    weight = getattr(linear, "weight", None)
-    return is_stock and not is_changed and type(weight) is nn.Parameter and not weight.is_meta
+    if type(linear) is not nn.Linear and type(linear).__name__ != "Conv1D":
+        return False
+    weight = linear._parameters.get("weight")
+    return type(weight) is nn.Parameter and not weight.is_meta and not _is_watched(linear)
 
 
 _LINEAR_FORMS = (Borrowed, LowRankLinear, AdaptedLinear, SlicedLinear, LentLinear)
@@ -639,12 +704,44 @@ class RootMeanSquareNorm(nn.Module):
         self.full_width, self.eps = full_width, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = precise.square().sum(-1, keepdim=True) / self.full_width
-        return (precise * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        gone = self.full_width / x.shape[-1]  # the stock function divides by what is there
+        return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps * gone) * gone**0.5
 
     def extra_repr(self) -> str:
         return f"full_width={self.full_width}, eps={self.eps}"
+
+
+class OneStepNorm(nn.Module):
+    """A root-mean-square norm of a stock class by torch's own function for it, which is one kernel
+    on a GPU and half the time of the stock class's steps on a CPU."""
+
+    _eps: float
+    _is_gain_from_one: bool
+    """Multiplies by 1 + weight."""
+
+    @classmethod
+    def take_over(cls, norm: Any) -> None:
+        """Change a stock norm into one of this kind, in place."""
+        norm._is_gain_from_one = type(norm).__name__.startswith("Gemma")
+        norm._eps = norm.eps if norm._is_gain_from_one else norm.variance_epsilon
+        norm.__class__ = both(cls, type(norm))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self._parameters["weight"]
+        if x.dtype == torch.float64:  # the stock class rounds to float32
+            result: torch.Tensor = super().forward(x)
+            return result
+        if self._is_gain_from_one:
+            gain = 1.0 + weight.float()
+            return nn.functional.rms_norm(x.float(), gain.shape, gain, self._eps).type_as(x)
+        return torch.rms_norm(x, weight.shape, weight, self._eps)
+
+
+_STOCK_NORMS = tuple(
+    f"{family}RMSNorm"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma", "Gemma2", "Gemma3")
+)
+"""Classes that are known to compute what `OneStepNorm` does."""
 
 
 class _Widened(nn.Module):
@@ -697,18 +794,19 @@ class SlicedBlock(GradientCheckpointingLayer):
         for name in ("encoder_hidden_states", "encoder_attention_mask"):  # of cross-attention
             kwargs.pop(name, None)
         hidden_states = hidden_states[..., : self.entering]  # the rest is padding (GPT-2)
-        before_attention, before_mlp = (getattr(self, name) for name in self._norm_names)
-        attention = getattr(self, self._attention_name)
+        parts: dict[str, Any] = self._modules
+        before_attention, before_mlp = (parts[name] for name in self._norm_names)
+        attention = parts[self._attention_name]
         attended = attention(hidden_states=before_attention(hidden_states), **kwargs)[0]
-        middle = self.attention_shortcut(hidden_states) + attended
-        return self.mlp_shortcut(middle) + self._mlp_of(before_mlp(middle))
+        middle = product(hidden_states, parts["attention_shortcut"]) + attended
+        return product(middle, parts["mlp_shortcut"]) + self._mlp_of(before_mlp(middle))
 
     @property
     def mlp_norm(self) -> nn.Module:
         return getattr(self, self._norm_names[1])
 
     def _mlp_of(self, x: torch.Tensor) -> torch.Tensor:
-        parts: dict[str, Any] = dict(self.named_children())
+        parts: dict[str, Any] = self._modules
         if "mlp" in parts:
             return parts["mlp"](x)
         # OPT's is not a module of its own.
@@ -754,7 +852,7 @@ class NarrowAttention(nn.Module):
         is_capped = config.model_type == "gemma2"  # gemma3 has the entry and does not use it
         self.softcap = config.attn_logit_softcapping if is_capped else None
         self.attention_dropout = _dropout_of(stock)
-        self.resid_dropout = getattr(stock, "resid_dropout", nn.Identity())
+        self.resid_dropout = getattr(stock, "resid_dropout", None)
         self._eager = sys.modules[type(stock).__module__].eager_attention_forward
         self._resize_linears(stock, form["value_bias_in_output"])
         for name in ("q_norm", "k_norm"):
@@ -762,6 +860,7 @@ class NarrowAttention(nn.Module):
             if norm is not None:
                 norm.weight = nn.Parameter(norm.weight.new_ones(self.qk_dim))
             setattr(self, name, norm)
+        self._known_turns: Any = None
         self.num_pairs = form["rotary_dim"] // 2
         self.register_buffer("rotary_pairs", self.first_pairs() if self.num_pairs else None)
 
@@ -785,6 +884,7 @@ class NarrowAttention(nn.Module):
             if linear is not None:
                 bias = linear.bias is not None and not (name == "v_proj" and value_bias_in_output)
                 setattr(self, name, _resized(linear, linear_shape(linear)[1], size, bias))
+        self._input_names = [name for name in sizes if name in self._modules]
         name = next(name for name in ATTENTION_OUTPUT_NAMES if hasattr(stock, name))
         linear = getattr(stock, name)
         bias = linear.bias is not None or value_bias_in_output
@@ -802,27 +902,64 @@ class NarrowAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.v_dim == 0:
             nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
-            return self.resid_dropout(getattr(self, self._output_name)(nothing)), None
+            return self._given_out(nothing), None
         kwargs |= dict(zip(self._argument_names, args, strict=False))
         cache = take_cache(kwargs, self._cache_name)
         attention_mask = kwargs.pop("attention_mask", None)
         position_embeddings = kwargs.pop("position_embeddings", None)
         query, key, value = self._projected(hidden_states)
         if position_embeddings is not None and self.rotary_pairs is not None:
-            cos, sin = (self._of_kept_pairs(table) for table in position_embeddings)
-            key = _rotated(key, cos, sin)
-            groups = self.num_heads // self.num_kv_heads
-            query = _rotated(query, *(t.repeat_interleave(groups, dim=1) for t in (cos, sin)))
+            query, key = self._rotated(query, key, *position_embeddings)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = self._cached(cache, key, value, kwargs)
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self._eager
-        )
+        kind = self.config._attn_implementation or "eager"
+        if kind == "sdpa" and attention_mask is None and self._is_once(query, key, value):
+            output, weights = self._attended_once(query, key, value), None
+        else:
+            output, weights = self._attended(kind, query, key, value, attention_mask, kwargs)
+        return self._given_out(output), weights
+
+    def _given_out(self, heads: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = product(heads, self._modules[self._output_name])
+        return output if self.resid_dropout is None else self.resid_dropout(output)
+
+    def _is_once(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether sdpa would compute what it is asked step by step: fused kernels take keys and
+        values of one width, and to pad all that a cache holds for one query is not worth it."""
+        has_dropout = self.training and self.attention_dropout > 0
+        is_uneven = key.shape[-1] != value.shape[-1]
+        return query.shape[2] == 1 and is_uneven and self.softcap is None and not has_dropout
+
+    def _attended_once(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Outputs of one query of each sequence over all keys, as `_attended` gives them."""
+        batch, heads, _, width = key.shape
+        queries = (query * self.scaling).reshape(batch * heads, -1, width)
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+        scores = torch.bmm(queries, keys.mT)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        return torch.bmm(weights.to(values.dtype), values).view(batch, 1, -1)
+
+    def _attended(
+        self,
+        kind: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The heads' outputs side by side, [batch, tokens, heads * v_dim], by the attention
+        function that was chosen, and the weights where that gives them."""
+        function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self._eager)
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
+        tokens = query.shape[0], query.shape[2]
         key, value = self._of_stock_heads(key), self._of_stock_heads(value)
-        query, key, value = self._of_one_width(query, key, value)
-        output, weights = attend(
+        query, key, value = self._of_one_width(kind, query, key, value)
+        output, weights = function(
             self,
             query,
             key,
@@ -833,11 +970,9 @@ class NarrowAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        tokens = hidden_states.shape[:-1]
         # Engines return the heads side by side.
         output = output.reshape(*tokens, self.num_heads, -1)[..., : self.v_dim]
-        output = output.reshape(*tokens, -1).contiguous()
-        return self.resid_dropout(getattr(self, self._output_name)(output)), weights
+        return output.reshape(*tokens, -1).contiguous(), weights
 
     def _cached(
         self, cache: Any, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
@@ -853,17 +988,17 @@ class NarrowAttention(nn.Module):
         return key, value
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values as [batch, heads, tokens, coordinates], normed, not rotated."""
-        fused = [getattr(self, name) for name in FUSED_QKV_NAMES if hasattr(self, name)]
-        if fused:
-            query, key, value = fused[0](x).split(self._split_sizes(), dim=-1)
+        """Queries, keys and values as [batch, tokens, heads, coordinates], normed, not rotated."""
+        projections = [self._modules[name] for name in self._input_names]
+        if len(projections) == 1:
+            query, key, value = product(x, projections[0]).split(self._split_sizes(), dim=-1)
         else:
-            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        query, key = (t.unflatten(-1, (-1, self.qk_dim)) for t in (query, key))
-        value = value.unflatten(-1, (-1, self.v_dim))
+            query, key, value = (product(x, projection) for projection in projections)
+        heads = (*x.shape[:-1], -1)
+        query, key = query.view(*heads, self.qk_dim), key.view(*heads, self.qk_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query, key, value.view(*heads, self.v_dim)
 
     def _of_stock_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Each of the fewer heads as often as it stands for a stock one."""
@@ -871,11 +1006,12 @@ class NarrowAttention(nn.Module):
         return x.repeat_interleave(copies, dim=1) if copies > 1 else x
 
     def _of_one_width(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """With zeros up to the width that the attention function takes."""
         width = max(key.shape[-1], value.shape[-1])
-        kind = self.config._attn_implementation or "eager"
+        if kind == "sdpa" and key.shape[-1] != value.shape[-1]:
+            width = -(-width // 16) * 16  # as wide as its kernels are quick
         if not kind.startswith(_KINDS_OF_ANY_WIDTH) and "/" not in kind:
             width = max(width, self.head_dim)  # an engine's or a paged one has the config's width
         elif query.shape[2] == 1 and kind in ("eager", "sdpa"):
@@ -884,10 +1020,47 @@ class NarrowAttention(nn.Module):
             return _padded(query, key.shape[-1]), key, value
         return _padded(query, width), _padded(key, width), _padded(value, width)
 
-    def _of_kept_pairs(self, table: torch.Tensor) -> torch.Tensor:
-        """A table [batch, tokens, rotary] of all frequencies as [batch, kv_heads, tokens, kept]."""
-        kept = table[..., self.rotary_pairs].transpose(1, 2)
-        return torch.cat((kept, kept), dim=-1)
+    def _rotated(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys with their first coordinates rotated, i together with i + kept."""
+        of_cos, of_sin = self._turns(cos.shape[-1])
+        cos, sin = _entries(cos, of_cos), _entries(torch.cat((-sin, sin), dim=-1), of_sin)
+        heads = torch.cat((query, key), dim=2)
+        width = cos.shape[-1]
+        rotating = heads if width == self.qk_dim else heads[..., :width]
+        rotated = torch.addcmul(rotating * cos, rotating.roll(width // 2, -1), sin)
+        if width < self.qk_dim:
+            rotated = torch.cat((rotated, heads[..., width:]), dim=-1)
+        return rotated.narrow(2, 0, self.num_heads), rotated.narrow(2, self.num_heads, key.shape[2])
+
+    def _turns(self, num_entries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the cosine and the signed sine of each rotating coordinate are in tables of
+        `num_entries` and twice as many: [heads, 2 * kept], the queries' heads before the keys'."""
+        pairs: Any = self.rotary_pairs
+        if torch.compiler.is_compiling():
+            return self._found_turns(pairs, num_entries)
+        # The same for every token; what has been loaded since is another tensor, or version of it.
+        state = id(pairs), None if pairs.is_inference() else pairs._version, num_entries
+        if self._known_turns is None or self._known_turns[0] != state:
+            self._known_turns = state, self._found_turns(pairs, num_entries), pairs
+        return self._known_turns[1]
+
+    def _found_turns(
+        self, pairs: torch.Tensor, num_entries: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        of_queries = pairs.repeat_interleave(self.num_heads // len(pairs), dim=0)
+        kept = torch.cat((of_queries, pairs))
+        return torch.cat((kept, kept), -1), torch.cat((kept, kept + num_entries), -1)
+
+
+def _entries(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A table [batch, tokens, n] as [batch, tokens, *index.shape]; that of one place as the
+    latter."""
+    if table.numel() == table.shape[-1] and not torch.compiler.is_compiling():
+        return table.take(index)
+    entries = table.gather(-1, index.flatten().expand(*table.shape[:-1], -1))
+    return entries.view(*table.shape[:-1], *index.shape)
 
 
 # Attention functions whose heads may have any one width; names with a slash are kernels of the Hub.
@@ -922,14 +1095,6 @@ def _dropout_of(attention: Any) -> float:
     if hasattr(attention, "attn_dropout"):
         return attention.attn_dropout.p
     return getattr(attention, "attention_dropout", getattr(attention, "dropout", 0.0))
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The first coordinates of each head rotated, i together with i + half; the others as are."""
-    rotating, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = rotating.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return torch.cat((rotating * cos + turned * sin, still), dim=-1)
 
 
 def restructure(
@@ -976,6 +1141,9 @@ def restructure(
             _change_outputs(blocks[position], block_plan["outputs"], model.config.hidden_size)
     if is_in_engine(model.config):
         _protect_lenders(blocks)
+    else:
+        for norm in [m for m in model.modules() if type(m).__name__ in _STOCK_NORMS]:
+            OneStepNorm.take_over(norm)
     for block in blocks:
         _give_classes_of_forms(block)
 

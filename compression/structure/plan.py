@@ -385,6 +385,15 @@ class Plan(Record):
             bases[position][name] = ("new", (basis_of or {}).get((position, name), position))
         return self._with_blocks(blocks, bases)
 
+    def multiply_out(self, sites: Iterable[tuple[int, str]]) -> "Plan":
+        """The plan in which the factored linears at these positions, by name, are dense again; with
+        a basis all that use it."""
+        blocks = list(self.blocks)
+        for position, name in sites:
+            linears = {n: form for n, form in blocks[position].linears.items() if n != name}
+            blocks[position] = blocks[position].model_copy(update={"linears": linears})
+        return self._with_blocks(blocks)
+
     def share_slices(self, cuts: Mapping[str, HeadSlices], donors: Mapping[Slice, Slice]) -> "Plan":
         """The plan in which each slice in `donors` is its donor's, in every linear of `cuts`.
 

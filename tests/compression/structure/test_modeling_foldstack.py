@@ -24,6 +24,8 @@ from foldstack.compression.structure.modeling_foldstack import (
     FoldstackModel,
     LentLinear,
     NarrowAttention,
+    OneStepNorm,
+    SlicedLinear,
     argument_names,
     cache_name,
     is_linear,
@@ -250,8 +252,41 @@ def test_a_linear_in_slices_computes_the_same_whichever_way_it_goes(
     overrides = {"attention_bias": True} if family == "llama" else {}
     model = structured("shared_heads", family, **overrides)
     expected = logits(model, ids)
+    monkeypatch.setattr(SlicedLinear, "FEW", 100)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(modeling_foldstack, "_is_plain", lambda _: False)
     torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_on_any_linear_are_called(
+    structure: str, structured: Maker, ids: torch.Tensor
+) -> None:
+    """Products are made without the call of a linear only where nobody watches it."""
+    model = structured(structure)
+    expected = logits(model, ids)
+    linears = {module: name for name, module in model.named_modules() if is_linear(module)}
+    seen = set()
+    for module in linears:
+        module.register_forward_hook(lambda linear, _, __: seen.add(linears[linear]))
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+    assert seen == set(linears.values())
+
+
+def test_norms_in_one_step_are_the_stock_ones(architecture: str, tiny_model: Any) -> None:
+    """Where a family's norm is not what its name stands for, every structure computes nonsense."""
+    stock = tiny_model(architecture)
+    norms = [m for m in stock.modules() if type(m).__name__ in modeling_foldstack._STOCK_NORMS]
+    assert norms or architecture in ("gpt2", "opt")
+    for norm in norms[:2]:
+        x = 3 * torch.randn(2, 5, len(norm.weight))
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 0)):
+            taken = copy.deepcopy(norm).to(dtype)
+            expected = taken(x.to(dtype))
+            OneStepNorm.take_over(taken)
+            found = taken(x.to(dtype))
+            assert found.dtype == expected.dtype
+            assert isinstance(taken, type(norm))
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 class _Called(nn.Module):
