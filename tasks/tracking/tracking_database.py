@@ -106,5 +106,7 @@ def _make_at_once(file: Path) -> None:
     unfinished = file.with_name(f"{file.name}.unfinished")
     for left in file.parent.glob(f"{unfinished.name}*"):  # by one who was killed; its journal too
         left.unlink()
+    # That tables are made is nothing that a person waits to read among the stages of a run.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     MlflowClient(tracking_uri=f"{SCHEME}{unfinished}").search_experiments(max_results=1)
     unfinished.replace(file)
