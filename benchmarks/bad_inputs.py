@@ -454,11 +454,12 @@ def main() -> None:
     """Print what was said to every mistake; exit status 1 when one was not refused so."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--skip", type=int, default=0, help="so many cases, tried before")
     arguments = parser.parse_args()
     outcomes = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for case in cases(folder):
+        for case in cases(folder)[arguments.skip :]:
             outcome = attempt(case, folder)
             outcomes.append(outcome)
             if not arguments.json:
