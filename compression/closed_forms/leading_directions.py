@@ -4,7 +4,8 @@ less: tensors in, tensors out.
 The form is M = C G C^T, and what is wanted is the span of its k leading eigenvectors. The product
 is taken in float32, but for the few largest eigenvalues of G, to which all rounding is relative:
 they are split off by a randomised subspace iteration and added in float64. The eigenvectors V are
-found in float32 and refined once: with the residuals R = M V - V diag(s) in float64,
+found in float32, but for those of the few largest eigenvalues of M, and refined once: with the
+residuals R = M V - V diag(s) in float64,
 
     V <- V + V X,   X_ji = v_j^T R_i / (s_i - s_j)
 
@@ -40,10 +41,13 @@ _PROBES = 4
 # Larger steps of the refinement would leave vectors that are not orthogonal.
 _LARGEST_STEP = 0.03
 # Eigenvalues of a Gram that are split off, and passes over it to find about where they are.
-_DOMINANT = 32
-_PASSES = 3
-# Of the power method, for a condition number.
-_ITERATIONS = 8
+_DOMINANT = 64
+_PASSES = 2
+# Eigenvalues of the form that are split off at most, and how exact their vectors are then.
+_OUTSTANDING = 32
+_EXACT = 1e-9
+# Of the power method.
+_ITERATIONS = 10
 # Standard deviations of the sum of the dropped eigenvalues that it must exceed to count.
 _DEVIATIONS = 10.0
 
@@ -74,10 +78,10 @@ def leading_in_float32(
     """
     form = _form(core, gram, is_triangular=is_triangular)
     error = _size_of_error(core, gram, form)
-    values, vectors = torch.linalg.eigh(form.float())
-    values, vectors = values.double().flip(0), vectors.flip(1)
+    values, vectors = _decomposed(form, min(_OUTSTANDING, min(ranks) // 2))
     kept = vectors[:, : max(ranks)]
-    residual = (form @ kept.double()).addcmul_(kept, values[: max(ranks)], value=-1).float()
+    residual = (form @ kept).addcmul_(kept, values[: max(ranks)], value=-1).float()
+    vectors = vectors.float()
     couplings = vectors.T @ residual
     gaps = (values[: max(ranks)] - values[:, None]).float()
     steps = _steps(couplings, gaps)
@@ -85,7 +89,7 @@ def leading_in_float32(
         share_of_rounding(values, rank, error) + _share_left(values, couplings, gaps, steps, rank)
         for rank in ranks
     ]
-    refined = kept + vectors @ steps
+    refined = kept.float() + vectors @ steps
     refined = 1.5 * refined - 0.5 * refined @ (refined.T @ refined)  # orthonormal again
     return Leading(values.clamp_min(0), refined, max(shares))
 
@@ -112,6 +116,44 @@ def _dominant_root(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in few"]:
         basis = torch.linalg.qr(gram @ basis).Q
     values, vectors = torch.linalg.eigh(basis.T @ (gram @ basis))
     return basis @ vectors * values.clamp_min(0).sqrt()
+
+
+def _decomposed(
+    form: Float[Tensor, "size size"], most: int
+) -> tuple[Float[Tensor, " size"], Float[Tensor, "size size"]]:
+    """Eigenvalues in descending order and their vectors, of which float32 has found all but the
+    `most` that stand out: rounding is relative to the largest of the others."""
+    lead, top = _outstanding(form, most)
+    lowered = form
+    if len(top):
+        lowered = form - lead * (top - top[-1]) @ lead.T
+    values, vectors = torch.linalg.eigh(lowered.float())
+    values, vectors = values.double().flip(0), vectors.double().flip(1)
+    if len(top):  # they lie among the vectors of about that value, and are told apart in float64
+        mixed = 2 * len(top)
+        basis = torch.linalg.qr(vectors[:, :mixed]).Q
+        found, rotation = torch.linalg.eigh(basis.T @ (form @ basis))
+        values[:mixed], vectors[:, :mixed] = found.flip(0), basis @ rotation.flip(1)
+    return values, vectors
+
+
+def _outstanding(
+    form: Float[Tensor, "size size"], most: int
+) -> tuple[Float[Tensor, "size few"], Float[Tensor, " few"]]:
+    """The largest eigenvalues and their vectors as far as a subspace iteration finds them exactly,
+    which are those that stand out."""
+    count = min(len(form), 2 * most)
+    basis = torch.linalg.qr(_normal(len(form), count, form)).Q
+    image = form @ basis
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(image).Q
+        image = form @ basis
+    values, rotation = torch.linalg.eigh(basis.T @ image)
+    values, rotation = values.flip(0), rotation.flip(1)
+    basis, image = basis @ rotation, image @ rotation
+    is_exact = (image - basis * values).norm(dim=0) <= _EXACT * values
+    number = int(is_exact[:most].long().cumprod(0).sum())
+    return basis[:, :number], values[:number]
 
 
 def _steps(
