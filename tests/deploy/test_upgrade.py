@@ -13,6 +13,8 @@ import pytest
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OLD = {"mlflow": "3.1.4", "prefect": "3.4.0"}
 """Some migrations of both programs, and of MLflow's table of users, lie between these and ours."""
+OF_THEN = ("sqlalchemy<2.1", "fastapi<0.116")
+"""What those versions say that they take newer ones of, and do not."""
 MAKE = """
 import os
 import sys
@@ -81,7 +83,7 @@ def old_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([program, "venv", "--quiet", folder], check=True)
     python = folder / "bin" / "python"
     wanted = [*(f"{name}=={number}" for name, number in OLD.items())]
-    wanted += ["psycopg2-binary", "asyncpg", "flask-wtf"]
+    wanted += ["psycopg2-binary", "asyncpg", "flask-wtf", *OF_THEN]
     install = [program, "pip", "install", "--quiet", "--python", python, *wanted]
     subprocess.run(install, check=True)
     return python
