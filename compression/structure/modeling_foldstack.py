@@ -539,7 +539,7 @@ class SlicedLinear(nn.Module):
 
     def _linears(self) -> list[Any]:
         """What stores the slices: this position's own part, then the lenders."""
-        return [self.stored, *(lender.target for lender in self.lenders)]
+        return [self._modules.get("stored"), *(lender.target for lender in self.lenders)]
 
     def _whole(self, name: str, dim: int) -> torch.Tensor:
         tensors: list[Any] = [getattr(linear, name, None) for linear in self._linears()]
@@ -711,9 +711,21 @@ class RootMeanSquareNorm(nn.Module):
         return f"full_width={self.full_width}, eps={self.eps}"
 
 
+def _is_one_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a token is decoded on a CPU, where each small step takes longer than its sums."""
+    return (
+        not torch.compiler.is_compiling()  # first: a graph for any length asks nothing of it
+        and x.numel() == x.shape[-1]
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+    )
+
+
 class OneStepNorm(nn.Module):
     """A root-mean-square norm of a stock class by torch's own function for it, which is one kernel
-    on a GPU and half the time of the stock class's steps on a CPU."""
+    on a GPU and half the time of the stock class's steps on a CPU; a single token's there takes
+    half of that again."""
 
     _eps: float
     _is_gain_from_one: bool
@@ -731,10 +743,14 @@ class OneStepNorm(nn.Module):
         if x.dtype == torch.float64:  # the stock class rounds to float32
             result: torch.Tensor = super().forward(x)
             return result
+        gain = 1.0 + weight.float() if self._is_gain_from_one else weight
+        if _is_one_row(x, gain):  # whose mean square is a number
+            row = x.flatten()
+            scale = (torch.dot(row, row).item() / len(row) + self._eps) ** -0.5
+            return (x * gain).mul_(scale)
         if self._is_gain_from_one:
-            gain = 1.0 + weight.float()
             return nn.functional.rms_norm(x.float(), gain.shape, gain, self._eps).type_as(x)
-        return torch.rms_norm(x, weight.shape, weight, self._eps)
+        return torch.rms_norm(x, gain.shape, gain, self._eps)
 
 
 _STOCK_NORMS = tuple(
@@ -1057,7 +1073,7 @@ class NarrowAttention(nn.Module):
 def _entries(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """A table [batch, tokens, n] as [batch, tokens, *index.shape]; that of one place as the
     latter."""
-    if table.numel() == table.shape[-1] and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and table.numel() == table.shape[-1]:
         return table.take(index)
     entries = table.gather(-1, index.flatten().expand(*table.shape[:-1], -1))
     return entries.view(*table.shape[:-1], *index.shape)

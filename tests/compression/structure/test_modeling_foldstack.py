@@ -287,6 +287,9 @@ def test_norms_in_one_step_are_the_stock_ones(architecture: str, tiny_model: Any
             assert found.dtype == expected.dtype
             assert isinstance(taken, type(norm))
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+            with torch.no_grad():  # a token that is decoded
+                one, of_all = taken(x[:1, :1].to(dtype)), expected[:1, :1]
+            torch.testing.assert_close(one, of_all, rtol=tolerance, atol=tolerance)
 
 
 class _Called(nn.Module):
