@@ -39,7 +39,7 @@ from foldstack.compression.evaluation.perplexity import measure_perplexity
 from foldstack.compression.evaluation.records import PerplexityProtocol
 from foldstack.compression.methods import METHODS
 from foldstack.compression.structure.architectures import architecture_of
-from foldstack.compression.structure.size import count_parameters, size_of_block
+from foldstack.compression.structure.size import count_parameters, size_of
 from foldstack.compression.structure.surgery import build_on_meta, config_for
 
 METHOD_NAMES = (
@@ -130,9 +130,9 @@ def per_block(model: PreTrainedModel) -> tuple[float, float]:
 
 def prefill_flops(model: PreTrainedModel) -> float:
     """Of the linears in the blocks for each token of the prompt, and of the head for the last."""
-    blocks = range(len(architecture_of(model).blocks(model)))
-    in_blocks = sum(size_of_block(model, position).flops_per_token for position in blocks)
-    return in_blocks * PROMPT_TOKENS + 2 * model.config.vocab_size * model.config.hidden_size
+    head: Any = model.get_output_embeddings()
+    of_head = 2 * head.weight.numel()
+    return (size_of(model).flops_per_token - of_head) * PROMPT_TOKENS + of_head
 
 
 @dataclass(frozen=True)
