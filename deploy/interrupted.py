@@ -1,16 +1,20 @@
 """Flow runs that were under way when the machine went down: they go on when the stack is back.
 
-Without this they would be shown as running for ever, and hold their place in the queue `gpu`, so
-that no night would begin any more.
+    python deploy/local_stack.py --home DIR --run python deploy/interrupted.py
+
+is what `local_stack.py` does by itself at its start, before there is a worker: what that has just
+taken would be taken for lost. Without it such runs would be shown as running for ever, and hold
+their place in the queue `gpu`, so that no night would begin any more. Prints a sentence on each.
 """
 
+import argparse
 import asyncio
 import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
-from stack import POOL, Stack
+from stack import POOL
 
 import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 
@@ -23,16 +27,9 @@ RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 """In the environment of a process that computes a flow run."""
 
 
-def go_on(stack: Stack) -> list[str]:
-    """Schedule the runs again that nobody computes any more; gives a sentence on each.
-
-    The stack's worker must not be there yet: what it has just taken would be taken for lost.
-    """
-    return asyncio.run(_go_on(stack))
-
-
-async def _go_on(stack: Stack) -> list[str]:
-    from prefect.client.orchestration import PrefectClient
+async def go_on() -> list[str]:
+    """Schedule the runs again that nobody computes any more; gives a sentence on each."""
+    from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
@@ -43,10 +40,8 @@ async def _go_on(stack: Stack) -> list[str]:
     from prefect.states import AwaitingRetry, Cancelled, Crashed, StateType
 
     under_way = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
-    settings, told = stack.client, []
-    async with PrefectClient(
-        settings["PREFECT_API_URL"], auth_string=settings["PREFECT_API_AUTH_STRING"]
-    ) as client:
+    told = []
+    async with get_client() as client:
         runs = await client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way))
@@ -76,3 +71,13 @@ def is_computed(run: "FlowRun") -> bool:
             environment = psutil.Process(int(number[0])).environ()
             return environment.get(RUN_VARIABLE) == str(run.id)
     return False
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    for sentence in asyncio.run(go_on()):
+        print(sentence)
+
+
+if __name__ == "__main__":
+    main()

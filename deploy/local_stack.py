@@ -23,7 +23,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from interrupted import go_on
 from stack import (
     PARTS,
     POOL,
@@ -72,7 +71,7 @@ def up(stack: Stack, say: Callable[[str], None] = lambda _: None) -> Iterator[Pa
             parts.add(server)
             say(f"{server.name}: {server.page}, user admin, password in secrets.json")
         register(stack)
-        for sentence in go_on(stack):
+        for sentence in command(stack, str(DEPLOY / "interrupted.py")).splitlines():
             say(sentence)
         parts.add(worker(stack))
         yield parts
@@ -118,8 +117,9 @@ def prefect_command(stack: Stack, *arguments: str) -> None:
     command(stack, "-m", "prefect", "--no-prompt", *arguments)
 
 
-def command(stack: Stack, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    """Run Python with the stack's environment, of which secrets are a part and arguments none.
+def command(stack: Stack, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run Python with the stack's environment, of which secrets are a part and arguments none;
+    gives what it prints.
 
     Raises:
         InputError: it failed.
@@ -138,6 +138,7 @@ def command(stack: Stack, *arguments: str, environment: Mapping[str, str] | None
             f"`python {' '.join(arguments)[:100]}` failed ({last_words(said.splitlines())}); "
             f"see {log}"
         )
+    return done.stdout
 
 
 @contextmanager
