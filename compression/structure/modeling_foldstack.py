@@ -712,13 +712,16 @@ class RootMeanSquareNorm(nn.Module):
 
 
 def _is_one_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a token is decoded on a CPU, where each small step takes longer than its sums."""
+    """Whether a token is decoded on a CPU, where each small step takes longer than its sums; not
+    where a graph is made, which would keep one token's number or ask for it."""
     return (
-        not torch.compiler.is_compiling()  # first: a graph for any length asks nothing of it
+        not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
         and x.numel() == x.shape[-1]
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
     )
 
 
