@@ -721,7 +721,7 @@ def _is_one_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
 
