@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -W ignore -c 'import foldstack.flows.sweep, lm_eval.models.huggingface, mlflow, peft, prefect.server.api.server'
 	@touch $@
 
-demo: $(INSTALLED) ## Compress the reference model by four methods and print the comparison
+demo: $(INSTALLED) ## Compress the reference model by five methods and print the comparison
 	$(BIN)/foldstack run flows/recipes/demo.yaml
 
 # A process per core; the tests of one file stay together, since they share models and servers, and
