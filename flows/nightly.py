@@ -21,7 +21,7 @@ from foldstack.compression.storage.digest import digest_json
 from foldstack.flows.comparison.files import comparisons_in
 from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.result import Comparison
-from foldstack.flows.comparison.run_records import experiment_of, registered_name, tracking_uri
+from foldstack.flows.comparison.sweep_log import experiment_of, registered_name, tracking_uri
 from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.method_entries import sparsity_text
 from foldstack.flows.config.run_config import RunConfig

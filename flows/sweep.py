@@ -32,7 +32,7 @@ from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.report import REPORT, is_drawn, page_key, write_report
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.comparison.rows import rivals, row_of
-from foldstack.flows.comparison.run_records import SweepLog, has_tracking_server
+from foldstack.flows.comparison.sweep_log import SweepLog, has_tracking_server
 from foldstack.flows.comparison.tables import records
 from foldstack.flows.config.run_config import RunConfig, to_yaml
 from foldstack.flows.planning.forecast import stage_limits
@@ -106,7 +106,7 @@ def sweep(config: RunConfig) -> Comparison:
     if is_deployed():
         outlive_readers()
     workers = worker_processes() if is_deployed() else nullcontext()
-    with _sigterm_heard_by(on_sigterm.get()), workers, without_secrets():
+    with _sigterm_heard_by_the_caller(), workers, without_secrets():
         return answered(_run(config))
 
 
@@ -119,7 +119,8 @@ def answered(comparison: Comparison, answer: str = "") -> Comparison:
 
 
 @contextmanager
-def _sigterm_heard_by(handler: Any) -> Iterator[None]:
+def _sigterm_heard_by_the_caller() -> Iterator[None]:
+    handler = on_sigterm.get()  # not in the flow: Dask pickles that, and what it names
     if not callable(handler) or current_thread() is not main_thread():
         yield
         return

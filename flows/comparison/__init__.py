@@ -15,7 +15,7 @@
   network.
 - `result`: The result of a sweep as data: one row per variant beside the dense model.
 - `rows`: From the artifacts of a branch to its row in the comparison.
-- `run_records`: From the rows of a comparison to what MLflow is told of them.
+- `sweep_log`: From the rows of a comparison to what MLflow is told of them.
 - `tables`: The columns that people look at, and tables of them: of texts, and of rounded numbers.
 - `terminal`: What a person sees in the terminal when a sweep has ended: the table, and what it says
   in words.

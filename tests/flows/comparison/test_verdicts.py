@@ -15,7 +15,7 @@ from foldstack.compression.evaluation.tracks.result import (
 from foldstack.flows.comparison.findings import findings
 from foldstack.flows.comparison.report import page_of_sweeps
 from foldstack.flows.comparison.result import Comparison, Row
-from foldstack.flows.comparison.run_records import metrics, run_note
+from foldstack.flows.comparison.sweep_log import metrics, run_note
 from foldstack.flows.comparison.tables import arranged, columns, markdown
 
 
