@@ -934,10 +934,28 @@ class NarrowAttention(nn.Module):
             key, value = self._cached(cache, key, value, kwargs)
         kind = self.config._attn_implementation or "eager"
         if kind == "sdpa" and attention_mask is None and self._is_once(query, key, value):
-            output, weights = self._attended_once(query, key, value), None
-        else:
-            output, weights = self._attended(kind, query, key, value, attention_mask, kwargs)
-        return self._given_out(output), weights
+            return self._given_out(self._attended_once(query, key, value)), None
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        tokens = query.shape[0], query.shape[2]
+        key, value = self._of_stock_heads(key), self._of_stock_heads(value)
+        query, key, value = self._of_one_width(kind, query, key, value)
+        # Here and not in a function of its own: vLLM looks for the call in what `forward` says.
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self._eager)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        # Engines return the heads side by side.
+        output = output.reshape(*tokens, self.num_heads, -1)[..., : self.v_dim]
+        return self._given_out(output.reshape(*tokens, -1).contiguous()), weights
 
     def _given_out(self, heads: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = product(heads, self._modules[self._output_name])
@@ -953,45 +971,13 @@ class NarrowAttention(nn.Module):
     def _attended_once(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Outputs of one query of each sequence over all keys, as `_attended` gives them."""
+        """Outputs of one query of each sequence over all keys, the heads side by side."""
         batch, heads, _, width = key.shape
         queries = (query * self.scaling).reshape(batch * heads, -1, width)
         keys, values = key.flatten(0, 1), value.flatten(0, 1)
         scores = torch.bmm(queries, keys.mT)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         return torch.bmm(weights.to(values.dtype), values).view(batch, 1, -1)
-
-    def _attended(
-        self,
-        kind: str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The heads' outputs side by side, [batch, tokens, heads * v_dim], by the attention
-        function that was chosen, and the weights where that gives them."""
-        function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self._eager)
-        if self.softcap is not None:
-            kwargs["softcap"] = self.softcap
-        tokens = query.shape[0], query.shape[2]
-        key, value = self._of_stock_heads(key), self._of_stock_heads(value)
-        query, key, value = self._of_one_width(kind, query, key, value)
-        output, weights = function(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        # Engines return the heads side by side.
-        output = output.reshape(*tokens, self.num_heads, -1)[..., : self.v_dim]
-        return output.reshape(*tokens, -1).contiguous(), weights
 
     def _cached(
         self, cache: Any, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]

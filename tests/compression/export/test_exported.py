@@ -285,6 +285,7 @@ def test_a_target_says_what_it_does_not_keep(
         ("openelm", "narrow_mlps", "qwen3_tied"),
         ("mlx", "shared_heads", "llama"),
         ("vllm", "shared_heads", "llama"),
+        ("vllm", "narrow_heads", "llama"),
     ],
 )
 def test_engines_compute_the_same(

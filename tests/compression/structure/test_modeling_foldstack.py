@@ -1,6 +1,7 @@
 """What stock code, tools and serving engines may ask of a portable model, for every structure."""
 
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -435,3 +436,16 @@ def test_an_untested_version_says_so() -> None:
         said = version_warning(version)
         assert said is not None
         assert f"5.10 to {newest}, and this is {version}: compare" in said
+
+
+def test_engines_find_the_call_of_the_attention_function_in_forward() -> None:
+    """vLLM reads the source of `forward`, and refuses a block in which the call is not there."""
+    lookup = "ALL_ATTENTION_FUNCTIONS.get_interface"
+    classes = [c for c in vars(modeling_foldstack).values() if isinstance(c, type)]
+    attends = [c for c in classes if c.__module__ == modeling_foldstack.__name__
+               and lookup in inspect.getsource(c)]  # fmt: skip
+    assert attends
+    for found in attends:
+        forward = inspect.getsource(found.forward)  # type: ignore[attr-defined]
+        assert forward.count(lookup) == inspect.getsource(found).count(lookup) == 1
+        assert "scaling=self.scaling" in forward
