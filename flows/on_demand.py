@@ -5,7 +5,6 @@ import foldstack.flows.prefect_defaults  # noqa: F401 (before Prefect)
 # isort: split
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from prefect import flow, runtime
@@ -15,8 +14,7 @@ from foldstack.compression.methods import METHODS
 from foldstack.flows.comparison.result import Comparison
 from foldstack.flows.config.config_file import find_config, put, read_config, recipes
 from foldstack.flows.config.run_config import RunConfig, parse_config
-from foldstack.flows.running.provenance import git_commit
-from foldstack.flows.sweep import answered, sweep
+from foldstack.flows.sweep import answered, dated, sweep
 
 RecipeName = Annotated[str, Field(json_schema_extra={"enum": sorted(recipes())})]
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
@@ -25,12 +23,7 @@ MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 def _name() -> str:
     asked = runtime.flow_run.parameters
     methods = ", ".join(asked.get("methods") or [])
-    moment = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
-    words = [
-        str(asked.get("model") or asked.get("recipe")), methods,
-        moment.strftime("%Y-%m-%d %H:%M"), git_commit()[:7],
-    ]  # fmt: skip
-    return " ".join(word for word in words if word)
+    return dated(str(asked.get("model") or asked.get("recipe")), methods)
 
 
 @flow(name="compress", flow_run_name=_name, persist_result=False)

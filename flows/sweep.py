@@ -79,9 +79,14 @@ def run_name(beginning: str = "") -> str:
     """What a flow run is called: thirty nights of one sweep are thirty names."""
     config = runtime.flow_run.parameters["config"]
     title = config.title if isinstance(config, RunConfig) else "sweep"
+    return dated(beginning, title)
+
+
+def dated(*words: str) -> str:
+    """The words that are there, with when the flow run around us begins, and the commit."""
     moment = runtime.flow_run.scheduled_start_time or datetime.now(UTC)
-    words = [beginning, title, moment.strftime("%Y-%m-%d %H:%M"), git_commit()[:7]]
-    return " ".join(word for word in words if word)
+    told = [*words, moment.strftime("%Y-%m-%d %H:%M"), git_commit()[:7]]
+    return " ".join(word for word in told if word)
 
 
 @flow(name="sweep", flow_run_name=run_name, persist_result=False)

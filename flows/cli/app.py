@@ -63,6 +63,9 @@ Overrides = Annotated[
 Home = Annotated[
     Path | None, typer.Option(help="Where results are; by default FOLDSTACK_HOME, else runs/.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry_run", "--dry-run", help="Only say what would be done.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
@@ -92,9 +95,7 @@ def run(
     config: Config,
     overrides: Overrides = None,
     as_json: AsJson = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry_run", "--dry-run", help="Only say what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Compress, recover, evaluate and compare, as CONFIG says; what was done before is reused."""
     if dry_run:
@@ -151,9 +152,7 @@ def compress(
         Path | None,
         typer.Option("--save_recipe", "--save-recipe", help="File for the recipe that is run."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry_run", "--dry-run", help="Only say what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Make MODEL smaller: without a recipe, and without a text if there is none."""
