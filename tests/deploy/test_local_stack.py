@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,14 +106,6 @@ async def main():
         print(sorted(each.name for each in await client.read_deployments()))
 asyncio.run(main())
 """
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Not below pytest's own folder, which is closed to Postgres's user."""
-    with tempfile.TemporaryDirectory(prefix="foldstack-") as made:
-        Path(made).chmod(0o711)
-        yield Path(made)
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,26 +87,18 @@ def old_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """Not below pytest's own folder, which is closed to Postgres's user."""
-    with tempfile.TemporaryDirectory(prefix="foldstack-") as made:
-        Path(made).chmod(0o711)
-        yield Path(made)
-
-
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.timeout(1800)
 def test_databases_of_older_versions_are_upgraded_and_keep_what_they_hold(
-    old_python: Path, home: Path
+    old_python: Path, folder: Path
 ) -> None:
     if not (shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres"))):
         pytest.skip("needs Postgres: apt-get install postgresql")
-    prepare = [sys.executable, "-c", PREPARE, str(DEPLOY), str(home), str(old_python), MAKE]
-    subprocess.run(prepare, check=True, cwd=home)
-    (home / "versions.json").write_text(json.dumps(OLD))
-    script = [sys.executable, str(DEPLOY / "local_stack.py"), "--home", str(home)]
+    prepare = [sys.executable, "-c", PREPARE, str(DEPLOY), str(folder), str(old_python), MAKE]
+    subprocess.run(prepare, check=True, cwd=folder)
+    (folder / "versions.json").write_text(json.dumps(OLD))
+    script = [sys.executable, str(DEPLOY / "local_stack.py"), "--home", str(folder)]
     with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = ""
