@@ -28,7 +28,11 @@ needed. It was tested under transformers {oldest} to {newest}, and says so under
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-```""",
+```
+
+Adapters (peft) go on `target_modules="all-linear"` or, by names, on
+`model.stored_linears("q_proj", "v_proj")`: a name alone is refused where it stands for factors or
+for another block's weights.""",
 }
 
 

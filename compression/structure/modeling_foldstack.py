@@ -31,7 +31,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -405,7 +404,6 @@ class SublayerOutput(nn.Module):
         super().__init__()
         self.kind = kind
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self._handle: RemovableHandle | None = None
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         return ((y * self.weight) if self.kind == "scaled" else self.unit(y, self.weight)).to(
@@ -424,20 +422,24 @@ class SublayerOutput(nn.Module):
             return (self(output[0]), *output[1:])
         return self(output)
 
-    def begin(self, block: Any, _args: Any) -> None:
-        """Forward pre-hook of an OPT block, whose MLP ends in a linear of the block itself.
 
-        What stands there may be an adapter (peft) by now, and others may borrow it: the hook is on
-        it only while its own block runs.
-        """
-        self.end()
-        self._handle = block.fc2.register_forward_hook(self.after)
+class ChangedBlock(nn.Module):
+    """An OPT block, whose MLP ends in a linear of the block itself, with the MLP's output changed.
 
-    def end(self, *_: Any) -> None:
-        """Forward hook of the same block."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    What stands there may be an adapter (peft) by now, and others may borrow it: the hook is on it
+    only while its own block runs, within its forward, which alone is computed again in gradient
+    checkpointing.
+    """
+
+    fc2: nn.Module
+    mlp_output: SublayerOutput
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        handle = self.fc2.register_forward_hook(self.mlp_output.after)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            handle.remove()
 
 
 class StoredBias(nn.Module):
@@ -622,6 +624,18 @@ def _is_plain(linear: Any) -> bool:
         return False
     weight = linear._parameters.get("weight")
     return type(weight) is nn.Parameter and not weight.is_meta and not _is_watched(linear)
+
+
+def _stored_in(module: Any) -> list[nn.Module]:
+    """The linears that a module of one of our forms is made of; any other is one itself."""
+    if isinstance(module, Borrowed):
+        return _stored_in(module.target)
+    if isinstance(module, (LowRankLinear, AdaptedLinear)):
+        return [linear for part in module.children() for linear in _stored_in(part)]
+    if isinstance(module, SlicedLinear):
+        has_weight = [m for m in module._linears() if m is not None and type(m) is not StoredBias]
+        return [linear for part in has_weight for linear in _stored_in(part)]
+    return [module]
 
 
 _LINEAR_FORMS = (Borrowed, LowRankLinear, AdaptedLinear, SlicedLinear, LentLinear)
@@ -1340,8 +1354,7 @@ def _change_outputs(block: Any, kind: str, hidden_size: int) -> None:
     attention, mlp = sublayer_ends(block)
     attention.register_forward_hook(block.attention_output.after)
     if hasattr(block, "fc2"):
-        block.register_forward_pre_hook(block.mlp_output.begin)
-        block.register_forward_hook(block.mlp_output.end, always_call=True)
+        block.__class__ = both(ChangedBlock, type(block))
     else:
         mlp.register_forward_hook(block.mlp_output.after)
 
@@ -1391,6 +1404,26 @@ class _Restructured(PreTrainedModel):
     def base_model(self) -> Any:
         """The stock base model, whose output has the hidden states."""
         return self.stock.base_model
+
+    def stored_linears(self, *names: str) -> list[str]:
+        """The modules that hold what linears of these names multiply by, as peft's `target_modules`
+        takes them: "v_proj" alone is refused where it stands for two factors or another's weights.
+
+        Args:
+            names: ends of the stock linears' names, as "v_proj" or "mlp.down_proj".
+
+        Raises:
+            ValueError: no module has such a name.
+        """
+        modules = dict(self.named_modules())
+        name_of = {module: name for name, module in modules.items()}
+        found = []
+        for wanted in names:
+            those = [m for n, m in modules.items() if f".{n}".endswith(f".{wanted}")]
+            if not those:
+                raise ValueError(f"{wanted!r} is no module of this model")
+            found += [name_of[linear] for module in those for linear in _stored_in(module)]
+        return list(dict.fromkeys(found))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.stock.get_input_embeddings()

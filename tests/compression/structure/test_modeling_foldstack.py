@@ -225,13 +225,18 @@ def test_weights_that_are_elsewhere_are_fetched_by_their_own_module(
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_adapters_on_all_linears_have_an_effect_and_merge(
-    structure: str, family: str, structured: Maker, ids: torch.Tensor
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("llama", ()), ("gpt2", ()), ("opt", ("k_proj", "fc2"))],
+)
+def test_adapters_on_linears_have_an_effect_and_merge(
+    structure: str, family: str, names: tuple[str, ...], structured: Maker, ids: torch.Tensor
 ) -> None:
+    """By name, peft refuses what stands for the linear: the names of those inside are asked for."""
     model = structured(structure, family)
     before = logits(model, ids)
-    wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    targets = model.stored_linears(*names) if names else "all-linear"
+    wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
     parameters = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for parameter in parameters.values():
@@ -242,8 +247,31 @@ def test_adapters_on_all_linears_have_an_effect_and_merge(
     wrapped(ids, labels=ids).loss.backward()
     idle = [name for name, p in parameters.items() if p.grad is None or not p.grad.abs().sum()]
     assert not idle
+    if names:
+        assert len(parameters) == 2 * len(targets)
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(logits(merged, ids), adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_gradients_are_the_same_where_blocks_are_computed_again(
+    structure: str, family: str, structured: Maker, ids: torch.Tensor
+) -> None:
+    """Gradient checkpointing, TRL's default: forward runs again, and none of the block's hooks."""
+    model = structured(structure, family).train()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_linears_that_no_block_has_are_named(structured: Maker) -> None:
+    with pytest.raises(ValueError, match="'down' is no module of this model"):
+        structured("factored").stored_linears("q_proj", "down")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
