@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.closed_forms.channel_removal import (
+    Removals,
     centred,
     refitted_bias,
+    refitting_operations,
     removal_operations,
     removals,
 )
@@ -68,6 +70,9 @@ from foldstack.compression.structure.size import count_parameters, linear_shapes
 from foldstack.compression.structure.surgery import Cut, as_stored, plan_of
 
 logger = logging.getLogger(__name__)
+
+Orders = dict[int, Removals]
+"""By block, the order in which the channels of its MLP go."""
 
 # What "better" chooses from.
 _ALLOCATIONS = ("influence", "uniform")
@@ -157,22 +162,26 @@ class MoDeGpt(Method):
 
     def arithmetic(self, model: PreTrainedModel, num_tokens: int) -> Arithmetic:
         shapes, architecture = linear_shapes(model), architecture_of(model)
-        plan, total = self.outline(model), 0.0
+        plan, total, ordered = self.outline(model), 0.0, 0.0
         for position, block in enumerate(plan.blocks):
             for site in architecture.linears:
                 rows, columns = shapes.get((position, site.name), (0, 0))
                 if site.reads == "mlp_output" and block.mlp_width:
-                    is_greedy = self.mlp_selection == "greedy"
-                    operations = removal_operations if is_greedy else narrowing_operations
-                    total += operations(rows, columns, block.mlp_width)
+                    if self.mlp_selection == "greedy":
+                        ordered += removal_operations(rows, columns, block.mlp_width)
+                        total += refitting_operations(rows, columns, block.mlp_width)
+                    else:
+                        total += narrowing_operations(rows, columns, block.mlp_width)
                 elif site.reads == "attention_input" and block.narrow_heads is not None:
                     total += 2.0 * rows * columns**2
-        work = Arithmetic(float64=total)
+        work = Arithmetic(float64=ordered + total)
         forms = len(self._allocations) + len(self._weights(model)) - 1
         if forms > 1:
             compared = forms * min(1.0, SCORE_TOKENS / num_tokens)
             made = forms + (self.refit != "none")
-            work = Arithmetic(float64=made * total, passes=compared, heads=compared, streams=1)
+            work = Arithmetic(
+                float64=ordered + made * total, passes=compared, heads=compared, streams=1
+            )
         if self.refit == "none":
             return work
         return work + refit_arithmetic(model, plan_of(model), num_tokens)
@@ -180,15 +189,16 @@ class MoDeGpt(Method):
     def compress(self, model: PreTrainedModel, evidence: Evidence) -> Cut:
         check_evidence(model, evidence)
         allocations, weights = self._allocations, self._weights(model)
+        orders: Orders = {}
         if len(allocations) == len(weights) == 1:
-            return self._form(allocations[0], weights[0])._cut(model, evidence, self.refit)
+            return self._form(allocations[0], weights[0])._cut(model, evidence, orders, self.refit)
         windows = windows_of(evidence.calibration, SCORE_TOKENS)
         best: tuple[float, MoDeGpt, Cut] | None = None
 
         def compare(form: MoDeGpt) -> None:
             nonlocal best
             change = form._cut(
-                model, evidence, "none", f"{form.allocation}-{form.query_key_weight}"
+                model, evidence, orders, "none", f"{form.allocation}-{form.query_key_weight}"
             )
             loss = loss_of_cut(model, change, windows)
             logger.info("modegpt by %s: next-token loss %.4f", form._choice, loss)
@@ -202,7 +212,7 @@ class MoDeGpt(Method):
             compare(self._form(best[1].allocation, weight))
         _, form, change = best
         logger.info("modegpt narrows by %s", form._choice)
-        return change if self.refit == "none" else form._cut(model, evidence, self.refit)
+        return change if self.refit == "none" else form._cut(model, evidence, orders, self.refit)
 
     @property
     def _allocations(self) -> tuple[str, ...]:
@@ -232,7 +242,12 @@ class MoDeGpt(Method):
         return f"allocation {self.allocation}, query_key_weight {self.query_key_weight}"
 
     def _cut(
-        self, model: PreTrainedModel, evidence: Evidence, refit: Refit, part: str = "block"
+        self,
+        model: PreTrainedModel,
+        evidence: Evidence,
+        orders: Orders,
+        refit: Refit,
+        part: str = "block",
     ) -> Cut:
         """The cut of a form; what is made goes to the spool, block by block, under `part`."""
         widths = self._widths_of(model, evidence)
@@ -241,7 +256,7 @@ class MoDeGpt(Method):
         def narrow(position: int, _streams: object = None) -> dict[str, Tensor]:
             is_narrow = (position, "mlp") in widths
             return self.narrow_block(
-                model, position, plan.blocks[position], evidence, mlp=is_narrow
+                model, position, plan.blocks[position], evidence, orders, mlp=is_narrow
             )
 
         inherits = tuple(range(len(plan.blocks)))
@@ -267,14 +282,18 @@ class MoDeGpt(Method):
         position: int,
         form: BlockPlan,
         evidence: Evidence,
+        orders: Orders,
         *,
         mlp: bool,
         heads: bool = True,
     ) -> dict[str, Tensor]:
-        """What changes of one block, as the model stores it: its MLP, its heads, or both."""
+        """What changes of one block, as the model stores it: its MLP, its heads, or both.
+
+        The order in which the channels of its MLP go serves all widths of this evidence: it is
+        taken from `orders`, or put there."""
         tensors: dict[str, Tensor] = {}
         if mlp and form.mlp_width is not None:
-            tensors |= self._narrow_mlp(model, position, form.mlp_width, evidence)
+            tensors |= self._narrow_mlp(model, position, form.mlp_width, evidence, orders)
         if heads and form.narrow_heads is not None:
             tensors |= self._narrow_heads(model, position, form.narrow_heads, evidence)
         return as_stored(tensors, model)
@@ -407,7 +426,12 @@ class MoDeGpt(Method):
         return plan_of(model).narrow(mlp_widths, heads)
 
     def _narrow_mlp(
-        self, model: PreTrainedModel, position: int, width: int, evidence: Evidence
+        self,
+        model: PreTrainedModel,
+        position: int,
+        width: int,
+        evidence: Evidence,
+        orders: Orders,
     ) -> dict[str, Tensor]:
         """The MLP on the channels that stay, the down projection fitted again."""
         architecture = architecture_of(model)
@@ -427,7 +451,7 @@ class MoDeGpt(Method):
             if down.bias is not None:
                 gram = centred(gram, input_sum, num_tokens)
             if width > 0:
-                kept = removals(weight, gram, len(gram) - width).kept(width, len(gram))
+                kept = _order(orders, position, weight, gram, width).kept(width, len(gram))
                 narrow = refitted(weight, gram, kept)
             else:  # its mean output stays, where there is a bias to hold it
                 kept, narrow = torch.arange(0, device=gram.device), weight[:, :0].double()
@@ -517,6 +541,16 @@ class MoDeGpt(Method):
             values.append(narrow)
             outputs.append(read)
         return torch.stack(values), torch.cat(outputs)
+
+
+def _order(orders: Orders, position: int, down: Tensor, gram: Tensor, width: int) -> Removals:
+    """How the channels of an MLP go, down to a width at least: all of them, where a second width
+    asks for more than the first did."""
+    known, needed = orders.get(position), len(gram) - width
+    if known is None or needed > len(known.order):
+        count = needed if known is None else len(gram) - 1
+        known = orders[position] = removals(down, gram, count)
+    return known
 
 
 def _kept_rotary(qk_dim: int, sizes: HeadSizes) -> int:

@@ -91,6 +91,7 @@ class Assembly:
             position,
             form,
             self.evidence,
+            self.materials.orders,
             mlp="mlp" in parts,
             heads=bool(parts - {"mlp"}),
         )

@@ -22,7 +22,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foldstack.compression.closed_forms.inner_pairs import narrowing_operations
+from foldstack.compression.closed_forms.channel_removal import (
+    refitting_operations,
+    removal_operations,
+)
 from foldstack.compression.closed_forms.low_rank import truncate, whitened_svd_operations
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.factoring.factored_linears import named_factors
@@ -105,10 +108,13 @@ class _Width(Kind):
 
     def arithmetic(self, sites: Sites, variant: Variant, num_tokens: int) -> Arithmetic:
         operations = 0.0
+        levels = max(1, len(set(self.offered(sites, variant.first))))
         for site in architecture_of(sites.model).linears:
             rows, columns = sites.shapes.get((variant.first, site.name), (0, 0))
             if self.part == "mlp" and site.reads == "mlp_output":
-                operations += narrowing_operations(rows, columns, variant.level)
+                operations += refitting_operations(rows, columns, variant.level)
+                # The order is found at the first width, and to the end at the second.
+                operations += min(levels, 2) / levels * removal_operations(rows, columns, 0)
             elif self.part != "mlp" and site.reads == "attention_input":
                 operations += 2.0 * rows * columns**2
         return Arithmetic(float64=operations)

@@ -7,6 +7,7 @@ from functools import cached_property
 from foldstack.compression.closed_forms.low_rank import WhitenedSVD
 from foldstack.compression.methods.factoring.svd_llm import SvdLlm
 from foldstack.compression.methods.method import Evidence
+from foldstack.compression.methods.narrowing.modegpt import Orders
 from foldstack.compression.methods.search.run_maps import RunMaps
 from foldstack.compression.methods.search.sites import Sites
 
@@ -20,6 +21,7 @@ class Materials:
 
     def __post_init__(self) -> None:
         self._factoring = SvdLlm(sparsity=0.5, update="none")
+        self.orders: Orders = {}
         self._svds: dict[tuple[int, str], WhitenedSVD] = {}
 
     def svd(self, position: int, name: str, ranks: Sequence[int]) -> WhitenedSVD:

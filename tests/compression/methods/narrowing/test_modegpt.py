@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foldstack.compression.closed_forms.channel_removal import Removals, removals
 from foldstack.compression.closed_forms.inner_pairs import (
     kept_coordinates,
     leverage_scores,
@@ -27,7 +28,7 @@ from foldstack.compression.methods.narrowing.inner_widths import (
     removed_by,
     uniform_sparsities,
 )
-from foldstack.compression.methods.narrowing.modegpt import MoDeGpt
+from foldstack.compression.methods.narrowing.modegpt import MoDeGpt, Orders
 from foldstack.compression.statistics.gathering import KINDS, gather
 from foldstack.compression.statistics.ranking import rank_blocks
 from foldstack.compression.structure.architectures import architecture_of
@@ -504,3 +505,33 @@ def test_what_can_follow_it(after: str, tiny_model: Any, windows: Tensor) -> Non
     again = cut(smaller, method.compress(smaller, evidence))
     assert torch.isfinite(logits(again, windows)).all()
     assert count_parameters(again) < 0.83 * count_parameters(smaller)
+
+
+def test_an_order_of_channels_serves_every_width(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Any, windows: Tensor
+) -> None:
+    """Found once for the first width, and to its end when a second one asks for more; what is made
+    is the same as alone."""
+    model = tiny_model("llama")
+    evidence = evidence_of(model, windows)
+    sought = []
+
+    def counted(down: Tensor, gram: Tensor, count: int) -> Removals:
+        sought.append(count)
+        return removals(down, gram, count)
+
+    monkeypatch.setattr(modegpt, "removals", counted)
+    method = MoDeGpt(sparsity=0.2, mlp_selection="greedy")
+    together: Orders = {}
+    size = model.config.intermediate_size
+    for width in (size - 4, size - 12, size - 8, 3):
+        plan = method.narrow_plan(model, {(1, "mlp"): width})
+        alone, given = (
+            method.narrow_block(model, 1, plan.blocks[1], evidence, orders, mlp=True)
+            for orders in ({}, together)
+        )
+        assert alone.keys() == given.keys()
+        for name, tensor in alone.items():
+            assert torch.equal(tensor, given[name]), name
+    assert sought.count(size - 1) == 1
+    assert len(sought) == 4 + 2
