@@ -70,10 +70,12 @@ test-all: $(INSTALLED) ## Run the tests that are slow, too (browser, Postgres, f
 # packages that are installed here; then the engines of other people, in environments of their own.
 ENGINES ?= $(VENV)-engines
 OLDEST := $(shell sed -n 's/^OLDEST_TRANSFORMERS.*= (\([0-9]*\), \([0-9]*\)), .*/\1.\2.0/p' compression/structure/modeling_foldstack.py)
-OVERLAYS := $(ENGINES)/oldest/.made $(ENGINES)/newest/.made $(ENGINES)/onnx/.made
+OVERLAYS := $(ENGINES)/oldest/.made $(ENGINES)/newest/.made $(ENGINES)/onnx/.made $(ENGINES)/tools/.made
 $(ENGINES)/oldest/.made: WANTED := 'transformers==$(OLDEST)'
 $(ENGINES)/newest/.made: WANTED := 'transformers>=5,<6'
 $(ENGINES)/onnx/.made: WANTED := onnx onnxruntime onnxscript
+# What they need besides lies below; by itself pip would bring another torch.
+$(ENGINES)/tools/.made: WANTED := --no-deps trl torchao optimum-quanto ninja
 
 $(OVERLAYS): $(INSTALLED) compression/structure/modeling_foldstack.py
 	$(PYTHON) -m venv --without-pip $(@D)
@@ -91,13 +93,14 @@ $(PROGRAMS): $(INSTALLED)
 	$(UV) pip install --quiet --python $(@D)/bin/python $(WANTED)
 	@touch $@
 
-test-engines: $(OVERLAYS) $(PROGRAMS) ## Load every structure in other versions of transformers, vLLM, llama.cpp, mlx-lm and ONNX (needs the network)
+test-engines: $(OVERLAYS) $(PROGRAMS) ## Load every structure in other versions of transformers, vLLM, llama.cpp, mlx-lm, ONNX, TRL and quantisers (needs the network)
 	FOLDSTACK_PYTHONS='$(abspath $(ENGINES)/newest/bin/python) $(abspath $(ENGINES)/oldest/bin/python)' \
 	  FOLDSTACK_LLAMA_CPP_PYTHON='$(abspath $(ENGINES)/llama_cpp/bin/python)' \
 	  FOLDSTACK_VLLM_PYTHON='$(abspath $(ENGINES)/vllm/bin/python)' \
 	  FOLDSTACK_MLX_PYTHON='$(abspath $(ENGINES)/mlx/bin/python)' \
 	  $(BIN)/pytest -n 0 -m engines tests
 	$(ENGINES)/onnx/bin/python -m pytest -n 0 -q -m engines tests/compression/structure/test_graphs.py
+	$(ENGINES)/tools/bin/python -m pytest -n 0 -q -W ignore -m engines tests/compression/structure/test_tools.py
 	$(ENGINES)/newest/bin/python -m pytest -n 0 -q tests/compression/structure tests/compression/checkpoints \
 	  tests/compression/methods/test_method_contract.py
 	$(ENGINES)/oldest/bin/python -m pytest -n 0 -q tests/compression/structure/test_modeling_foldstack.py

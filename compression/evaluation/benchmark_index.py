@@ -88,7 +88,8 @@ def task_manager(names: Sequence[str], include_paths: Sequence[Path] = ()) -> "T
     """An lm-eval task manager that knows `names`, which `check_tasks` has passed.
 
     Raises:
-        InputError: a YAML file declares a name, but lm-eval cannot read the file.
+        InputError: a YAML file declares a name, but lm-eval cannot read the file; or a benchmark
+            runs what the model writes.
     """
     from lm_eval.tasks import TaskManager
 
@@ -105,6 +106,13 @@ def task_manager(names: Sequence[str], include_paths: Sequence[Path] = ()) -> "T
         missing = set(_missing(manager, names))
     if missing:
         manager = _full_manager(tuple(folders))
+    for name, settings in _settings_of(manager, names):
+        # Before lm-eval loads it: that fetches the program that runs the code, and tries it.
+        if (settings or {}).get("unsafe_code"):
+            raise InputError(
+                f"benchmark {name} runs code that the model writes, which foldstack refuses: "
+                "nothing here keeps such code from your files"
+            )
     return manager
 
 
@@ -135,8 +143,6 @@ def _explain(error: BaseException) -> str | None:
         )
     if "Dataset scripts are no longer supported" in said:
         return f"a benchmark needs a dataset script, which datasets no longer runs: {said}"
-    if "marked as unsafe" in said:
-        return f"a benchmark runs code that the model writes, which foldstack refuses: {said}"
     return None
 
 
@@ -181,19 +187,32 @@ def _full_manager(folders: tuple[Path, ...]) -> "TaskManager":
 
 def _missing(manager: "TaskManager", names: Sequence[str]) -> Iterator[str]:
     """The names, and the members of the groups among them, that the manager does not know."""
+    return (name for name, settings in _settings_of(manager, names) if settings is None)
+
+
+def _settings_of(
+    manager: "TaskManager", names: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """The names, and the members of the groups and tags among them, each with what its YAML file
+    says; None where the manager does not know it."""
     for name in names:
         entry = manager.task_index.get(name)
         if entry is None and _is_file(name):
             from lm_eval.tasks._yaml_loader import load_yaml
 
-            config = load_yaml(Path(name), resolve_func=False)
+            settings = load_yaml(Path(name), resolve_func=False)
         elif entry is None:
-            yield name
+            yield name, None
+            continue
+        elif entry.yaml_path is None:  # a tag
+            yield from _settings_of(manager, sorted(entry.tags - {name}))
             continue
         else:
-            config = entry.cfg or {}
-        if isinstance(members := config.get("task"), list):
-            yield from _missing(manager, [m for m in map(_member, members) if m is not None])
+            settings = entry.cfg or {}
+        yield name, settings
+        if isinstance(members := settings.get("task"), list):
+            yield from ((name, item) for item in members if isinstance(item, dict))
+            yield from _settings_of(manager, [m for m in map(_member, members) if m is not None])
 
 
 def _member(item: str | dict[str, Any]) -> str | None:

@@ -363,6 +363,18 @@ def test_unusable_tasks_are_told_in_a_sentence(task_folder: Path, tmp_path: Path
         check_tasks(["toy_choice"], [tmp_path], fetch=True)
 
 
+@pytest.mark.usefixtures("no_full_index")
+@pytest.mark.parametrize("name", ["humaneval", "mbpp_instruct", "my_suite", "my_tag", "suite.yaml"])
+def test_code_that_a_model_writes_is_not_run(name: str, tmp_path: Path) -> None:
+    """lm-eval fetches and calls what runs it where such a task is only loaded."""
+    task = "task: {name}\ntag: my_tag\nunsafe_code: true\nmetric_list: !function lost.metrics\n"
+    (tmp_path / "task.yaml").write_text(task.format(name="my_task"))
+    (tmp_path / "suite.yaml").write_text("group: my_suite\ntask: [my_task]")
+    asked = str(tmp_path / name) if name == "suite.yaml" else name
+    with pytest.raises(InputError, match="runs code that the model writes, which foldstack refuse"):
+        task_manager([asked], [tmp_path])
+
+
 def test_data_that_the_hub_cannot_give_is_told_in_a_sentence(tmp_path: Path) -> None:
     on_the_hub = CHOICE_TASK.replace("dataset_path: json", "dataset_path: foldstack-tests/nothing")
     lines = [line for line in on_the_hub.splitlines() if "dataset_kwargs" not in line]

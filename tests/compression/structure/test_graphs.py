@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-STRUCTURES = ["narrow_heads", "shared_heads", "light_block"]
-"""What is cut, padded or assembled where the graph is made, and a block without attention."""
 LENGTH = {1: torch.export.Dim("length", min=2, max=100)}
 
 
@@ -24,9 +22,9 @@ class Logits(torch.nn.Module):
         return logits
 
 
-@pytest.fixture(params=STRUCTURES)
-def logits(request: pytest.FixtureRequest, structured: Callable[..., Any]) -> Logits:
-    return Logits(structured(request.param)).eval()
+@pytest.fixture
+def logits(structure: str, structured: Callable[..., Any]) -> Logits:
+    return Logits(structured(structure)).eval()
 
 
 @pytest.mark.engines
