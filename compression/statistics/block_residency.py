@@ -57,26 +57,44 @@ class _Resident:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._block: nn.Module | None = None
-        self._homes: list[tuple[Tensor, Tensor, int]] = []
-        """A tensor of the block, its data at home, and its version when it came."""
+        self._guests: list[_Guest] = []
 
     def become(self, block: nn.Module) -> None:
-        if block is self._block:
+        if block is self._block and all(guest.is_on_device for guest in self._guests):
             return
         self._leave()
-        for tensor in _tensors_of(block):
-            home = tensor.data
-            _put(tensor, home.to(self.device, copy=True))
-            self._homes.append((tensor, home, tensor._version))
-        release(home for _, home, _ in self._homes)
+        self._guests = [_Guest(tensor, self.device) for tensor in _tensors_of(block)]
+        release(guest.home for guest in self._guests)
         self._block = block
 
     def _leave(self) -> None:
-        for tensor, home, version in self._homes:
-            if tensor._version != version:
-                home.copy_(tensor.data)
-            _put(tensor, home)
-        self._block, self._homes = None, []
+        for guest in self._guests:
+            guest.leave()
+        self._block, self._guests = None, []
+
+
+class _Guest:
+    """A tensor of that block."""
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        self.tensor = tensor
+        self.home = tensor.data
+        self._here = self.home.to(device, copy=True)
+        _put(tensor, self._here)
+        self._version = tensor._version
+
+    @property
+    def is_on_device(self) -> bool:
+        return self.tensor.device == self._here.device
+
+    def leave(self) -> None:
+        """Go home; whoever gave the tensor other data meanwhile, as for a pass in another precision
+        (`stream.BlockStream`), has put back what it found and keeps that."""
+        if self.tensor.data_ptr() != self._here.data_ptr():
+            return
+        if self.tensor._version != self._version:
+            self.home.copy_(self.tensor.data)
+        _put(self.tensor, self.home)
 
 
 def _put(tensor: Tensor, data: Tensor) -> None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from foldstack.compression.statistics.block_residency import run_blocks_in_turn
 from foldstack.compression.statistics.gathering import gather
+from foldstack.compression.statistics.stream import BlockStream
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.surgery import Cut, cut, plan_of
 
@@ -35,6 +36,24 @@ def test_a_model_computes_the_same_with_one_block_away_from_home(
                 *[True] * (len(at_home) - 1),
                 False,
             ]
+
+
+def test_a_pass_in_another_precision_leaves_no_block_in_it(tiny_model: TinyModel) -> None:
+    """On a CPU half precision computes in float32, block by block: a block that came as a copy in
+    float32 went home as one, and the head met hidden states of another precision than its own."""
+    model = tiny_model("llama").bfloat16()
+    tokens = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        run_blocks_in_turn(model, "cpu")
+        model(tokens)  # the last block is there, the others come in float32
+        at_home = places(model)
+        stream = BlockStream(model, tokens, batch_size=2, dtype=torch.float32)
+        for _ in range(2):
+            stream.advance()
+        assert places(model)[0] == at_home[0]
+        assert torch.equal(model(tokens).logits, expected)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_shared_weights_come_with_their_borrower(tiny_model: TinyModel) -> None:
