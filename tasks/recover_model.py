@@ -10,6 +10,7 @@ from foldstack.compression.training.recovery import Recovery
 from foldstack.tasks.compress_model import CARD_FILE
 from foldstack.tasks.environment.execution import Dtype, Execution
 from foldstack.tasks.models import MODEL_FOLDER, model_folder, open_model
+from foldstack.tasks.running.ranks import compute_together, fsdp_environment, is_rank, part
 from foldstack.tasks.running.worker_pool import ComputedStage
 from foldstack.tasks.stage import ModelRef, Progress
 from foldstack.tasks.store.artifacts import Artifact
@@ -28,7 +29,7 @@ class RecoverModel(ComputedStage):
 
     stage: ClassVar[str] = "recover_model"
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "accelerate")
-    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"execution", "name"})
+    outside_fingerprint: ClassVar[frozenset[str]] = frozenset({"execution", "processes", "name"})
 
     compressed: Artifact
     windows: Artifact
@@ -37,6 +38,8 @@ class RecoverModel(ComputedStage):
     """The dense model, where `settings` distils."""
     dtype: Dtype = "auto"
     execution: Execution = Execution()
+    processes: int = 1
+    """How many share the models out between them while they train."""
     name: str = ""
     """What the variant is called, e.g. "svd_llm 0.20"."""
 
@@ -63,14 +66,22 @@ class RecoverModel(ComputedStage):
         from foldstack.compression.text.calibration import Windows
         from foldstack.compression.training.recovery import recover
 
-        model = open_model(self.compressed, self.dtype, self.execution)
-        teacher = open_model(self.teacher, self.dtype, self.execution) if self.teacher else None
+        if self.processes > 1 and not is_rank():
+            environment = fsdp_environment(self.execution, self.processes)
+            return compute_together(self, self.processes, environment, folder, work, progress)
+        place = self.execution
+        if is_rank():  # what it computes with are its parts of the whole models
+            place = place.model_copy(update={"device": "cpu"})
+        model = open_model(self.compressed, self.dtype, place)
+        teacher = open_model(self.teacher, self.dtype, place) if self.teacher else None
         windows = Windows.load(self.windows.open()).tokens
         out, source = folder / MODEL_FOLDER, model_folder(self.compressed)
         plan = load_plan(source)
         result = recover(
             model, windows, self.settings, teacher=teacher, plan=plan, work=work, progress=progress
         )
+        if not part():
+            return {}
         recovered = result.model.cpu().eval()
         size = size_of(recovered)
         grade = save_model(recovered, out, tokenizer_from=source, plan=plan)

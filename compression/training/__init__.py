@@ -11,8 +11,12 @@
   out.
 - `recovery`: Recovery: a compressed model is trained for a while, by itself or after its dense
   teacher.
+- `sharding`: A model spread over the processes of a training: each block is put together where it
+  computes.
 - `teacher_states`: What a frozen teacher makes of windows that are trained on more than once,
   computed once.
-- `training_loop`: A training loop that survives being killed: its checkpoints, its schedule, its
-  data order.
+- `training_checkpoints`: The checkpoints of a training: each a folder that appears whole, of one
+  file or of one for each process that holds a part of the model.
+- `training_loop`: A training loop that survives being killed: its schedule, its data order, its
+  steps.
 """

@@ -27,7 +27,8 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.statistics.run_states import RunStates, States
 from foldstack.compression.statistics.stream import starting_at
 from foldstack.compression.storage.digest import digest_json
-from foldstack.compression.training.training_loop import Checkpoints, History, warm_cosine
+from foldstack.compression.training.training_checkpoints import Checkpoints, History
+from foldstack.compression.training.training_loop import warm_cosine
 
 BatchLoss = Callable[[Int[Tensor, " batch"]], Float[Tensor, ""]]
 """Mean loss of the windows with these indices."""

@@ -58,11 +58,8 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         InputError: the model's logits are not what its projection gives.
     """
-    projection = model.get_output_embeddings()
-    assert isinstance(projection, nn.Linear), type(projection)
+    head = projection_of(model)
     config = base_config_of(model.config)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head = Head(projection.weight.detach(), _detached(projection.bias), softcap)
     probe = torch.arange(_PROBE_TOKENS, device=head.weight.device)[None] % len(head.weight)
     with torch.no_grad():
         expected = model(input_ids=probe, use_cache=False).logits
@@ -73,6 +70,14 @@ def head_of(model: PreTrainedModel) -> Head:
             "projection; use a model of a supported family"
         )
     return head
+
+
+def projection_of(model: PreTrainedModel) -> Head:
+    """What `head_of` says of a model that was looked at before."""
+    projection = model.get_output_embeddings()
+    assert isinstance(projection, nn.Linear), type(projection)
+    softcap = getattr(base_config_of(model.config), "final_logit_softcapping", None)
+    return Head(projection.weight.detach(), _detached(projection.bias), softcap)
 
 
 def _detached(bias: Tensor | None) -> Tensor | None:

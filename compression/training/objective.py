@@ -168,7 +168,7 @@ def mean_loss(
 ) -> float:
     """Next-token loss of the student over `windows`, in nats per token, without dropout.
 
-    In smaller batches if memory is short.
+    In smaller batches if memory is short; not in one of several processes, which others wait for.
     """
     device = next(objective.parameters()).device
 
@@ -180,6 +180,8 @@ def mean_loss(
         return sums
 
     with torch.no_grad(), _without_dropout(objective):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return total(batch_size) / len(windows)
         return with_smaller_batches(total, batch_size, windows.shape[1]) / len(windows)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.errors import InputError
@@ -21,20 +21,22 @@ from foldstack.compression.storage.digest import digest_json
 from foldstack.compression.structure.architectures import base_config_of
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import plan_of
-from foldstack.compression.training.distillation import Blend, head_of, tail_pairs
+from foldstack.compression.training.distillation import Blend, head_of, projection_of, tail_pairs
 from foldstack.compression.training.objective import FIGURES, Objective, Tail, mean_loss
-from foldstack.compression.training.teacher_states import WORTH_FROM
-from foldstack.compression.training.training_loop import (
-    Checkpoints,
-    History,
-    Row,
-    Schedule,
-    Training,
-    derived_seed,
+from foldstack.compression.training.sharding import (
+    check_agreement,
+    mesh_of,
+    parts_of,
+    spread_objective,
+    take_back,
 )
+from foldstack.compression.training.teacher_states import WORTH_FROM
+from foldstack.compression.training.training_checkpoints import Checkpoints, History, Row
+from foldstack.compression.training.training_loop import Schedule, Training, derived_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
 
     from foldstack.compression.training.adapters import Adapters
 
@@ -197,6 +199,10 @@ def recover(
     base blocks are left, which a stock model without them cannot say by itself; without it that is
     `plan_of(model)`.
 
+    In several processes that Accelerate launched each calls this with the same arguments, and has
+    the whole recovered model in the end. They train with the whole of it, or, launched with FSDP,
+    each with its part of the blocks (see `sharding`); then `model` and `teacher` belong on the CPU.
+
     Raises:
         InputError: the loss is no longer finite, or settings, data and models do not fit together.
     """
@@ -206,13 +212,16 @@ def recover(
     tail = _tail(plan or plan_of(model), model, settings, teacher)
     with _ONE_AT_A_TIME, _random_numbers(settings.seed):
         accelerator = _accelerator(settings)
-        model.to(accelerator.device)
+        mesh = mesh_of(accelerator)
         if not settings.needs_teacher:
             teacher = None
         if teacher is not None:
-            teacher.to(accelerator.device).eval()
+            teacher.eval()
+        if mesh is None:
+            for whole in filter(None, (model, teacher)):
+                whole.to(accelerator.device)
         return _recover(
-            model, windows, settings, teacher, tail, validation, work, progress, accelerator
+            model, windows, settings, teacher, tail, validation, work, progress, accelerator, mesh
         )
 
 
@@ -226,36 +235,50 @@ def _recover(
     work: Path | None,
     progress: Callable[[str, int, int], None] | None,
     accelerator: "Accelerator",
+    mesh: "DeviceMesh | None",
 ) -> RecoveryResult:
     dtype = autocast_dtype(settings.precision, accelerator.device)
+    digest = _digest(model, windows, settings, teacher, tail, dtype)
+    check_agreement(digest, accelerator)
     checkpoints = None
     if work is not None:
-        digest = _digest(model, windows, settings, teacher, tail, dtype)
         checkpoints = Checkpoints(work, digest, settings.checkpoint_every)
-    head = head_of(model)
+    head_of(model)  # which refuses what the loss could not be computed of
     adapters = adapters_for(model, settings, dtype)
     batch_size = settings.batch_size
     try:
         blend = Blend(settings.distillation, settings.temperature)
-        objective = Objective(model, head, blend, teacher, dtype, tail)
+        trainable: dict[str, nn.Parameter] = adapters.trainable
+        if mesh is None:
+            objective = Objective(model, projection_of(model), blend, teacher, dtype, tail)
+        else:
+            objective = spread_objective(
+                model, blend, teacher, dtype, tail, mesh, accelerator.device
+            )
+            batch_size //= accelerator.num_processes
+            trainable = parts_of(objective, model, trainable)
         before = None if validation is None else mean_loss(objective, validation, batch_size)
         training = Training(
-            objective=accelerator.prepare(objective),
-            trainable=adapters.trainable,
-            optimizer=_optimizer(adapters, settings),
+            objective=objective if mesh is not None else accelerator.prepare(objective),
+            trainable=trainable,
+            optimizer=_optimizer(adapters, trainable, settings),
             schedule=settings.schedule,
             accelerator=accelerator,
             figure_names=FIGURES,
             has_dropout=settings.lora_dropout > 0,
             checkpoints=checkpoints,
+            is_spread=mesh is not None,
         )
         saved = None if checkpoints is None else checkpoints.newest()
-        if settings.keeps_teacher(len(windows), accelerator.num_processes):
+        # Of a teacher that is spread each process would need the states of all windows.
+        if mesh is None and settings.keeps_teacher(len(windows), accelerator.num_processes):
             folder = Path(tempfile.gettempdir()) if work is None else work
             objective.keep_teacher(windows, batch_size, folder)
         accelerator.wait_for_everyone()
         history, seconds = training.run(windows, saved, _reporter(progress, settings.steps))
         after = None if validation is None else mean_loss(objective, validation, batch_size)
+        if mesh is not None:
+            take_back(trainable, adapters.trainable)
     except BaseException:
         adapters.discard()
         raise
@@ -331,20 +354,23 @@ def adapters_for(
     )
 
 
-def _optimizer(adapters: "Adapters", settings: Recovery) -> torch.optim.Optimizer:
+def _optimizer(
+    adapters: "Adapters", trainable: Mapping[str, nn.Parameter], settings: Recovery
+) -> torch.optim.Optimizer:
+    """Of what is trained, which may be parts of the adapters' parameters by the same names."""
     groups = [
         {
-            "params": list(adapters.matrices.values()),
+            "params": [trainable[name] for name in adapters.matrices],
             "peak": settings.learning_rate,
             "weight_decay": settings.weight_decay,
         },
         {
-            "params": list(adapters.vectors.values()),
+            "params": [trainable[name] for name in adapters.vectors],
             "peak": settings.norm_learning_rate,
             "weight_decay": 0.0,
         },
         {
-            "params": list(adapters.virtual.values()),
+            "params": [trainable[name] for name in adapters.virtual],
             "peak": settings.virtual_learning_rate,
             "weight_decay": 0.0,
         },
@@ -367,14 +393,10 @@ def _accelerator(settings: Recovery) -> "Accelerator":
     from accelerate import Accelerator, DistributedType
 
     accelerator = Accelerator()
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-        DistributedType.MEGATRON_LM,
-    ):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(
-            "recovery keeps the whole model in every process; it was launched under "
-            f"{accelerator.distributed_type.value}, use plain data parallelism"
+            f"recovery was launched under {accelerator.distributed_type.value}; use FSDP, or plain "
+            "data parallelism"
         )
     if accelerator.scaler is not None:
         raise InputError("recovery trains in bfloat16 or float32; launch it without fp16")

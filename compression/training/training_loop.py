@@ -1,45 +1,33 @@
-"""A training loop that survives being killed: its checkpoints, its schedule, its data order.
+"""A training loop that survives being killed: its schedule, its data order, its steps.
 
 What a step does is a function of the seed and of the step's number alone, so a run that was killed
 and resumed ends with the same weights, bit for bit on a CPU, as one that was not.
 """
 
 import hashlib
-import json
 import logging
 import math
-import os
-import re
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.out_of_memory import with_smaller_batches
-from foldstack.compression.storage.durable import sync_files, sync_folder
+from foldstack.compression.training.training_checkpoints import Checkpoints, History, Row, Saved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, int | float]
-History = list[Row]
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_RECORD_FILE = "record.json"
-_TENSOR_FILE = "tensors.safetensors"
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -96,80 +84,15 @@ def _shuffled(num_windows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_windows, generator=generator)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """One checkpoint as read back."""
-
-    tensors: dict[str, Tensor]
-    record: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """The checkpoints of one run in a folder: each a folder of its own that appears whole.
-
-    Args:
-        folder: where they are kept; made when the first one is written.
-        digest: of everything that the run depends on; checkpoints of another digest are not ours.
-        every: steps between two checkpoints.
-    """
-
-    folder: Path
-    digest: str
-    every: int
-
-    def newest(self) -> Saved | None:
-        """The newest checkpoint of this very run, if any can be read."""
-        for folder in reversed(self._folders()):
-            try:
-                record = json.loads((folder / _RECORD_FILE).read_text())
-                if record["digest"] != self.digest:
-                    logger.info("%s belongs to other settings or data; not resumed from", folder)
-                    continue
-                return Saved(load_file(folder / _TENSOR_FILE), record)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                logger.warning("%s cannot be read (%s); not resumed from", folder, error)
-        return None
-
-    def write(self, tensors: Mapping[str, Tensor], history: History, **figures: Any) -> None:
-        """Publish a checkpoint by one rename, then drop the older ones.
-
-        It is on the disk before they go: after a power cut one of them is whole.
-        """
-        record = {"digest": self.digest, "history": history, **figures}
-        unfinished = self.folder / f".unfinished-{os.getpid()}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(
-            {name: t.detach().contiguous() for name, t in tensors.items()},
-            unfinished / _TENSOR_FILE,
-        )
-        (unfinished / _RECORD_FILE).write_text(json.dumps(record))
-        sync_files(unfinished)
-        older = self._folders()
-        published = self.folder / f"step-{len(history):08d}"
-        if published in older:  # of other settings, or damaged: `newest` did not take it
-            shutil.rmtree(published)
-        unfinished.rename(published)
-        sync_folder(self.folder)
-        for folder in older:
-            if folder != published:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _folders(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(f for f in self.folder.iterdir() if re.fullmatch(r"step-\d+", f.name))
-
-
 @dataclass
 class Training:
     """A run in progress.
 
     Args:
-        objective: prepared by Accelerate; maps token windows to (loss, figures), `figures` being a
-            vector of what `figure_names` says.
-        trainable: the parameters that the optimizer changes, by a name that is stable across runs.
+        objective: prepared by Accelerate, or spread over its processes (see `sharding`); maps token
+            windows to (loss, figures), `figures` being a vector of what `figure_names` says.
+        trainable: the parameters that the optimizer changes, by a name that is stable across runs;
+            of an objective that is spread, this process's parts of them.
         optimizer: AdamW; each of its groups holds its highest learning rate under "peak".
         has_dropout: True when the objective draws random numbers.
     """
@@ -182,6 +105,8 @@ class Training:
     figure_names: tuple[str, ...]
     has_dropout: bool = False
     checkpoints: Checkpoints | None = None
+    is_spread: bool = False
+    """Whether every process holds but a part of what is trained."""
     _windows_at_once: int = field(default=0, init=False)
     """How many have fitted in memory; 0 before the first step."""
 
@@ -257,7 +182,9 @@ class Training:
         for number, part in enumerate(parts, start=1):
             is_last, weight = number == len(parts), len(part) / num_windows
             tokens = part.to(accelerator.device, torch.long)
-            with nullcontext() if is_last else accelerator.no_sync(self.objective):
+            # Gradients of a spread model are summed up in parts, or each process held all of them.
+            waits = not (is_last or self.is_spread)
+            with accelerator.no_sync(self.objective) if waits else nullcontext():
                 loss, seen = self.objective(tokens)
                 # backward() divides by its own count, which the launcher's environment can set.
                 accelerator.backward(loss * accelerator.gradient_accumulation_steps * weight)
@@ -274,7 +201,9 @@ class Training:
             )
 
     def _keep(self, history: History, seconds: float) -> None:
-        if self.checkpoints is None or not self.accelerator.is_main_process:
+        if self.checkpoints is None:
+            return
+        if not (self.is_spread or self.accelerator.is_main_process):
             return
         done = len(history)
         if done % self.checkpoints.every == 0 or done == self.schedule.steps:
@@ -283,7 +212,7 @@ class Training:
     def _state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.trainable.items():
-            tensors[f"value/{name}"] = parameter
+            tensors[f"value/{name}"] = parameter.detach()
             for moment in _MOMENTS:
                 tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
         return tensors
@@ -292,12 +221,17 @@ class Training:
         if saved is None:
             return [], 0.0
         history: History = saved.record["history"]
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(saved.tensors[f"value/{name}"])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(len(history))),
-                    **{m: saved.tensors[f"{m}/{name}"].to(parameter.device) for m in _MOMENTS},
-                }
+        for parameter in self.trainable.values():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(len(history)), device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+            }
+        saved.read_into(self._state())
+        if self.is_spread:
+            from torch.distributed.fsdp import FSDPModule
+
+            # What a pass without gradients left together is taken apart, or the next would use it.
+            assert isinstance(self.objective, FSDPModule)
+            self.objective.reshard()
         logger.info("resumed after step %d of %d", len(history), self.schedule.steps)
         return history, float(saved.record["seconds"])

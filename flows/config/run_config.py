@@ -96,9 +96,21 @@ class RecoveryChoice(Recovery):
 
     source: TextSource = TextSource(split="train")
     windows: WindowSpec = WindowSpec(seed=1)
+    processes: int = Field(default=1, ge=1)
+    """Processes that share the model and each batch out between them (FSDP), one on each GPU, for
+    what one GPU does not hold; the steps are those of one process."""
     finalist_steps: int = Field(default=16, ge=1)
     """Steps that every finalist of a search gets (`finalists`), at most `steps`, before the best is
     kept and trained for all of them."""
+
+    @model_validator(mode="after")
+    def _batches_can_be_shared_out(self) -> Self:
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size is shared out over the processes; {self.batch_size} is not a multiple "
+                f"of {self.processes}"
+            )
+        return self
 
 
 class PerplexityChoice(_Section):

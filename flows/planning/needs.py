@@ -21,6 +21,10 @@ PROCESS_BYTES = 450 << 20
 FLOAT64_COPIES = 5
 """Matrices of the widest Gram's size that a closed form holds at once."""
 FLOAT64_BYTES = 8
+LOGIT_COPIES = 5
+"""Of a slice of logits, float32: they, their log-probabilities, and what goes back through both."""
+TEACHER_LOGIT_COPIES = 3
+"""More where they are held against a teacher's."""
 COMPARED_COPIES = 3
 """Of the hidden states that are compared at once."""
 TOKENS_PER_ITEM = 400
@@ -34,7 +38,10 @@ KNOBS = {
     "evaluate_model": "lower evaluation.perplexity.protocol.batch_size or its window_tokens",
     "evaluate_track": "lower evaluation.batch_size, or the window_tokens of the track's texts",
     "write_samples": "leave evaluation.samples out",
-    "recover_model": "lower recovery.batch_size and raise recovery.gradient_accumulation",
+    "recover_model": (
+        "lower recovery.batch_size and raise recovery.gradient_accumulation, or share the model "
+        "out over several GPUs by recovery.processes"
+    ),
     "export_model": "leave forms out of export",
     "benchmark_engine": "leave forms out of export",
     "benchmark_speed": "lower speed.batch_sizes, or set speed.enabled to false",
@@ -249,23 +256,58 @@ def _of_measuring(
 
 
 def _of_recovering(made: Any, shapes: _Shapes, layout: Layout) -> int:
-    """Bytes of training the model `made`, which is on the meta device; it is not the same after."""
+    """Bytes of training the model `made`, which is on the meta device; it is not the same after.
+
+    Where processes share it out, those of one on its GPU; on a CPU, which they share, too, those of
+    all of them, each of which has opened the models whole.
+    """
     from foldstack.compression.statistics.hidden_states import MEMORY_BYTES
     from foldstack.compression.structure.architectures import architecture_of
+    from foldstack.compression.structure.size import count_parameters
     from foldstack.compression.training.recovery import adapters_for
 
     settings = layout.config.recovery
-    num_blocks = len(architecture_of(made).blocks(made))
+    blocks = architecture_of(made).blocks(made)
+    ends = (count_parameters(made) - count_parameters(blocks)) * shapes.element_bytes
     opened = adapters_for(made.to(shapes.dtype), settings, autocast_of(layout))
     tokens = settings.batch_size * settings.windows.window_tokens
-    kept = tokens * num_blocks * (3 * shapes.widest + 8 * shapes.hidden) * 4
-    logits = 3 * tokens * shapes.vocabulary * 4
-    teacher = shapes.dense_bytes if settings.needs_teacher else 0
+    kept = tokens * len(blocks) * (3 * shapes.widest + 8 * shapes.hidden) * 4
+    logits = _logits_at_once(tokens, shapes, layout)
+    student, teacher = opened.num_bytes, shapes.dense_bytes if settings.needs_teacher else 0
+    if settings.processes > 1:
+        models = [size for size in (student, teacher) if size]
+        parts = sum(
+            ends + shapes.block_bytes + (size - ends) // settings.processes for size in models
+        )
+        part = parts + kept // settings.processes + logits
+        return part if has_gpus(layout) else settings.processes * (sum(models) + part)
     if settings.keeps_teacher(settings.windows.num_windows):
         compared = 1 + (settings.tail_blocks if settings.tail_distillation else 0)
         states = settings.windows.num_windows * settings.windows.window_tokens * shapes.hidden * 4
         teacher += min(MEMORY_BYTES, compared * states)
-    return opened.num_bytes + teacher + kept + logits
+    return student + teacher + kept + logits
+
+
+def _logits_at_once(tokens: int, shapes: _Shapes, layout: Layout) -> int:
+    """Bytes of those that recovery makes of a batch: the loss is computed in slices of tokens."""
+    from foldstack.compression.training.distillation import LOGITS_ELSEWHERE, LOGITS_ON_CPU
+
+    at_once = LOGITS_ELSEWHERE if has_gpus(layout) else LOGITS_ON_CPU
+    slices = min(tokens * shapes.vocabulary, max(at_once, shapes.vocabulary))
+    copies = LOGIT_COPIES
+    if layout.config.recovery.distillation:
+        copies += TEACHER_LOGIT_COPIES
+    return copies * 4 * slices
+
+
+def has_gpus(layout: Layout) -> bool:
+    """Whether stages compute on GPUs, which have memory of their own."""
+    if layout.on_paper:
+        return True
+    import torch
+
+    name = layout.config.model.device
+    return name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
 
 
 def _of_compressing(

@@ -108,6 +108,11 @@ def plan_on_paper(config: RunConfig, machine: str, devices: int) -> Paper:
     """
     if machine not in MACHINES:
         raise InputError(f"machines on paper are {', '.join(MACHINES)}, got {machine!r}")
+    if config.recovery.processes > devices:
+        raise InputError(
+            f"recovery.processes {config.recovery.processes} wants as many accelerators, and the "
+            f"plan is of {devices}"
+        )
     kind = MACHINES[machine]
     folder = Path(config.model.name).expanduser()
     model = ModelRef(name=config.model.name, folder=folder, fingerprint="0" * 16)
@@ -136,13 +141,19 @@ def plan_on_paper(config: RunConfig, machine: str, devices: int) -> Paper:
             )
         )  # fmt: skip
     times = [stage.seconds for stage in stages if stage.fits]
+    # Where several share a stage out, all of them are taken.
+    busy = [
+        stage.seconds * (config.recovery.processes if stage.stage == "recover_model" else 1)
+        for stage in stages
+        if stage.fits
+    ]
     return Paper(
         title=config.title,
         machine=machine,
         devices=devices,
         parameters={m.label: m.parameters for m in models.values()},
         stages=tuple(stages),
-        seconds=max(sum(times) / devices, max(times, default=0.0)),
+        seconds=max(sum(busy) / devices, max(times, default=0.0)),
         disk_bytes=sum(stage.disk_bytes for stage in stages),
     )
 

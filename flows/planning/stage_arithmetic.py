@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from foldstack.compression.text.calibration import WindowSpec
 from foldstack.flows.planning.machine_rates import Rates, characters_per_second, measure_rates
-from foldstack.flows.planning.needs import TOKENS_PER_ITEM, Need, autocast_of, stored_dtype
+from foldstack.flows.planning.needs import (
+    TOKENS_PER_ITEM,
+    Need,
+    autocast_of,
+    has_gpus,
+    stored_dtype,
+)
 from foldstack.flows.running.branches import DECIDING_WINDOWS, Branch, Layout
 from foldstack.tasks.benchmark_speed import TimeVariants
 from foldstack.tasks.collect_calibration import CollectCalibration
@@ -86,10 +92,13 @@ class StageArithmetic:
                 tokens *= schedule.windows.window_tokens
                 student = TRAINING_FACTOR * self._trained(tokens, branch)
                 windows = schedule.windows
-                if schedule.keeps_teacher(windows.num_windows):
+                if stage.processes == 1 and schedule.keeps_teacher(windows.num_windows):
                     tokens = windows.num_windows * windows.window_tokens
                 teacher = self._passing(tokens) if schedule.needs_teacher else 0.0
-                return OPENING_SECONDS + self._checking(branch) + student + teacher
+                # Processes on a CPU share its cores.
+                shares = stage.processes if has_gpus(self.layout) else 1
+                training = (student + teacher) / shares
+                return OPENING_SECONDS + self._checking(branch) + training
             case "choose_finalist":
                 assert isinstance(stage, ChooseFinalist)
                 tokens = DECIDING_WINDOWS * config.recovery.windows.window_tokens

@@ -510,6 +510,7 @@ class _BranchBuilder:
             teacher=self.model if settings.needs_teacher else None,
             dtype=self.config.model.dtype,
             execution=self.execution,
+            processes=self.config.recovery.processes,
             name=name,
         )
 

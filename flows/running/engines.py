@@ -37,8 +37,9 @@ from foldstack.flows.running.dask_scheduler import (
 )
 from foldstack.flows.running.prefect_server import deliver_what_waits
 from foldstack.flows.running.progress import Display
+from foldstack.tasks.running.messages import SECONDS_BETWEEN_REPORTS
 from foldstack.tasks.running.prefect_cache import Report
-from foldstack.tasks.running.worker_pool import SECONDS_BETWEEN_REPORTS, end_workers
+from foldstack.tasks.running.worker_pool import end_workers
 from foldstack.tasks.stage import Stage
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
-from foldstack.tasks.running.worker_pool import ProcessDied, time_limit
+from foldstack.tasks.running.messages import ProcessDied
+from foldstack.tasks.running.worker_pool import time_limit
 from foldstack.tasks.stage import Stage, run_stage
 from foldstack.tasks.store.artifacts import Artifact, ArtifactStore
 

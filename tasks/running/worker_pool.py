@@ -15,33 +15,32 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs
 from foldstack.tasks.environment.unheard import outlive_readers
+from foldstack.tasks.running.messages import (
+    LogSender,
+    ProcessDied,
+    Sender,
+    end_with,
+    how_it_ended,
+    portable,
+)
 from foldstack.tasks.running.usage import sampled
 from foldstack.tasks.stage import Progress, Stage
 from foldstack.tasks.store.manifest import Facts
 
-SECONDS_BETWEEN_REPORTS = 0.2
 SECONDS_TO_LEAVE = 5.0
 PACKAGE_LOGGER = logging.getLogger("foldstack")
-
-
-class ProcessDied(RuntimeError):
-    """A stage's process was ended from outside: by the system for want of memory, by a person, or
-    because it took too long. The stage itself may be in order, so it is worth another try.
-    """
 
 
 time_limit: ContextVar[float | None] = ContextVar("time_limit", default=None)
@@ -186,10 +185,7 @@ class _Worker:
                         raise content
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(5)
-            code = self._process.exitcode
-            reason = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-            hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-            raise _WorkerDied(f"its process ended with {reason}{hint}") from None
+            raise _WorkerDied(f"its process {how_it_ended(self._process.exitcode)}") from None
 
     def _wait_until(self, deadline: float | None, limit: float | None) -> None:
         """Return when something has come; ends the process at the deadline."""
@@ -221,14 +217,14 @@ class _Worker:
 def _serve(connection: Connection, parent: int, level: int) -> None:
     """The life of a worker process: compute what comes, until nobody is there any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
     outlive_readers()
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
     hide_in_logs()
     own_environment()
-    sender = _Sender(connection)
+    sender = Sender(connection)
     PACKAGE_LOGGER.setLevel(level)
-    PACKAGE_LOGGER.addHandler(_LogSender(sender))
+    PACKAGE_LOGGER.addHandler(LogSender(sender))
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             message = connection.recv_bytes()
@@ -237,7 +233,7 @@ def _serve(connection: Connection, parent: int, level: int) -> None:
                 with _temporary_files_in(work / "temporary"):
                     facts = stage.compute(folder, work, sender.progress)
             except Exception as error:
-                sender.send("error", _portable(error))
+                sender.send("error", portable(error))
             else:
                 sender.send("facts", facts)
 
@@ -256,48 +252,3 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
         os.environ.pop("TMPDIR")
         if before is not None:
             os.environ["TMPDIR"] = before
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _portable(error: Exception) -> Exception:
-    """The error as it can be sent, with the place where it happened in a note."""
-    trace = "".join(traceback.format_exception(error))
-    try:
-        copy: Exception = pickle.loads(pickle.dumps(error))
-    except Exception:
-        copy = RuntimeError(f"{type(error).__name__}: {error}")
-    copy.add_note(f"In the worker process:\n{trace}")
-    return copy
-
-
-class _Sender:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-        self._last_report = 0.0
-
-    def send(self, kind: str, content: Any) -> None:
-        with self._lock:
-            self._connection.send((kind, content))
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self._last_report < SECONDS_BETWEEN_REPORTS:
-            return
-        self._last_report = now
-        self.send("progress", (what, done, total))
-
-
-class _LogSender(logging.Handler):
-    def __init__(self, sender: _Sender) -> None:
-        super().__init__()
-        self._sender = sender
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):
-            self._sender.send("log", (record.name, record.levelno, record.getMessage()))

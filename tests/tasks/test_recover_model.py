@@ -1,20 +1,26 @@
 """Finalists in a sweep: made, healed a little, and one of them kept, which goes on as any other."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from foldstack.compression.checkpoints import checkpoint
-from foldstack.compression.checkpoints.checkpoint import ReloadReport
+from foldstack.compression.checkpoints.checkpoint import ReloadReport, load_model
 from foldstack.compression.errors import InputError
 from foldstack.flows.config.run_config import parse_config
 from foldstack.flows.planning.forecast import dry_run
 from foldstack.flows.running.branches import DECIDING_WINDOWS, lay_out
+from foldstack.tasks.models import MODEL_FOLDER
 from foldstack.tasks.models import model_folder as folder_in
-from foldstack.tasks.recover_model import TABLE_FILE
-from foldstack.tasks.stage import run_stage
+from foldstack.tasks.recover_model import HISTORY_FILE, TABLE_FILE, RecoverModel
+from foldstack.tasks.running.messages import ProcessDied
+from foldstack.tasks.stage import Progress, no_progress, run_stage
 
 
 @pytest.fixture
@@ -72,3 +78,57 @@ def test_the_finalist_that_heals_best_goes_on(
 def test_a_contest_without_recovery_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"search 0\.30 has 2 finalists, which recovery heals"):
         parse_config({name: value for name, value in config.items() if name != "recovery"})
+
+
+@pytest.mark.slow  # starts four processes that import torch
+def test_two_processes_that_share_the_model_recover_what_one_recovers(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same loss curve to 1e-5 of the loss; also where one was killed, and where one process
+    goes on from what two had written."""
+    monkeypatch.setattr(
+        checkpoint,
+        "check_reload",
+        lambda *_, **__: ReloadReport(1.0, 0.0, 0.0, True, (1,), 1, "X", 0.0),
+    )
+    config["methods"] = [{"name": "sleb"}]
+    config["recovery"] |= {"steps": 6, "checkpoint_every": 2, "gradient_accumulation": 2,
+                           "learning_rate": 5e-3, "distillation": 0.5, "validation_fraction": 0.2,
+                           "processes": 2}  # fmt: skip
+    layout = lay_out(parse_config(config))
+    branch = layout.branches[1]
+    assert branch.recover is not None
+    for stage in layout.before_speeds:
+        if stage.stage in ("collect_calibration", "gather_statistics", "rank_blocks",
+                           "score_variants", "compress_model"):  # fmt: skip
+            run_stage(stage, layout.store)
+
+    def compute(stage: RecoverModel, name: str, progress: Progress = no_progress) -> Any:
+        folder, work = tmp_path / name, tmp_path / f"{name}-work"
+        folder.mkdir(exist_ok=True)
+        work.mkdir(exist_ok=True)
+        stage.compute(folder, work, progress)
+        lines = (folder / HISTORY_FILE).read_text().splitlines()
+        return torch.tensor([list(json.loads(line).values()) for line in lines])
+
+    def kill_one(_what: str, done: int, _total: int) -> None:
+        if done == 3:
+            psutil.Process().children()[1].kill()
+
+    seen: list[int] = []
+    expected = compute(branch.recover.model_copy(update={"processes": 1}), "one")
+    with pytest.raises(ProcessDied, match="process 1 ended with signal 9"):
+        compute(branch.recover, "two", kill_one)
+    left = tmp_path / "two-work"
+    (kept,) = left.glob("step-*")
+    assert len(list(kept.glob("shard-*.safetensors"))) == 2
+    shutil.copytree(left, tmp_path / "alone-work")
+    found = compute(branch.recover, "two", lambda _what, done, _total: seen.append(done))
+    assert seen[0] > 2
+    alone = compute(branch.recover.model_copy(update={"processes": 1}), "alone")
+    for history, name in ((found, "two"), (alone, "alone")):
+        torch.testing.assert_close(history, expected, rtol=1e-5, atol=1e-5)
+        whole, shared = (load_model(tmp_path / of / MODEL_FOLDER) for of in ("one", name))
+        for key, tensor in whole.state_dict().items():
+            torch.testing.assert_close(shared.state_dict()[key], tensor, rtol=1e-3, atol=1e-4)
+    assert expected[-1, 1] < expected[0, 1]  # it did train

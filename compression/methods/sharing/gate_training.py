@@ -49,12 +49,8 @@ from foldstack.compression.storage.digest import digest_json
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.training.distillation import Blend, head_of
 from foldstack.compression.training.objective import Objective
-from foldstack.compression.training.training_loop import (
-    Checkpoints,
-    History,
-    Schedule,
-    derived_seed,
-)
+from foldstack.compression.training.training_checkpoints import Checkpoints, History
+from foldstack.compression.training.training_loop import Schedule, derived_seed
 
 Progress = Callable[[str, int, int], None]
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from foldstack.compression.structure.architectures import architecture_of
-from foldstack.compression.training.training_loop import History
+from foldstack.compression.training.training_checkpoints import History
 
 # Bounds of log(t^2 / eps) between which the budget is solved for: gates of 1e-13.
 _FARTHEST = 30.0

@@ -40,7 +40,8 @@ from foldstack.compression.training.recovery import (
     autocast_dtype,
     recover,
 )
-from foldstack.compression.training.training_loop import Checkpoints, Schedule
+from foldstack.compression.training.training_checkpoints import Checkpoints
+from foldstack.compression.training.training_loop import Schedule
 
 ModelFactory = Callable[..., PreTrainedModel]
 
@@ -678,11 +679,11 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys
 import torch
 from transformers import AutoModelForCausalLM
-from foldstack.compression.training import training_loop
+from foldstack.compression.training import training_checkpoints
 from foldstack.compression.training.recovery import Recovery, recover
 
 model_folder, windows, settings, work = sys.argv[1:]
-write, calls = training_loop.save_file, []
+write, calls = training_checkpoints.save_file, []
 
 def write_half_of_the_second(tensors, file):
     calls.append(file)
@@ -691,7 +692,7 @@ def write_half_of_the_second(tensors, file):
         os.truncate(file, os.path.getsize(file) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-training_loop.save_file = write_half_of_the_second
+training_checkpoints.save_file = write_half_of_the_second
 torch.set_num_threads(1)
 recover(
     AutoModelForCausalLM.from_pretrained(model_folder),

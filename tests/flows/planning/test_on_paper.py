@@ -11,7 +11,7 @@ import pytest
 from foldstack.compression.errors import InputError
 from foldstack.flows.config.run_config import RunConfig, parse_config
 from foldstack.flows.planning import machine_rates
-from foldstack.flows.planning.on_paper import MACHINES, plan_on_paper
+from foldstack.flows.planning.on_paper import MACHINES, PaperStage, plan_on_paper
 
 
 @pytest.fixture
@@ -66,6 +66,26 @@ def test_a_model_of_70b_is_planned_from_its_config(config: Callable[..., RunConf
     assert not of["recover_model"].fits
     assert of["recover_model"].device_bytes > MACHINES["h200"].device_bytes
     assert one.seconds / 8 <= eight.seconds < one.seconds
+
+
+def test_recovery_that_eight_share_out_fits(config: Callable[..., RunConfig]) -> None:
+    """A batch's logits were counted whole, which the loss makes slice by slice."""
+
+    def recovery(devices: int = 8, **settings: int) -> PaperStage:
+        chosen = config()
+        changed = chosen.recovery.model_copy(update={"cache_teacher": False, **settings})
+        paper = plan_on_paper(chosen.model_copy(update={"recovery": changed}), "h200", devices)
+        (stage,) = (each for each in paper.stages if each.stage == "recover_model")
+        return stage
+
+    one, two, eight = recovery(batch_size=8), recovery(batch_size=16), recovery(processes=8)
+    tokens = 8 * config().recovery.windows.window_tokens
+    assert two.device_bytes - one.device_bytes == tokens * 80 * (3 * 28672 + 8 * 8192) * 4
+    assert not one.fits
+    assert eight.fits
+    assert eight.seconds < one.seconds / 4
+    with pytest.raises(InputError, match=r"processes 8 wants as many accelerators.* is of 4"):
+        recovery(devices=4, processes=8)
 
 
 def test_what_cannot_be_planned_is_told(config: Callable[..., RunConfig]) -> None:

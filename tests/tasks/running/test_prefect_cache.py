@@ -23,7 +23,7 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 from foldstack.tasks.store.artifacts import ArtifactStore
 from foldstack.tasks.running.prefect_cache import stage_task
-from foldstack.tasks.running.worker_pool import ProcessDied
+from foldstack.tasks.running.messages import ProcessDied
 from foldstack.tasks.stage import Stage
 
 class Shout(Stage):

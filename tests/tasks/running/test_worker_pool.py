@@ -12,13 +12,9 @@ from pathlib import Path
 import pytest
 
 from foldstack.compression.errors import InputError
+from foldstack.tasks.running.messages import ProcessDied
 from foldstack.tasks.running.prefect_cache import limited
-from foldstack.tasks.running.worker_pool import (
-    ComputedStage,
-    ProcessDied,
-    WorkerPool,
-    worker_processes,
-)
+from foldstack.tasks.running.worker_pool import ComputedStage, WorkerPool, worker_processes
 from foldstack.tasks.stage import run_stage
 from foldstack.tasks.store.artifacts import ArtifactStore
 
