@@ -12,7 +12,7 @@ The system holds a process to it (RLIMIT_DATA); as it counts the pages on which 
 from their files, used or not, so much is added. What of them was in memory at once is in the peak.
 
     python benchmarks/memory.py [--json] [--blocks 22] [--methods modegpt svd_llm] [--work DIR]
-    python benchmarks/memory.py --width 1024 --blocks 48 --windows 2 --methods modegpt --limit 896
+    python benchmarks/memory.py --width 1024 --blocks 48 --windows 2 --methods modegpt --limit 1024
 
 It takes most of an hour on one core. With --work, what was measured is kept in DIR, and the command
 that was interrupted goes on with the next process when it is given again.
