@@ -1,11 +1,14 @@
-"""Tools of others on portable folders: TRL trains, quanto and torchao round (make test-engines)."""
+"""Tools of others on portable folders: TRL trains, others round them (make test-engines)."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 pytestmark = [pytest.mark.engines, pytest.mark.foreign_warnings]
@@ -93,3 +96,34 @@ def test_weights_that_torchao_rounds_are_saved_and_loaded(
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "rounded"), ids), rounded
     )
+
+
+def test_weights_that_compressed_tensors_stored_are_read(folder: Path, ids: torch.Tensor) -> None:
+    pytest.importorskip("compressed_tensors", reason="pip install 'foldstack[quantized]'")
+    from transformers import CompressedTensorsConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    head, file = model.get_output_embeddings(), folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, linear in model.named_modules():
+        if type(linear) is nn.Linear and linear is not head:
+            weight = tensors[f"{name}.weight"]
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            small = (weight / scale).round().to(torch.int8)
+            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = small, scale
+            linear.weight.data = small * scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["re:.*lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=CompressedTensorsConfig(run_compressed=False)
+    )
+    torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
