@@ -33,8 +33,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -145,9 +145,20 @@ def run_kinds(
     """A run in peace, then so many blows of each kind."""
     name = f"peace before {kinds[0]}"
     what = WHAT[arguments.of]
-    peace = Undisturbed.run(what(folder / name, servers.changes(name), servers.environment))
+    sweep = what(folder / name, servers.changes(name), servers.environment)
+    with ended(sweep):
+        peace = Undisturbed.run(sweep)
     for kind in kinds:
         run_kind(kind, arguments, folder, servers, peace)
+
+
+@contextmanager
+def ended(sweep: SmallSweep) -> Iterator[None]:
+    """Nothing of the sweep runs on afterwards, however that is reached."""
+    try:
+        yield
+    finally:
+        sweep.end_processes()
 
 
 def run_kind(
@@ -161,11 +172,10 @@ def run_kind(
         sweep = WHAT[arguments.of](folder / name, servers.changes(name), servers.environment)
         chance = random.Random(name)
         moment = partial(peace.moment, chance, sweep)
-        with ExitStack() as afterwards:
+        with ended(sweep), ExitStack() as afterwards:
             scene = Scene(sweep, chance, moment, peace.home_bytes, afterwards, servers)
             done = run_round(kind, number, min(left, BLOWS_PER_ROUND), sweep, peace, scene)
         left -= done.blows
-        sweep.end_processes()
         record = {
             "of": arguments.of,
             "seed": arguments.seed,
