@@ -22,7 +22,7 @@ UNKNOWN = "unknown_tokens"
 """Share of the text's tokens that are the unknown token: their text is lost."""
 BestBy = Literal["quality", "speed_at_quality", "size_at_quality"]
 BEST_RULES: dict[BestBy, str] = {
-    "quality": "lowest bits per byte after recovery among the variants of the same sparsity",
+    "quality": "lowest bits per byte among the variants of the same sparsity",
     "speed_at_quality": "fastest decoding among the variants of the same sparsity whose bits per "
     "byte are within {within:.3g} of the lowest, or cannot be told from it",
     "size_at_quality": "fewest parameters among the variants of the same sparsity whose bits per "
