@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.modeling_foldstack import Borrowed, is_linear, linear_shape
-from foldstack.compression.structure.surgery import plan_of
+from foldstack.compression.structure.surgery import BUILDING, plan_of
 
 Survivors = Literal["lora_merge", "none", "full"]
 
@@ -135,7 +135,8 @@ class Adapters:
         model.requires_grad_(False)
         self._peft: PeftModel | None = None
         if survivors == "lora_merge" and linears:
-            self._peft = _attach(model, linears, rank, alpha, dropout)
+            with BUILDING:  # while another thread builds a model, nothing gets first values
+                self._peft = _attach(model, linears, rank, alpha, dropout)
         self.matrices = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.matrices |= self.weights
         for parameter in in_place.values():

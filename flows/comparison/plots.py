@@ -73,7 +73,8 @@ def figure_of(rows: Sequence[Row], against: Against) -> "Figure | None":
     methods = list(dict.fromkeys(row.method for row in points if not row.is_dense))
     for index, method in enumerate(methods):
         color, marker = f"C{index}", MARKERS[index % len(MARKERS)]
-        _draw_method(axes, variants_at(points, method), against, method, color, marker)
+        if finished := variants_at(points, method):
+            _draw_method(axes, finished, against, method, color, marker)
     front = undominated([spot for row in points if (spot := place(row, against))], against)
     axes.plot(*zip(*front, strict=True), color="0.5", alpha=0.28, linewidth=8, zorder=0,
               solid_joinstyle="round", label="undominated")  # fmt: skip

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,19 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.modeling_foldstack import Borrowed
-from foldstack.compression.structure.surgery import Cut, build_on_meta, config_for, cut, plan_of
+from foldstack.compression.structure.surgery import (
+    BUILDING,
+    Cut,
+    build_on_meta,
+    config_for,
+    cut,
+    plan_of,
+)
 from foldstack.compression.training import distillation, teacher_states
 from foldstack.compression.training.adapters import Adapters, FoldingLora, linear_names
 from foldstack.compression.training.distillation import (
@@ -989,3 +998,23 @@ def test_two_processes_train_what_one_trains(
         found = torch.load(tmp_path / f"recovered-{rank}.pt", weights_only=True)
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_get_first_values_while_another_thread_builds_a_model(tiny_model: Any) -> None:
+    """A model that is built without them leaves them out for the whole process: loss was NaN."""
+    model, building, made = tiny_model("llama"), threading.Event(), threading.Event()
+
+    def build() -> None:
+        with BUILDING, no_init_weights():
+            building.set()
+            made.wait(0.3)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    building.wait()
+    adapters = open_adapters(model)
+    made.set()
+    thread.join()
+    first = [p for name, p in adapters.matrices.items() if "lora_A" in name]
+    assert first
+    assert all(0.0 < p.std() < 1.0 for p in first)

@@ -48,3 +48,17 @@ def test_a_name_in_letters_that_the_font_lacks_is_no_news(
     named = Comparison(title="\u6a21\u578b", sweep="s", model="m", rows=rows)
     assert plot_quality(named, tmp_path / "plot.png")
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_a_method_whose_recovery_failed_is_no_reason_for_want_of_a_plot(tmp_path: Path) -> None:
+    """What was measured of it before is there, and no finished model."""
+    facts = {"bits_per_byte": 2.0}
+    rows = tuple(
+        Row(label=label, method=label, sparsity=sparsity, before=facts, state=state,
+            structure={"parameters": 1000})
+        for label, sparsity, state in (
+            ("dense", None, "done"), ("shortgpt", 0.2, "failed"), ("svd_llm", 0.2, "done")
+        )
+    )  # fmt: skip
+    found = Comparison(title="t", sweep="s", model="m", rows=rows)
+    assert plot_quality(found, tmp_path / "plot.png")
