@@ -47,8 +47,9 @@ from foldstack.tasks import score_variants
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 from foldstack.tasks.environment.unheard import outlive_readers
 from foldstack.tasks.rank_blocks import PLOT_FILE, load_ranking
+from foldstack.tasks.running.messages import PACKAGE_LOGGER
 from foldstack.tasks.running.prefect_cache import is_deployed
-from foldstack.tasks.running.worker_pool import PACKAGE_LOGGER, worker_processes
+from foldstack.tasks.running.worker_pool import worker_processes
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,14 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from foldstack.tasks.environment.redaction import hide_in_logs
+from foldstack.tasks.environment.unheard import outlive_readers
+from foldstack.tasks.stage import Progress
+
 SECONDS_BETWEEN_REPORTS = 0.2
+PACKAGE_LOGGER = logging.getLogger("foldstack")
 
 
 class ProcessDied(RuntimeError):
@@ -43,6 +50,38 @@ def portable(error: Exception) -> Exception:
         copy = RuntimeError(f"{type(error).__name__}: {error}")
     copy.add_note(f"In the worker process:\n{trace}")
     return copy
+
+
+def passed_on(kind: str, content: Any, progress: Progress) -> bool:
+    """Whether a message told how the work gets on, or was logged; it is said here then.
+
+    Raises:
+        Exception: the one that the message holds.
+    """
+    match kind:
+        case "progress":
+            progress(*content)
+        case "log":
+            name, level, message = content
+            logging.getLogger(name).log(level, "%s", message)
+        case "error":
+            raise content
+        case _:
+            return False
+    return True
+
+
+def begun(connection: Connection, parent: int, level: int) -> "Sender":
+    """Make this process one that computes for another, and ends with it; by the sender it tells."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    outlive_readers()
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
+    hide_in_logs()
+    sender = Sender(connection)
+    PACKAGE_LOGGER.setLevel(level)
+    PACKAGE_LOGGER.addHandler(LogSender(sender))
+    return sender
 
 
 class Sender:

@@ -8,11 +8,9 @@ they would wait for it.
 import logging
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -21,22 +19,18 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from uuid import uuid4
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
 from foldstack.compression.errors import InputError
 from foldstack.tasks.environment.execution import Execution, cores, device_named
 from foldstack.tasks.environment.inherited import own_environment
-from foldstack.tasks.environment.redaction import hide_in_logs
-from foldstack.tasks.environment.unheard import outlive_readers
 from foldstack.tasks.running.messages import (
-    LogSender,
+    PACKAGE_LOGGER,
     ProcessDied,
-    Sender,
-    end_with,
+    begun,
     how_it_ended,
+    passed_on,
     portable,
 )
-from foldstack.tasks.running.worker_pool import PACKAGE_LOGGER, SECONDS_TO_LEAVE, ComputedStage
+from foldstack.tasks.running.worker_pool import SECONDS_TO_LEAVE, ComputedStage
 from foldstack.tasks.stage import Progress, no_progress
 from foldstack.tasks.store.manifest import Facts
 
@@ -172,21 +166,14 @@ def _facts(stage: ComputedStage, ranks: list[_Rank], progress: Progress) -> Fact
                 kind, content = reader.recv()
             except (EOFError, ConnectionResetError):
                 raise _died(stage, rank) from None
-            match kind:
-                case "progress":
-                    progress(*content)
-                case "log":
-                    name, level, message = content
-                    logging.getLogger(name).log(level, "%s", message)
-                case "facts":
-                    found = content if rank.number == 0 else found
-                    del waiting[reader]
-                    reader.close()
-                case "error":
-                    for other in ranks:  # whose death may be what this one complains of
-                        if other is not rank and (other.process.poll() or 0) < 0:
-                            raise _died(stage, other) from None
-                    raise content
+            if kind == "error":
+                for other in ranks:  # whose death may be what this one complains of
+                    if other is not rank and (other.process.poll() or 0) < 0:
+                        raise _died(stage, other) from None
+            if not passed_on(kind, content, progress):
+                found = content if rank.number == 0 else found
+                del waiting[reader]
+                reader.close()
     return found
 
 
@@ -202,15 +189,8 @@ def serve() -> None:
     """The life of one of the processes."""
     global _is_rank
     writer, parent, level = Connection(int(sys.argv[1]), readable=False), *map(int, sys.argv[2:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
-    outlive_readers()
-    tqdm.set_lock(threading.RLock())
-    hide_in_logs()
-    sender = Sender(writer)
     is_first = os.environ["RANK"] == "0"
-    PACKAGE_LOGGER.setLevel(level if is_first else logging.ERROR)
-    PACKAGE_LOGGER.addHandler(LogSender(sender))
+    sender = begun(writer, parent, level if is_first else logging.ERROR)
     _is_rank = True
     try:
         stage, folder, work, meeting = pickle.load(sys.stdin.buffer)

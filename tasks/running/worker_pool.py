@@ -6,12 +6,10 @@ stage has to run, so that a run which finds everything in the store starts none.
 process that started it, however that ends.
 """
 
-import logging
 import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -22,17 +20,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
 from foldstack.tasks.environment.inherited import own_environment
-from foldstack.tasks.environment.redaction import hide_in_logs
-from foldstack.tasks.environment.unheard import outlive_readers
 from foldstack.tasks.running.messages import (
-    LogSender,
+    PACKAGE_LOGGER,
     ProcessDied,
-    Sender,
-    end_with,
+    begun,
     how_it_ended,
+    passed_on,
     portable,
 )
 from foldstack.tasks.running.usage import sampled
@@ -40,7 +34,6 @@ from foldstack.tasks.stage import Progress, Stage
 from foldstack.tasks.store.manifest import Facts
 
 SECONDS_TO_LEAVE = 5.0
-PACKAGE_LOGGER = logging.getLogger("foldstack")
 
 
 time_limit: ContextVar[float | None] = ContextVar("time_limit", default=None)
@@ -172,17 +165,9 @@ class _Worker:
             while True:
                 self._wait_until(deadline, limit)
                 kind, content = self._connection.recv()
-                match kind:
-                    case "progress":
-                        progress(*content)
-                    case "log":
-                        name, level, message = content
-                        logging.getLogger(name).log(level, "%s", message)
-                    case "facts":
-                        facts: Facts = content
-                        return facts
-                    case "error":
-                        raise content
+                if not passed_on(kind, content, progress):
+                    facts: Facts = content
+                    return facts
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(5)
             raise _WorkerDied(f"its process {how_it_ended(self._process.exitcode)}") from None
@@ -216,15 +201,8 @@ class _Worker:
 
 def _serve(connection: Connection, parent: int, level: int) -> None:
     """The life of a worker process: compute what comes, until nobody is there any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
-    outlive_readers()
-    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that a killed process leaves
-    hide_in_logs()
+    sender = begun(connection, parent, level)
     own_environment()
-    sender = Sender(connection)
-    PACKAGE_LOGGER.setLevel(level)
-    PACKAGE_LOGGER.addHandler(LogSender(sender))
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             message = connection.recv_bytes()

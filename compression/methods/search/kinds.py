@@ -108,11 +108,11 @@ class _Width(Kind):
 
     def arithmetic(self, sites: Sites, variant: Variant, num_tokens: int) -> Arithmetic:
         operations = 0.0
-        levels = max(1, len(set(self.offered(sites, variant.first))))
         for site in architecture_of(sites.model).linears:
             rows, columns = sites.shapes.get((variant.first, site.name), (0, 0))
             if self.part == "mlp" and site.reads == "mlp_output":
                 operations += refitting_operations(rows, columns, variant.level)
+                levels = max(1, sum(1 for _ in self.offered(sites, variant.first)))
                 # The order is found at the first width, and to the end at the second.
                 operations += min(levels, 2) / levels * removal_operations(rows, columns, 0)
             elif self.part != "mlp" and site.reads == "attention_input":
