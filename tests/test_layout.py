@@ -14,7 +14,7 @@ CODE_FOLDERS = ("compression", "flows", "tasks")
 # Loading one of these when the library is imported costs seconds. (transformers loads accelerate.)
 HEAVY = ("datasets", "lm_eval", "matplotlib", "peft")
 # Not for the top of a module: extends a class of peft; is loaded by lm-eval; is run as a script.
-LATE = ("adapters", "stdlib_items", "train")
+LATE = ("adapters", "foldstack_mlx", "stdlib_items", "train")
 
 
 def files_below(folder: str, pattern: str) -> Iterator[Path]:

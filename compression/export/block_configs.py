@@ -185,7 +185,7 @@ def write_folder(
         target = out / file.relative_to(tokenizer_from)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    return sum(tensor.numel() for tensor in plain.values())
+    return sum(tensor.numel() for tensor in plain.values() if tensor.is_floating_point())
 
 
 def _llama_shaped(model: PreTrainedModel, families: tuple[str, ...], what: str) -> PreTrainedModel:

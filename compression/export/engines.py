@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.export.forms import ENGINES_OF, Form
+from foldstack.compression.export.forms import ENGINES_OF, MLX_CODE, Form
 
 SCRIPT = Path(__file__).with_name("in_engine.py")
+CODE = (
+    Path(__file__).parents[1] / "structure" / "modeling_foldstack.py",
+    Path(__file__).with_name("configuration_nemotron_nas.py"),
+    Path(__file__).with_name(MLX_CODE),
+)
+"""The code that folders of ours bring for those who load them."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,21 @@ def version_in(python: str, module: str) -> str:
     return finished.stdout.strip()
 
 
+def brings_our_code(model: str) -> bool:
+    """Whether a folder has code in it, all of which is this version's, byte for byte.
+
+    An engine is told to trust no other: a model may come from anywhere.
+    """
+    ours = {code.name: code.read_bytes() for code in CODE}
+    theirs = list(Path(model).rglob("*.py")) if Path(model).is_dir() else []
+    return bool(theirs) and all(code.read_bytes() == ours.get(code.name) for code in theirs)
+
+
+def _trusted(request: dict[str, Any]) -> list[str]:
+    models = [*request.get("models", {}).values(), request.get("model", "")]
+    return [model for model in models if model and brings_our_code(model)]
+
+
 def ask(
     engine: Engine, python: str, requests: Sequence[dict[str, Any]], threads: int = 0
 ) -> list[dict[str, Any]]:
@@ -108,6 +129,7 @@ def ask(
 
     With `threads` it computes with so many, else with as many as it takes.
     """
+    requests = [request | {"trusted": _trusted(request)} for request in requests]
     finished = subprocess.run(
         [python, "-P", str(SCRIPT), engine.name],
         input="".join(json.dumps(request) + "\n" for request in requests),

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from foldstack.compression.checkpoints.model_card import Program, programs_table
+from foldstack.compression.export.forms import MLX_CODE
 
 REPORT_FILE = "export.json"
 
@@ -43,6 +44,11 @@ class ExportReport:
     unchecked: tuple[str, ...] = ()
     """How it can be checked in engines that are not here, a sentence each."""
 
+    @property
+    def needs_trust(self) -> bool:
+        """Whether mlx-lm runs a file of ours that lies in the folder."""
+        return self.form.endswith(MLX_CODE)
+
     @classmethod
     def load(cls, out: Path) -> "ExportReport":
         """What was written into `out`."""
@@ -80,10 +86,11 @@ Made by foldstack from `{report.source}`.
 
 def _checked(check: Check, report: ExportReport) -> Program:
     file = f"{{name}}/{report.file}" if report.target == "gguf" else "{name}"
+    flag = " --trust-remote-code" if report.needs_trust else ""
     commands = {
         "llama.cpp": f"`llama-cli -m {file}`",
         "vLLM": "`vllm serve {name} --trust-remote-code`",
-        "mlx-lm": "`mlx_lm.generate --model {name}`",
+        "mlx-lm": f"`mlx_lm.generate --model {{name}}{flag}`",
         "transformers": '`AutoModelForCausalLM.from_pretrained("{name}")`',
     }
     greedy = "the same" if check.greedy_is_equal else "other"

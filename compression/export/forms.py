@@ -46,13 +46,14 @@ MLX_FAMILIES = (
     "gpt2",
 )
 """Those whose own class mlx-lm has."""
+MLX_CODE = "foldstack_mlx.py"
+"""The file that a folder for mlx-lm brings where no class of mlx-lm's expresses its structure."""
 _OWN_WIDTHS: dict[Target, tuple[str, ...]] = {
     "gguf": (*DECI_FAMILIES, "qwen3"),
     "deci": DECI_FAMILIES,
     "openelm": OPENELM_FAMILIES,
-    "mlx": OPENELM_FAMILIES,
 }
-_MULTIPLES: dict[Target, int] = {"gguf": 32, "vllm": 16, "deci": 256, "openelm": 32, "mlx": 32}
+_MULTIPLES: dict[Target, int] = {"gguf": 32, "vllm": 16, "deci": 256, "openelm": 32, "mlx": 64}
 _K_QUANTS = 256
 """Weights in a block of llama.cpp's K schemes; rows of another length stay in 16 bits."""
 
@@ -100,21 +101,29 @@ class Form:
 
         What has a stock form can be written all the same, multiplied out and larger.
         """
-        if self.target == "vllm" or plan.is_native:
+        if self.target in ("vllm", "mlx") or plan.is_native:
             return None
-        for block in plan.blocks:
-            reasons = {
-                "its light network": not block.has_attention,
-                "its narrower residual stream": block.sliced is not None,
-                "its shared blocks": block.weights_of is not None,
-                "its factored or sliced linears": bool(block.linears),
-                "its narrower heads": block.narrow_heads is not None,
-            }
-            for what, holds in reasons.items():
-                if holds:
-                    return what
+        if (what := why_multiplied_out(plan)) is not None:
+            return what
         is_own = plan.base_model_type in _OWN_WIDTHS.get(self.target, ())
         return None if is_own else "MLPs of several widths"
+
+
+def why_multiplied_out(plan: "Plan") -> str | None:
+    """What of a structure a stock class stores more of, or has no form for; None where only the
+    MLPs' widths may differ."""
+    for block in plan.blocks:
+        reasons = {
+            "its light network": not block.has_attention,
+            "its narrower residual stream": block.sliced is not None,
+            "its shared blocks": block.weights_of is not None,
+            "its factored or sliced linears": bool(block.linears),
+            "its narrower heads": block.narrow_heads is not None,
+        }
+        for what, holds in reasons.items():
+            if holds:
+                return what
+    return None
 
 
 def why_no_stock(plan: "Plan") -> str | None:

@@ -2,7 +2,8 @@
 
 Run as a script by a Python that has the engine: `python -P in_engine.py NAME`, with one request in
 JSON a line on standard input, each answered by a line of JSON on standard output; or by "error",
-what kept it from that. It imports nothing of ours. Requests say what they want under "do":
+what kept it from that. It imports nothing of ours. Code that a model brings is run where the model
+is among the "trusted". Requests say what they want under "do":
 
 - check: the `model`, the `tokens` of a text, `generate` (how many tokens) and `texts`; the answer
   has the log-probabilities of the tokens after the first, the tokens that follow greedily, the
@@ -30,7 +31,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 class LlamaCpp:
     """A GGUF file in llama.cpp."""
 
-    def __init__(self, model: str, room: int, precise: bool) -> None:
+    def __init__(self, model: str, room: int, precise: bool, trusted: bool) -> None:
         import llama_cpp
 
         self.model = llama_cpp.Llama(
@@ -77,12 +78,12 @@ class LlamaCpp:
 class Vllm:
     """A model folder in vLLM."""
 
-    def __init__(self, model: str, room: int, precise: bool) -> None:
+    def __init__(self, model: str, room: int, precise: bool, trusted: bool) -> None:
         from vllm import LLM
 
         self.model = LLM(
             model,
-            trust_remote_code=True,
+            trust_remote_code=trusted,
             dtype="float32" if precise else "auto",
             enforce_eager=True,
             max_model_len=room,
@@ -121,13 +122,13 @@ class Vllm:
 class Mlx:
     """A model folder in mlx-lm."""
 
-    def __init__(self, model: str, room: int, precise: bool) -> None:
+    def __init__(self, model: str, room: int, precise: bool, trusted: bool) -> None:
         from pathlib import Path
 
         import mlx.core as mx
         from mlx_lm.utils import load_model
 
-        self.model, _ = load_model(Path(model), trust_remote_code=True)
+        self.model, _ = load_model(Path(model), trust_remote_code=trusted)
         if precise:
             self.model.set_dtype(mx.float32)
 
@@ -169,7 +170,8 @@ def _of_next(logits: Any, tokens: list[int]) -> list[float]:
 def check(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     """What the engine makes of the model."""
     tokens, count = request["tokens"], request["generate"]
-    model = engine(request["model"], len(tokens) + count, precise=True)
+    path = request["model"]
+    model = engine(path, len(tokens) + count, True, path in request["trusted"])
     seen = model.log_probabilities(tokens)
     if not all(map(math.isfinite, seen)):
         raise RuntimeError("its log-probabilities are not finite")
@@ -184,7 +186,10 @@ def speed(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second of each model in every turn, after one that does not count."""
     tokens, count = request["tokens"], request["generate"]
     room = len(tokens) + count
-    loaded = {name: engine(path, room, precise=False) for name, path in request["models"].items()}
+    loaded = {
+        name: engine(path, room, False, path in request["trusted"])
+        for name, path in request["models"].items()
+    }
     rates: dict[str, list[float]] = {name: [] for name in loaded}
     for _ in range(request["turns"] + 1):
         for name, model in loaded.items():

@@ -1,17 +1,17 @@
 """What runs a model folder, with the command for each program: the table of its card."""
 
-from collections.abc import Sequence
-
 from foldstack.compression.checkpoints.model_card import Program
 from foldstack.compression.export.forms import (
     GGUF_ARCHITECTURES,
-    MLX_FAMILIES,
+    MLX_CODE,
     Form,
+    why_multiplied_out,
     why_no_stock,
 )
 from foldstack.compression.structure.plan import Plan
 
 UNCHECKED = "unchecked; `foldstack export {name} --to {target}` compares"
+BY_EXPORT = "unchecked; the export compares"
 
 
 def programs_of(plan: Plan) -> tuple[Program, ...]:
@@ -25,26 +25,29 @@ def programs_of(plan: Plan) -> tuple[Program, ...]:
         Program(
             "SGLang", f"`python -m sglang.launch_server --model-path {{name}}{flag}`", "unchecked"
         ),
-        _by_export(
-            plan, "llama.cpp", "gguf", GGUF_ARCHITECTURES, "llama-cli -m exports/.../{name}.gguf"
-        ),
-        _by_export(
-            plan, "mlx-lm", "mlx", MLX_FAMILIES, "mlx_lm.generate --model exports/{name}-mlx"
-        ),
+        _in_llama_cpp(plan),
+        _in_mlx(plan),
     )
 
 
-def _by_export(
-    plan: Plan, program: str, target: str, families: Sequence[str] | dict[str, str], run: str
-) -> Program:
+def _in_llama_cpp(plan: Plan) -> Program:
     family = plan.base_model_type
     reason = why_no_stock(plan)
-    if family not in families:
-        reason = f"{program} has no {family}, or none is written for it"
+    if family not in GGUF_ARCHITECTURES:
+        reason = f"llama.cpp has no {family}, or none is written for it"
     if reason is not None:
-        return Program(program, "", f"no: {reason}")
-    what = Form.of(target).why_not_kept(plan)
-    state = "unchecked; the export compares"
+        return Program("llama.cpp", "", f"no: {reason}")
+    what = Form.of("gguf").why_not_kept(plan)
+    state = BY_EXPORT
     if what is not None:
         state += f"; larger there, since {what} are multiplied out"
-    return Program(program, f"`foldstack export {{name}} --to {target}`, `{run}`", state)
+    command = "`foldstack export {name} --to gguf`, `llama-cli -m exports/.../{name}.gguf`"
+    return Program("llama.cpp", command, state)
+
+
+def _in_mlx(plan: Plan) -> Program:
+    is_theirs = why_no_stock(plan) is None and why_multiplied_out(plan) is None
+    flag = "" if is_theirs else " --trust-remote-code"
+    state = BY_EXPORT if is_theirs else f"{BY_EXPORT}; it runs a file of ours, {MLX_CODE}"
+    run = f"mlx_lm.generate --model exports/{{name}}-mlx{flag}"
+    return Program("mlx-lm", f"`foldstack export {{name}} --to mlx`, `{run}`", state)

@@ -5,7 +5,7 @@ from pathlib import Path
 from foldstack.compression.checkpoints.model_folder import resolve
 from foldstack.compression.export.export_report import ExportReport
 from foldstack.compression.export.exported import export_model
-from foldstack.compression.export.forms import Form
+from foldstack.compression.export.forms import MLX_CODE, Form
 
 
 def export_command(
@@ -26,6 +26,11 @@ def sentences(report: ExportReport, out: Path) -> list[str]:
     size = "as many parameters" if abs(grew) < 5e-4 else f"{grew:+.1%} parameters"
     where = "the folder as it is" if not report.file else str(out / report.file)
     lines = [f"{where}: {report.form}, {size}"]
+    if report.needs_trust:
+        lines.append(
+            f"mlx-lm runs {MLX_CODE} in it: mlx_lm.generate --model {out} --trust-remote-code "
+            "--prompt ...; without code of ours: export to stock, and that to mlx"
+        )
     same = {True: "the same", False: "OTHER"}
     for check in report.checks:
         tokens = check.tokens_are_equal

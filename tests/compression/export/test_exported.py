@@ -15,13 +15,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from foldstack.compression.checkpoints.checkpoint import load_model, save_model
 from foldstack.compression.errors import InputError
-from foldstack.compression.export.engines import ENGINES
+from foldstack.compression.export.engines import ENGINES, ask, brings_our_code
 from foldstack.compression.export.export_report import ExportReport
-from foldstack.compression.export.exported import TEXTS, export_model
+from foldstack.compression.export.exported import (
+    GREEDY_TOKENS,
+    TEXTS,
+    export_model,
+    greedy_tokens,
+    log_probabilities_of,
+)
 from foldstack.compression.export.forms import ENGINES_OF, Form, NoSuchForm
 from foldstack.compression.export.gguf_tokenizer import read_vocabulary
+from foldstack.compression.export.mlx_folder import write_mlx
+from foldstack.compression.structure.size import count_parameters
 from foldstack.compression.structure.surgery import plan_of
 
+SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -150,7 +159,6 @@ def test_what_cannot_be_written_is_said_before_anything_is(
     for form, said in (
         ("gguf", r"GGUF files are written for .*, and not for opt"),
         ("deci", r"block_configs \(deci\) is for llama, mistral, qwen2, and not for opt"),
-        ("mlx", r"mlx-lm has no class for opt"),
     ):
         with pytest.raises(NoSuchForm, match=said):
             export_model(other, Form.of(form), out)
@@ -211,26 +219,73 @@ def test_block_configs_have_widths_that_their_readers_compute(
     assert json.loads(read.to_json_string())["block_configs"] == config["block_configs"]
 
 
-@pytest.mark.parametrize(("full", "pattern"), [((1, 3), 2), ((1, 2), None)])
-def test_mlx_counts_the_blocks_that_attend_to_everything(
-    full: tuple[int, ...],
-    pattern: int | None,
-    saved: Callable[..., tuple[Any, Path]],
+@pytest.mark.parametrize(
+    ("family", "overrides", "entries"),
+    [
+        ("llama", {}, {"rope_theta": 10000.0}),
+        ("gemma3_text", {}, {"sliding_window_pattern": 2, "rope_local_base_freq": 10000.0}),
+        # It counts which blocks attend to everything: one that lost blocks has them elsewhere.
+        ("gemma3_text", {"layer_types": [SLIDING, FULL, FULL, SLIDING]}, None),
+        ("mistral", {"sliding_window": 16}, None),  # its class attends to everything
+        ("gpt2", {"n_inner": None}, {"n_ctx": 128}),
+        ("gpt2", {"n_inner": 56}, None),  # its class has no such MLPs
+        ("opt", {}, None),
+    ],
+)
+def test_mlx_gets_its_own_class_where_that_computes_the_same(
+    family: str,
+    overrides: Any,
+    entries: dict[str, Any] | None,
+    tiny_model: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    """One that lost blocks would be read with windows in other places."""
-    kinds = ["full_attention" if p in full else "sliding_attention" for p in range(4)]
-    _, folder = saved("shared_blocks", "gemma3_text", layer_types=kinds)
-    out = tmp_path / "out"
-    if pattern is None:
-        with pytest.raises(NoSuchForm, match="every so many blocks of a Gemma 3"):
-            export_model(folder, Form.of("mlx"), out)
-        return
-    export_model(folder, Form.of("mlx"), out)
-    config = json.loads((out / "config.json").read_text())
-    assert config["sliding_window_pattern"] == pattern
-    rope = config["rope_parameters"]
-    assert config["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
+    """Any other would be read as another model, without a word."""
+    form, parameters = write_mlx(tiny_model(family, **overrides), tmp_path, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    brings_code = (tmp_path / "out" / "foldstack_mlx.py").exists()
+    assert ("foldstack_mlx" in form) == ("model_file" in config) == brings_code
+    assert brings_code == (entries is None)
+    assert dict(config) | (entries or {}) == config
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert parameters == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_file_of_ours_keeps_every_structure_as_small_as_it_is(
+    structure: str, structured: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = structured(structure)
+    form, parameters = write_mlx(model, tmp_path, tmp_path / "out")
+    assert parameters == count_parameters(model)
+    assert ("foldstack_mlx" in form) == (structure != "narrow_mlps")  # which OpenELM's class has
+    if structure != "narrow_mlps":
+        assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(model.state_dict())
+
+
+def test_an_engine_runs_code_that_is_this_versions_and_no_other(
+    saved: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    _, folder = saved("factored", "llama")
+    report = export_model(folder, Form.of("mlx"), tmp_path / "out")
+    assert report.needs_trust
+    assert "--trust-remote-code" in (tmp_path / "out" / "README.md").read_text() or report.unchecked
+    assert brings_our_code(str(folder))
+    assert brings_our_code(str(tmp_path / "out"))
+    (tmp_path / "out" / "foldstack_mlx.py").write_text("")
+    assert not brings_our_code(str(tmp_path / "out"))
+
+
+def test_what_the_file_of_ours_does_not_compute_is_refused(
+    structured: Callable[..., Any], tmp_path: Path
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    for overrides, said in (
+        ({"hidden_act": "mish"}, "its activation is mish"),
+        ({"rope_parameters": rope}, "its rotary frequencies change with the length"),
+    ):
+        model = structured("shared_blocks", **overrides)
+        with pytest.raises(InputError, match=said):
+            write_mlx(model, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("target", ["gguf", "openelm"])
@@ -260,7 +315,8 @@ def test_narrow_mlps_of_qwen3_keep_their_widths(
         ("narrow_mlps", "deci", None),
         ("factored", "vllm", None),
         ("factored", "gguf", "its factored or sliced linears"),
-        ("shared_blocks", "mlx", "its shared blocks"),
+        ("shared_blocks", "mlx", None),
+        ("shared_blocks", "openelm", "its shared blocks"),
         ("light_first", "deci", "its light network"),
         ("narrow_mlps", "stock", "MLPs of several widths"),
     ],
@@ -304,3 +360,36 @@ def test_engines_compute_the_same(
         assert check.difference < (5e-3 if family == "gpt2" else 1e-4)
         assert check.greedy_is_equal
         assert check.tokens_are_equal is not False
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "gpt2"],
+)
+def test_mlx_lm_computes_every_structure(
+    family: str, structures: tuple[str, ...], structured: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A text longer than the families' windows, read at once and decoded from its KV cache."""
+    engine = ENGINES["mlx-lm"]
+    if (python := engine.python()) is None:
+        pytest.skip(f"{engine.variable} names no Python that has it")
+    ids = torch.randint(2, 97, (1, 40), generator=torch.Generator().manual_seed(5))
+    requests, expected = [], {}
+    for structure in structures:
+        if structure == "sliced" and family in ("gemma2", "gemma3_text"):
+            continue  # refused: their norms after attention and the MLP have no sliced form
+        model = structured(structure, family)
+        for name, pairs in model.named_buffers():
+            if name.endswith("rotary_pairs"):  # not the same ones for every head
+                pairs.add_(torch.arange(len(pairs))[:, None])
+        write_mlx(model, tmp_path, tmp_path / structure)
+        expected[structure] = log_probabilities_of(model, ids), greedy_tokens(model, ids)
+        asked = {"do": "check", "tokens": ids[0].tolist(), "generate": GREEDY_TOKENS, "texts": []}
+        requests.append({**asked, "model": str(tmp_path / structure)})
+    answers = ask(engine, python, requests)
+    for (structure, (seen, greedy)), answer in zip(expected.items(), answers, strict=True):
+        assert "error" not in answer, (structure, answer["error"])
+        found = torch.tensor(answer["log_probabilities"], dtype=seen.dtype)
+        torch.testing.assert_close(found, seen, rtol=0, atol=1e-4, msg=structure)
+        assert answer["greedy"] == greedy, structure

@@ -14,7 +14,7 @@ from foldstack.compression.structure.surgery import plan_of
     [
         ("narrow_mlps", "llama", {"llama.cpp": "unchecked; the export compares"}),
         ("factored", "llama", {"llama.cpp": "linears are multiplied out", "vLLM": "unchecked"}),
-        ("sliced", "llama", {"mlx-lm": "no: its residual stream is narrower"}),
+        ("sliced", "llama", {"llama.cpp": "no: its residual", "mlx-lm": "runs a file of ours"}),
         ("shared_blocks", "opt", {"llama.cpp": "no: llama.cpp has no opt"}),
     ],
 )
@@ -26,4 +26,5 @@ def test_each_program_has_a_command_or_a_reason(
     assert "trust-remote-code" in programs["vLLM"].command
     for name, words in said.items():
         assert words in programs[name].state
+        assert ("--trust-remote-code" in programs["mlx-lm"].command) == (structure != "narrow_mlps")
         assert bool(programs[name].command) == (not programs[name].state.startswith("no"))
