@@ -562,7 +562,18 @@ class LightBlock(nn.Module):
         return self.ffn.down(inner)
 
 
-class Block(nn.Module):
+class Named(nn.Module):
+    """A module that names its linears and not what they are put together to.
+
+    mlx-lm's LoRA takes what has the name of a linear in one block for a linear in all of them.
+    """
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        forms = (LowRank, Adapted, Sliced, BiasAlone)
+        return [(name, m) for name, m in super().named_modules() if not isinstance(m, forms)]
+
+
+class Block(Named):
     """A pre-norm block: x + attention(norm(x)), then h + mlp(norm(h)), or what a plan makes of it.
 
     On a narrower residual stream both links are matrices, and the norms have no parameters.
@@ -666,7 +677,7 @@ def linear_of(
     return LowRank(inputs, outputs, form["rank"], first)
 
 
-class Model(nn.Module):
+class Model(Named):
     """The causal model: `model` is the stock one with its blocks restructured, as in a folder."""
 
     def __init__(self, args: ModelArgs) -> None:
@@ -687,7 +698,7 @@ class Model(nn.Module):
         self.model = nn.Module()
         put(self.model, args.blocks_path, blocks)
         self._put_ends(args)
-        for _, module in self.named_modules():
+        for module in self.modules():
             if isinstance(module, Sliced):
                 module.connect()
         self.attending = tuple(p for p in range(len(blocks)) if args.attends(p))
@@ -724,7 +735,7 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Give the linears a bias that have one stored."""
-        for path, module in self.named_modules():
+        for path, module in nn.Module.named_modules(self):
             bias = weights.get(f"{path}.bias")
             if bias is not None and isinstance(module, (nn.Linear, BiasAlone)):
                 module.bias = mx.zeros_like(bias)
