@@ -91,6 +91,8 @@ $(ENGINES)/mlx/.made: WANTED := 'mlx[cpu]' mlx-lm
 $(PROGRAMS): $(INSTALLED)
 	$(PYTHON) -m venv --without-pip $(@D)
 	$(UV) pip install --quiet --python $(@D)/bin/python $(WANTED)
+	# vLLM asks for these; those of PyPI are built for a torch with CUDA, and fail beside another.
+	$(UV) pip uninstall --quiet --python $(@D)/bin/python torchvision torchaudio torchcodec
 	@touch $@
 
 test-engines: $(OVERLAYS) $(PROGRAMS) ## Load every structure in other versions of transformers, vLLM, llama.cpp, mlx-lm, ONNX, TRL and quantisers (needs the network)
