@@ -112,6 +112,7 @@ class ModelArgs:
         return cls(dict(config))
 
     def __getattr__(self, name: str) -> Any:
+        """An entry, as mlx-lm's own have them; None where there is none."""
         if name.startswith("__") or name == "config":
             raise AttributeError(name)
         return self.first(name)

@@ -29,7 +29,7 @@ def sentences(report: ExportReport, out: Path) -> list[str]:
     if report.needs_trust:
         lines.append(
             f"mlx-lm runs {MLX_CODE} in it: mlx_lm.generate --model {out} --trust-remote-code "
-            "--prompt ...; to run no code of ours, export to stock first, and that to mlx"
+            "--prompt ...; to run no code of ours, export to stock"
         )
     same = {True: "the same", False: "OTHER"}
     for check in report.checks:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -393,3 +394,49 @@ def test_mlx_lm_computes_every_structure(
         found = torch.tensor(answer["log_probabilities"], dtype=seen.dtype)
         torch.testing.assert_close(found, seen, rtol=0, atol=1e-4, msg=structure)
         assert answer["greedy"] == greedy, structure
+
+
+QUANTISE_AND_TUNE = """
+import sys
+from pathlib import Path
+import mlx.core as mx, mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+for folder in map(Path, sys.argv[1:]):
+    tokens = mx.array([list(range(2, 40))])
+    model, config = load_model(folder, trust_remote_code=True)
+    plain = model(tokens)
+    model, config = quantize_model(model, config, 32, 8)
+    quantised = model(tokens)
+    save_model(folder, model, donate_model=False)
+    save_config(config, folder / "config.json")
+    model, _ = load_model(folder, trust_remote_code=True)
+    assert abs(model(tokens) - quantised).max() == 0, folder
+    assert 0 < abs(quantised - plain).max() < 0.3, folder
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), {"rank": 2, "scale": 1.0, "dropout": 0.0})
+    assert abs(model(tokens) - quantised).max() == 0, folder
+    for module in model.modules():
+        if type(module).__name__ == "LoRALinear":
+            module.lora_b = 0.1 * mx.ones_like(module.lora_b)
+    loss = lambda m, x: nn.losses.cross_entropy(m(x)[:, :-1], x[:, 1:]).mean()
+    gradients = tree_flatten(nn.value_and_grad(model, loss)(model, tokens)[1])
+    assert len(gradients) > 20 and all(abs(each).max() > 0 for _, each in gradients), folder
+"""
+
+
+@pytest.mark.engines
+def test_mlx_lm_quantises_and_tunes_what_is_borrowed(
+    structured: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What takes the place of an owner's linear is used by all who borrow it."""
+    if (python := ENGINES["mlx-lm"].python()) is None:
+        pytest.skip(f"{ENGINES['mlx-lm'].variable} names no Python that has it")
+    folders = []
+    for structure in ("shared_heads", "shared_basis", "virtual_blocks", "narrow_heads"):
+        model = structured(structure, "qwen2", hidden_size=64, intermediate_size=96, head_dim=16)
+        folders.append(str(tmp_path / structure))
+        write_mlx(model, tmp_path, tmp_path / structure)
+    subprocess.run([python, "-c", QUANTISE_AND_TUNE, *folders], check=True)
