@@ -35,7 +35,9 @@ class ExportModel(ComputedStage):
     name: str = ""
 
     def modules(self) -> tuple[str, ...]:
-        return ("foldstack.compression.export.exported",)
+        # These run as files, which no import says: in an engine, and in mlx-lm.
+        files = ("in_engine", "foldstack_mlx")
+        return tuple(f"foldstack.compression.export.{name}" for name in ("exported", *files))
 
     @property
     def label(self) -> str:
@@ -90,7 +92,7 @@ class BenchmarkEngine(ComputedStage):
     name: str = ""
 
     def modules(self) -> tuple[str, ...]:
-        return ("foldstack.compression.export.engines",)
+        return tuple(f"foldstack.compression.export.{name}" for name in ("engines", "in_engine"))
 
     @property
     def label(self) -> str:

@@ -66,6 +66,9 @@ def test_exports_are_stages_and_their_speeds_run_alone(lay: Lay) -> None:
     # Another version of the engine: what is written is compared again.
     other = branch.exports["vllm"].model_copy(update={"engines": ("vllm 0.33",)})
     assert other.fingerprint != branch.exports["vllm"].fingerprint
+    # So it is after a change of what engines run, which nothing of ours imports.
+    code = {name.rpartition(".")[2] for name in other._code()}
+    assert {"in_engine", "foldstack_mlx", "modeling_foldstack"} <= code
 
 
 @pytest.mark.usefixtures("has_vllm")
