@@ -5,6 +5,7 @@ it would say, in its own languages and proportions. Source: self-calibration, ar
 without a BOS token each window begins with a random token, as in LLM-QAT, arXiv 2305.17888.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,8 @@ Progress = Callable[[str, int, int], None]
 
 WRITING_BATCH = 64
 """Windows that are written side by side: the weights are read once for all of their next tokens."""
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a KV cache is called among arguments and outputs: since transformers 5.24, and before."""
 
 
 @torch.inference_mode()
@@ -132,6 +135,8 @@ class _Writer:
         self._vocabulary = vocabulary
         self._ends = torch.tensor(ends, dtype=torch.int64, device=model.device)
         self._restart = restart
+        arguments = inspect.signature(type(model).forward).parameters
+        self._cache_name = next(name for name in CACHE_NAMES if name in arguments)
 
     def write(
         self,
@@ -142,8 +147,8 @@ class _Writer:
         """Windows that begin with `first`, on the CPU."""
         tokens, cache = [first.to(self._model.device)], None
         for place in range(1, chances.shape[1]):
-            output = self._model(tokens[-1][:, None], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = self._model(tokens[-1][:, None], use_cache=True, **{self._cache_name: cache})
+            cache = next(output[name] for name in CACHE_NAMES if name in output)
             logits = output.logits[:, -1, : self._vocabulary]
             drawn = draw_tokens(logits, chances[:, place], self._temperature)
             if self._restart is not None:
