@@ -6,10 +6,10 @@ resident memory the kernel tells when it ends; what the check in yet another pro
 load of the result, is told apart. Each method compresses the model twice: in one go, and killed
 (SIGKILL) three times, a quarter of the blocks apart. Both must write the same bytes.
 
-With --limit every stage may take that many MiB of memory of its own, so that a model with more
-weights than that goes through only if it is streamed; it is then compressed once, and not killed.
-The system holds a process to it (RLIMIT_DATA); as it counts the pages on which weights are mapped
-from their files, used or not, so much is added. What of them was in memory at once is in the peak.
+With --limit every stage, with the processes that it starts, runs in a control group that may have
+that many MiB, pages of files included, so that a model with more weights than that goes through
+only if it is streamed; it is then compressed once, and not killed. It takes the right to make a
+memory group below this process's, which root has in most containers.
 
     python benchmarks/memory.py [--json] [--blocks 22] [--methods modegpt svd_llm] [--work DIR]
     python benchmarks/memory.py --width 1024 --blocks 48 --windows 2 --methods modegpt --limit 1024
@@ -29,15 +29,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+from foldstack.compression.checkpoints.tokenizer_files import copy_tokenizer
 from foldstack.compression.evaluation.memory_probe import peak_resident_bytes
 from foldstack.compression.methods import METHODS
+from foldstack.compression.reference import MODEL_FOLDER
 from foldstack.compression.storage.digest import digest_folder
 from foldstack.compression.text.calibration import Windows
 from foldstack.tasks.compress_model import CompressModel
+from foldstack.tasks.environment import cgroup
 from foldstack.tasks.environment.execution import Execution
 from foldstack.tasks.gather_statistics import GatherStatistics
 from foldstack.tasks.rank_blocks import RankBlocks
@@ -69,6 +72,7 @@ def make_checkpoint(folder: Path, blocks: int, width: int) -> None:
         dtype="bfloat16",
     )
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+    copy_tokenizer(MODEL_FOLDER, folder)
 
 
 def random_windows(store: ArtifactStore, count: int) -> Artifact:
@@ -113,17 +117,46 @@ def stages(work: Path, methods: list[str]) -> dict[str, Stage]:
     return {"gather": gathering, "rank": ranking, **compressing}
 
 
+def group_with(limit: int) -> Path:
+    """A new control group below this process's, whose processes may have so many bytes together."""
+    files = (
+        ("memory.max", "memory.swap.max"),
+        ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
+    )
+    for parent in cgroup.groups("memory"):
+        group = parent / f"foldstack-{os.getpid()}"
+        with suppress(OSError):
+            group.mkdir(exist_ok=True)
+            for memory, swap in files:
+                if (group / memory).exists():
+                    (group / memory).write_text(str(limit))
+                    with suppress(OSError):  # a system without swap
+                        (group / swap).write_text("0" if swap == "memory.swap.max" else str(limit))
+                    return group
+            group.rmdir()
+    raise SystemExit("--limit takes a control group for memory, and none can be made here")
+
+
 class Fresh:
     """A stage in a process of its own."""
 
     def __init__(self, work: Path, name: str) -> None:
         self.started = time.monotonic()
-        command = [sys.executable, __file__, "--stage", name, "--work", work, "--methods", name]
+        command = [sys.executable, __file__, "--stage", name, "--work", str(work)]
+        command += ["--methods", name]
+        self.group = None
+        if (work / "limit").is_file():
+            self.group = group_with(int((work / "limit").read_text()) * MIB**2)
+            # Before Python begins: memory belongs to the group in which it was first touched.
+            joining = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+            command = ["sh", "-c", joining, str(self.group), *command]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def finish(self) -> dict[str, float]:
         """Seconds, and peak memory in MiB of the process and of those that it started."""
         told, _ = self.process.communicate()
+        if self.group is not None:
+            self.group.rmdir()
         if self.process.returncode != 0:
             raise SystemExit(f"a stage ended with {self.process.returncode}")
         return {**json.loads(told), "seconds": time.monotonic() - self.started}
@@ -175,10 +208,6 @@ def compress_killed(work: Path, name: str, blocks: int) -> dict[str, float]:
 
 def run_here(work: Path, name: str) -> None:
     """The stage in this process; prints its peak memory."""
-    if (work / "limit").is_file():
-        mapped = sum(file.stat().st_size for file in (work / "model").glob("*.safetensors"))
-        limit = int((work / "limit").read_text()) * MIB**2 + mapped
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     run_stage(stages(work, [name] if name in METHODS else [])[name], ArtifactStore(work / "store"))
     # Of children Linux tells what they began with, a copy of this process, or more.
     others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / MIB
@@ -228,7 +257,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=22)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--limit", type=int, help="MiB that a stage may take of its own")
+    parser.add_argument("--limit", type=int, help="MiB that a stage may have")
     parser.add_argument("--methods", nargs="+", default=["modegpt", "svd_llm"])
     parser.add_argument("--work", type=Path, help="kept; on a disk with 20 GB; default: temporary")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)

@@ -16,11 +16,14 @@ from foldstack.compression.statistics.stream import (
     starting_at,
     tensors_of,
 )
-from foldstack.compression.storage.mapped_memory import release
-from foldstack.compression.structure.surgery import BlockByBlock, Cut
+from foldstack.compression.storage.mapped_memory import release, trim
+from foldstack.compression.structure.surgery import BlockByBlock, Cut, plan_of
 from foldstack.compression.training.block_training import BatchLoss, next_token_loss
 
 WINDOWS_AT_ONCE = 8
+LOGIT_BYTES = 1 << 28
+"""Most that the logits of several windows take; with a large vocabulary those of one may be more.
+"""
 
 
 def windows_of(
@@ -30,13 +33,21 @@ def windows_of(
     return calibration[: -(-tokens // calibration.shape[1])]
 
 
-def mean_loss(loss_of: BatchLoss, num_windows: int) -> float:
-    """Mean over all windows, in nats per token; infinite for a candidate that computes no number.
+def windows_at_once(model: PreTrainedModel, tokens: int) -> int:
+    """How many windows of `tokens` tokens have logits that `LOGIT_BYTES` hold, `WINDOWS_AT_ONCE` at
+    most."""
+    of_window = 4 * tokens * model.config.get_text_config(decoder=True).vocab_size
+    return max(1, min(WINDOWS_AT_ONCE, LOGIT_BYTES // of_window))
+
+
+def mean_loss(loss_of: BatchLoss, num_windows: int, at_once: int) -> float:
+    """Mean over all windows, in nats per token, `at_once` of them at a time (`windows_at_once`);
+    infinite for a candidate that computes no number.
 
     A candidate may break the model altogether: it only has to lose the comparison.
     """
     with torch.no_grad():
-        batches = torch.split(torch.arange(num_windows), WINDOWS_AT_ONCE)
+        batches = torch.split(torch.arange(num_windows), at_once)
         loss = math.fsum(float(loss_of(batch)) * len(batch) for batch in batches) / num_windows
     return loss if math.isfinite(loss) else math.inf
 
@@ -56,6 +67,7 @@ def deletion_losses(
     copied and nothing in `model` stays changed. `tell` is called after every candidate.
     """
     losses = {}
+    at_once = windows_at_once(model, windows.shape[1])
     with skipping(model, gone):
         stream = BlockStream(model, windows, batch_size=WINDOWS_AT_ONCE)
         for candidate in sorted(candidates):
@@ -66,7 +78,7 @@ def deletion_losses(
                 skipping(model, [candidate]),
                 next_token_loss(model, candidate, windows, entering) as loss_of,
             ):
-                losses[candidate] = mean_loss(loss_of, len(windows))
+                losses[candidate] = mean_loss(loss_of, len(windows), at_once)
             tell()
     return losses
 
@@ -79,7 +91,8 @@ def loss_of_cut(
 
     One block of it at a time is in memory, and on a CPU half precision computes in float32.
     """
-    head = plain_head(model, windows[0].long())
+    with skipping(model, range(1, len(plan_of(model).blocks))):  # what it reads does not matter
+        head = plain_head(model, windows[0].long())
     made = BlockByBlock(model, change.plan, change.inherits)
     stream = BlockStream(model, windows, batch_size=WINDOWS_AT_ONCE, dtype=cpu_precision(model))
     for position in range(len(stream.blocks)):
@@ -87,6 +100,7 @@ def loss_of_cut(
         stream.advance(block)
         release(tensors_of(block))
         made.empty(position)
+        trim()
     leaving, last, rows = stream.states.all, len(stream.blocks) - 1, slice(0)
     losses = []
     with (

@@ -215,8 +215,8 @@ def _of_writing(stage: WriteWindows, shapes: _Shapes) -> Need:
 def _of_scoring(shapes: _Shapes, layout: Layout) -> int:
     """Bytes of the model, what its distribution is kept of, and one batch's logits; on a CPU one of
     half precision is scored as a copy in float32."""
-    from foldstack.compression.evaluation.candidate_loss import WINDOWS_AT_ONCE
-    from foldstack.compression.methods.search.scoring import LOGIT_BYTES, TOP
+    from foldstack.compression.evaluation.candidate_loss import LOGIT_BYTES, WINDOWS_AT_ONCE
+    from foldstack.compression.methods.search.scoring import TOP
 
     chosen = layout.config
     in_float32 = _float32_copies(shapes, layout)

@@ -15,7 +15,7 @@ def memory_left() -> int | None:
     Pages of files that were read count as used, and are given back when memory is needed.
     """
     left: list[int] = []
-    for folder in _groups("memory"):
+    for folder in groups("memory"):
         limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
         used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
         if limit is not None and used is not None and limit < UNLIMITED:
@@ -26,7 +26,7 @@ def memory_left() -> int | None:
 def processors() -> float | None:
     """Processors that the process may use all the time; None where nothing limits it."""
     found: list[float] = []
-    for folder in _groups("cpu"):
+    for folder in groups("cpu"):
         words = _text(folder / "cpu.max").split()
         if not words:
             quota, period = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
@@ -36,7 +36,7 @@ def processors() -> float | None:
     return min(found, default=None)
 
 
-def _groups(controller: str) -> Iterator[Path]:
+def groups(controller: str) -> Iterator[Path]:
     """The folder of this process's group and of those above it, version 2 before version 1."""
     for line in _text(MEMBERSHIP).splitlines():
         number, _, rest = line.partition(":")

@@ -52,7 +52,7 @@ from foldstack.compression.methods.narrowing.inner_widths import (
 )
 from foldstack.compression.methods.refit import Refit, refit_arithmetic
 from foldstack.compression.statistics.sensitivity import SCORE_TOKENS, Family, Sensitivity
-from foldstack.compression.storage.mapped_memory import release
+from foldstack.compression.storage.mapped_memory import release, trim
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.block_plan import BlockPlan, NarrowHeads
 from foldstack.compression.structure.heads import (
@@ -267,6 +267,7 @@ class MoDeGpt(Method):
         for position in inherits:
             spool.part(f"{part}-{position}", partial(narrow, position))
             release(blocks[position])
+            trim()
             evidence.progress("modegpt", position + 1, len(plan.blocks))
         return Cut(plan, inherits, spool.tensors)
 

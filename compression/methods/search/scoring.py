@@ -20,7 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foldstack.compression.evaluation.candidate_loss import WINDOWS_AT_ONCE, windows_of
+from foldstack.compression.evaluation.candidate_loss import (
+    WINDOWS_AT_ONCE,
+    windows_at_once,
+    windows_of,
+)
 from foldstack.compression.methods.arithmetic import Arithmetic
 from foldstack.compression.methods.method import Evidence, no_progress
 from foldstack.compression.methods.search.assembly import Assembly
@@ -46,8 +50,6 @@ from foldstack.compression.storage.spool import Spool
 
 TOP = 4096
 """Tokens of the vocabulary whose probabilities are kept."""
-LOGIT_BYTES = 1 << 28
-"""What the logits of one batch may take, in float32."""
 
 Values = Float[Tensor, " windows"]
 
@@ -204,11 +206,9 @@ class Scorer:
     def _logits(
         self, position: int, entering: Float[Tensor, "windows tokens hidden"]
     ) -> Iterator[tuple[slice, Float[Tensor, "batch tokens all"]]]:
-        """With what enters block `position` given, for as many windows at once as `LOGIT_BYTES`
-        hold; and which those are."""
-        text = self.model.config.get_text_config(decoder=True)
-        of_window = 4 * self.windows.shape[1] * text.vocab_size
-        at_once = max(1, min(WINDOWS_AT_ONCE, LOGIT_BYTES // of_window))
+        """With what enters block `position` given, a few windows at once; and which those
+        are."""
+        at_once = windows_at_once(self.model, self.windows.shape[1])
         rows = slice(0, 0)
         with torch.no_grad(), starting_at(self.model, position, lambda: entering[rows]):
             for start in range(0, len(self.windows), at_once):

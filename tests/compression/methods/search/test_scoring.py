@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foldstack.compression.evaluation import candidate_loss
 from foldstack.compression.methods.method import Evidence
 from foldstack.compression.methods.search import scoring
 from foldstack.compression.methods.search.assembly import Assembly
@@ -118,7 +119,7 @@ def test_few_logits_at_a_time_change_nothing(
     assembly = assembly_of(tiny_model("gpt2"))
     variants = assembly.library.variants(["removals"])
     whole = score_variants(assembly, windows, variants)
-    monkeypatch.setattr(scoring, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(candidate_loss, "LOGIT_BYTES", 1)
     one_by_one = score_variants(assembly, windows, variants)
     for score, other in zip(whole.scores, one_by_one.scores, strict=True):
         assert other.kl == pytest.approx(score.kl, rel=1e-4)
