@@ -90,7 +90,7 @@ def write_openelm(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str,
     config: Any = stock.config
     if (reason := why_not_openelm(stock)) is not None:
         raise InputError(reason)
-    widths = mlp_widths(plan_of(model), config.intermediate_size)
+    widths = [max(1, width) for width in mlp_widths(plan_of(model), config.intermediate_size)]
     blocks = len(widths)
     entries = {
         "architectures": ["OpenELMForCausalLM"],

@@ -65,9 +65,9 @@ def _of_a_class_of_theirs(
     stock = multiplied_out(model)
     config: Any = stock.config
     full = getattr(config, architecture_of(config).mlp_width_entry) or 4 * config.hidden_size
-    if len(set(mlp_widths(plan, full))) > 1:
+    if len(widths := set(mlp_widths(plan, full))) > 1:
         fits = plan.base_model_type in OPENELM_FAMILIES and why_not_openelm(stock) is None
-        return write_openelm(model, folder, out) if fits else None
+        return write_openelm(model, folder, out) if fits and 0 not in widths else None
     if count_parameters(stock) > count_parameters(model):
         return None
     entries = config.to_dict() | {"architectures": [type(stock).__name__]} | _ropes(config)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from foldstack.compression.checkpoints.checkpoint import load_model, save_model
 from foldstack.compression.errors import InputError
+from foldstack.compression.export.block_configs import write_openelm
 from foldstack.compression.export.engines import ENGINES, ask, brings_our_code
 from foldstack.compression.export.export_report import ExportReport
 from foldstack.compression.export.exported import (
@@ -28,8 +29,9 @@ from foldstack.compression.export.exported import (
 from foldstack.compression.export.forms import ENGINES_OF, Form, NoSuchForm
 from foldstack.compression.export.gguf_tokenizer import read_vocabulary
 from foldstack.compression.export.mlx_folder import write_mlx
+from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.structure.size import count_parameters
-from foldstack.compression.structure.surgery import plan_of
+from foldstack.compression.structure.surgery import config_for, plan_of
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3 = {
@@ -260,6 +262,22 @@ def test_a_file_of_ours_keeps_every_structure_as_small_as_it_is(
     assert ("foldstack_mlx" in form) == (structure != "narrow_mlps")  # which OpenELM's class has
     if structure != "narrow_mlps":
         assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(model.state_dict())
+
+
+def test_an_absent_mlp_is_one_channel_of_zeros_to_openelm_and_none_in_a_file_of_ours(
+    structured: Callable[..., Any], tmp_path: Path
+) -> None:
+    """mlx-lm's OpenELM makes every MLP at least one wide."""
+    dense = structured("narrow_mlps")
+    plan = plan_of(dense).narrow({0: 0})
+    model = FoldstackForCausalLM(config_for(dense.config, plan)).eval()
+    write_openelm(model, tmp_path, tmp_path / "openelm")
+    tensors = load_file(tmp_path / "openelm" / "model.safetensors")
+    assert tensors["transformer.layers.0.ffn.proj_2.weight"].shape == (32, 1)
+    assert not tensors["transformer.layers.0.ffn.proj_1.weight"].any()
+    assert "foldstack_mlx" in write_mlx(model, tmp_path, tmp_path / "mlx")[0]
+    names = load_file(tmp_path / "mlx" / "model.safetensors")
+    assert not [name for name in names if "layers.0.mlp" in name]
 
 
 def test_an_engine_runs_code_that_is_this_versions_and_no_other(
