@@ -27,10 +27,12 @@ DECI_STEP = 256
 """Every reader of block_configs rounds widths up to a multiple of it."""
 
 
-def mlp_widths(plan: Plan, full: int) -> list[int]:
-    """The width of each position's MLP; `full` is the stock one."""
+def mlp_widths(plan: Plan, full: int, *, least: int = 0) -> list[int]:
+    """The width of each position's MLP; `full` is the stock one, `least` what a reader has to have:
+    one that is absent is of zeros there."""
     owners = [plan.blocks[plan.owner(position)] for position in range(len(plan.blocks))]
-    return [full if block.mlp_width is None else block.mlp_width for block in owners]
+    widths = (full if block.mlp_width is None else block.mlp_width for block in owners)
+    return [max(width, least) for width in widths]
 
 
 def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int]:
@@ -49,7 +51,7 @@ def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, in
             f"the heads of block_configs (deci) are hidden size / heads wide, and here they are "
             f"{width} and not {config.hidden_size / heads:g}"
         )
-    widths = mlp_widths(plan_of(model), config.intermediate_size)
+    widths = mlp_widths(plan_of(model), config.intermediate_size, least=1)
     widths = [-(-width // DECI_STEP) * DECI_STEP for width in widths]
     blocks = [
         {
@@ -90,7 +92,7 @@ def write_openelm(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str,
     config: Any = stock.config
     if (reason := why_not_openelm(stock)) is not None:
         raise InputError(reason)
-    widths = [max(1, width) for width in mlp_widths(plan_of(model), config.intermediate_size)]
+    widths = mlp_widths(plan_of(model), config.intermediate_size, least=1)
     blocks = len(widths)
     entries = {
         "architectures": ["OpenELMForCausalLM"],

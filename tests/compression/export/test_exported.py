@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from foldstack.compression.checkpoints.checkpoint import load_model, save_model
 from foldstack.compression.errors import InputError
-from foldstack.compression.export.block_configs import write_openelm
+from foldstack.compression.export.block_configs import mlp_widths, write_deci, write_openelm
 from foldstack.compression.export.engines import ENGINES, ask, brings_our_code
 from foldstack.compression.export.export_report import ExportReport
 from foldstack.compression.export.exported import (
@@ -264,10 +264,10 @@ def test_a_file_of_ours_keeps_every_structure_as_small_as_it_is(
         assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(model.state_dict())
 
 
-def test_an_absent_mlp_is_one_channel_of_zeros_to_openelm_and_none_in_a_file_of_ours(
+def test_an_absent_mlp_is_zeros_to_whoever_takes_none_and_nothing_in_a_file_of_ours(
     structured: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """mlx-lm's OpenELM makes every MLP at least one wide."""
+    """llama.cpp and mlx-lm refuse widths of zero."""
     dense = structured("narrow_mlps")
     plan = plan_of(dense).narrow({0: 0})
     model = FoldstackForCausalLM(config_for(dense.config, plan)).eval()
@@ -275,6 +275,11 @@ def test_an_absent_mlp_is_one_channel_of_zeros_to_openelm_and_none_in_a_file_of_
     tensors = load_file(tmp_path / "openelm" / "model.safetensors")
     assert tensors["transformer.layers.0.ffn.proj_2.weight"].shape == (32, 1)
     assert not tensors["transformer.layers.0.ffn.proj_1.weight"].any()
+    write_deci(model, tmp_path, tmp_path / "deci")
+    up = load_file(tmp_path / "deci" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert up.shape == (256, 32)
+    assert not up.any()
+    assert mlp_widths(plan, 56, least=32) == [32, 56, 40, 56]  # in a GGUF file
     assert "foldstack_mlx" in write_mlx(model, tmp_path, tmp_path / "mlx")[0]
     names = load_file(tmp_path / "mlx" / "model.safetensors")
     assert not [name for name in names if "layers.0.mlp" in name]
