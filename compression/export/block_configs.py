@@ -27,12 +27,12 @@ DECI_STEP = 256
 """Every reader of block_configs rounds widths up to a multiple of it."""
 
 
-def mlp_widths(plan: Plan, full: int, *, least: int = 0) -> list[int]:
-    """The width of each position's MLP; `full` is the stock one, `least` what a reader has to have:
-    one that is absent is of zeros there."""
+def mlp_widths(plan: Plan, full: int, *, absent: int = 0) -> list[int]:
+    """The width of each position's MLP; `full` is the stock one, and an absent one is of `absent`
+    channels of zeros, where a reader takes no width of none."""
     owners = [plan.blocks[plan.owner(position)] for position in range(len(plan.blocks))]
     widths = (full if block.mlp_width is None else block.mlp_width for block in owners)
-    return [max(width, least) for width in widths]
+    return [width or absent for width in widths]
 
 
 def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int]:
@@ -51,7 +51,7 @@ def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, in
             f"the heads of block_configs (deci) are hidden size / heads wide, and here they are "
             f"{width} and not {config.hidden_size / heads:g}"
         )
-    widths = mlp_widths(plan_of(model), config.intermediate_size, least=1)
+    widths = mlp_widths(plan_of(model), config.intermediate_size, absent=1)
     widths = [-(-width // DECI_STEP) * DECI_STEP for width in widths]
     blocks = [
         {
@@ -92,7 +92,7 @@ def write_openelm(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str,
     config: Any = stock.config
     if (reason := why_not_openelm(stock)) is not None:
         raise InputError(reason)
-    widths = mlp_widths(plan_of(model), config.intermediate_size, least=1)
+    widths = mlp_widths(plan_of(model), config.intermediate_size, absent=1)
     blocks = len(widths)
     entries = {
         "architectures": ["OpenELMForCausalLM"],

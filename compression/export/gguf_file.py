@@ -66,7 +66,7 @@ def write_gguf(
     config: Any = stock.config
     vocabulary = read_vocabulary(tokenizer_folder, config.vocab_size)
     full = _full_width(config)
-    widths = mlp_widths(plan_of(model), full, least=min(32, full))  # rows of a quantised block
+    widths = mlp_widths(plan_of(model), full, absent=min(32, full))  # rows of a quantised block
     arch = _architecture(stock, widths)
     if arch not in WIDTH_PER_BLOCK:
         widths = [full] * len(widths)

@@ -279,7 +279,7 @@ def test_an_absent_mlp_is_zeros_to_whoever_takes_none_and_nothing_in_a_file_of_o
     up = load_file(tmp_path / "deci" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert up.shape == (256, 32)
     assert not up.any()
-    assert mlp_widths(plan, 56, least=32) == [32, 56, 40, 56]  # in a GGUF file
+    assert mlp_widths(plan, 56, absent=32) == [32, 56, 40, 56]  # in a GGUF file
     assert "foldstack_mlx" in write_mlx(model, tmp_path, tmp_path / "mlx")[0]
     names = load_file(tmp_path / "mlx" / "model.safetensors")
     assert not [name for name in names if "layers.0.mlp" in name]
