@@ -1,8 +1,9 @@
 """The dry run: sizes of every variant, what is in the store already, time and memory to come."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from statistics import median
 from typing import Literal
 
@@ -15,11 +16,23 @@ from foldstack.flows.planning.needs import needs_of, stored_dtype
 from foldstack.flows.planning.preflight import check, is_stored
 from foldstack.flows.planning.stage_arithmetic import StageArithmetic
 from foldstack.flows.running.branches import Layout, lay_out
+from foldstack.tasks.stage import Stage
 from foldstack.tasks.store.garbage import list_artifacts
 from foldstack.tasks.store.manifest import Manifest
 
 GRACE_SECONDS = 600.0
 """Beyond what is expected: for imports, for a busy machine, for a forecast of seconds."""
+
+
+EACH_ITS_OWN = frozenset(
+    {
+        "compress_model", "recover_model", "score_variants", "time_variants", "evaluate_track",
+        "export_model", "benchmark_engine",
+    }
+)  # fmt: skip
+"""Kinds of stages in which one method, track or form says nothing of the time that another takes:
+SLEB measures a model for every block that may go, where ShortGPT measures none."""
+Basis = Literal["stored", "earlier runs", "arithmetic"]
 
 
 class _Record(BaseModel):
@@ -47,7 +60,7 @@ class ExpectedStage(_Record):
     is_stored: bool
     seconds: float
     """Expected; 0 when it is stored."""
-    basis: Literal["stored", "earlier runs", "arithmetic"]
+    basis: Basis
     memory_bytes: int
     """Expected peak, interpreter and libraries included."""
     disk_bytes: int
@@ -127,21 +140,18 @@ _SIZES = ("parameters", "bytes", "flops_per_token", "kv_bytes_per_token", "num_b
 
 
 def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list[ExpectedStage]:
-    """Every stage with the time it will take: as in earlier runs, else from its arithmetic."""
-    history, needs = _seconds_of_earlier_runs(layout), needs_of(layout)
+    """Every stage with the time it will take."""
+    needs = needs_of(layout)
     arithmetic = StageArithmetic(
         layout, needs, {m.label: m.flops_per_token for m in models.values()}
     )
+    told = Seconds(layout.stages, _seconds_of_earlier_runs(layout), arithmetic.seconds)
     expected = []
     for stage in layout.stages:
-        basis: Literal["stored", "earlier runs", "arithmetic"]
-        earlier = history.get((stage.stage, stage.label)) or history.get((stage.stage, ""))
-        if is_stored(stage, layout):
-            seconds, basis = 0.0, "stored"
-        elif earlier:
-            seconds, basis = median(earlier), "earlier runs"
-        else:
-            seconds, basis = arithmetic.seconds(stage), "arithmetic"
+        basis: Basis = "stored"
+        seconds = 0.0
+        if not is_stored(stage, layout):
+            seconds, basis = told.of(stage)
         expected.append(
             ExpectedStage(
                 label=stage.label, stage=stage.stage, is_stored=basis == "stored",
@@ -150,6 +160,43 @@ def expected_stages(layout: Layout, models: Mapping[str, ExpectedModel]) -> list
             )
         )  # fmt: skip
     return expected
+
+
+class Seconds:
+    """What stages will take: as they or their like took in earlier runs, else by their arithmetic,
+    at the pace of those of the same kind that ran earlier."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        history: Mapping[tuple[str, str], Sequence[float]],
+        arithmetic: Callable[[Stage], float],
+    ) -> None:
+        """`history` has the seconds by kind and label, and those of all labels of a kind under an
+        empty one."""
+        self._stages, self._history = stages, history
+        self._arithmetic, self._pace = arithmetic, cache(self._pace_of)
+
+    def of(self, stage: Stage) -> tuple[float, Basis]:
+        earlier = self._earlier(stage)
+        if not earlier and stage.stage not in EACH_ITS_OWN:
+            earlier = self._history.get((stage.stage, ""))
+        if earlier:
+            return median(earlier), "earlier runs"
+        return self._arithmetic(stage) * self._pace(stage.stage), "arithmetic"
+
+    def _earlier(self, stage: Stage) -> Sequence[float] | None:
+        return self._history.get((stage.stage, stage.label))
+
+    def _pace_of(self, kind: str) -> float:
+        ratios = [
+            median(earlier) / forecast
+            for stage in self._stages
+            if stage.stage == kind
+            and (earlier := self._earlier(stage))
+            and (forecast := self._arithmetic(stage)) > 0
+        ]
+        return median(ratios) if ratios else 1.0
 
 
 def stage_limits(layout: Layout) -> dict[str, float]:
