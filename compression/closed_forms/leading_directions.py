@@ -4,8 +4,8 @@ less: tensors in, tensors out.
 The form is M = C G C^T, and what is wanted is the span of its k leading eigenvectors. The product
 is taken in float32, but for the few largest eigenvalues of G, to which all rounding is relative:
 they are split off by a randomised subspace iteration and added in float64. The eigenvectors V are
-found in float32, but for those of the few largest eigenvalues of M, and refined once: with the
-residuals R = M V - V diag(s) in float64,
+found in float32, but for those of the few largest eigenvalues of M and of the nearest ones on both
+sides of the cut, and refined once: with the residuals R = M V - V diag(s) in float64,
 
     V <- V + V X,   X_ji = v_j^T R_i / (s_i - s_j)
 
@@ -46,6 +46,8 @@ _PASSES = 2
 # Eigenvalues of the form that are split off at most, and how exact their vectors are then.
 _OUTSTANDING = 32
 _EXACT = 1e-9
+# Eigenvectors on either side of a cut that are told apart in float64.
+_ABOUT = 16
 # Of the power method.
 _ITERATIONS = 10
 # Standard deviations of the sum of the dropped eigenvalues that it must exceed to count.
@@ -79,6 +81,8 @@ def leading_in_float32(
     form = _form(core, gram, is_triangular=is_triangular)
     error = _size_of_error(core, gram, form)
     values, vectors = _decomposed(form, min(_OUTSTANDING, min(ranks) // 2))
+    for rank in ranks:  # kept and dropped ones may be too close to one another for the refinement
+        _tell_apart(form, values, vectors, slice(max(0, rank - _ABOUT), rank + _ABOUT))
     kept = vectors[:, : max(ranks)]
     residual = (form @ kept).addcmul_(kept, values[: max(ranks)], value=-1).float()
     vectors = vectors.float()
@@ -130,11 +134,21 @@ def _decomposed(
     values, vectors = torch.linalg.eigh(lowered.float())
     values, vectors = values.double().flip(0), vectors.double().flip(1)
     if len(top):  # they lie among the vectors of about that value, and are told apart in float64
-        mixed = 2 * len(top)
-        basis = torch.linalg.qr(vectors[:, :mixed]).Q
-        found, rotation = torch.linalg.eigh(basis.T @ (form @ basis))
-        values[:mixed], vectors[:, :mixed] = found.flip(0), basis @ rotation.flip(1)
+        _tell_apart(form, values, vectors, slice(2 * len(top)))
     return values, vectors
+
+
+def _tell_apart(
+    form: Float[Tensor, "size size"],
+    values: Float[Tensor, " size"],
+    vectors: Float[Tensor, "size size"],
+    some: slice,
+) -> None:
+    """Replace some of the vectors by the best ones of their span, and their eigenvalues, in
+    float64 (Rayleigh and Ritz)."""
+    basis = torch.linalg.qr(vectors[:, some]).Q
+    found, rotation = torch.linalg.eigh(basis.T @ (form @ basis))
+    values[some], vectors[:, some] = found.flip(0), basis @ rotation.flip(1)
 
 
 def _outstanding(

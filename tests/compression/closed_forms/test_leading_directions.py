@@ -88,6 +88,25 @@ def test_the_loss_is_that_of_float64(shape: tuple[int, int], kind: str) -> None:
         )
 
 
+@pytest.mark.parametrize("apart", [1e-3, 1e-4, 1e-5])
+def test_directions_on_both_sides_of_the_cut_are_told_apart(apart: float) -> None:
+    """A kept and a dropped direction of nearly one eigenvalue, whose mixture the refinement leaves
+    alone: it would count as lost, and send the whole matrix to float64."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.full((96,), 1e-5, dtype=torch.float64)
+    values[:34] = torch.linspace(1, 0.5, 34, dtype=torch.float64)
+    values[34], values[35] = 1e-2, 1e-2 * (1 - apart)
+    left, right = (
+        torch.linalg.qr(torch.randn(96, 96, generator=generator, dtype=torch.float64)).Q
+        for _ in range(2)
+    )
+    weight = (left * values.sqrt() @ right).float()
+    found = whitened_svd(weight, torch.eye(96), (35,))
+    assert found.left.dtype == torch.float32
+    least = float(torch.linalg.svdvals(weight.double())[35:].square().sum())
+    assert lost(weight, torch.eye(96), truncate(found, 35)) == pytest.approx(least, rel=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_weight_of_deficient_rank_is_reproduced(shape: tuple[int, int]) -> None:
     """The triangle of W^T W does not exist there; what float32 takes for lost is noise."""
