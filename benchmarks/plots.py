@@ -110,11 +110,31 @@ def claims(axes: Any) -> None:
     axes.invert_yaxis()
 
 
+def gemma(axes: Any) -> None:
+    """Loss above the dense Gemma 3 270M, by what was removed of the whole, before any training."""
+    table = pd.read_csv(DOCS / "figures" / "gemma.csv")
+    for method, rows in table.groupby("method", sort=False):
+        color = COLORED.get(str(method), GREY)
+        axes.errorbar(rows["removed_percent"], rows["bits_over_dense"], yerr=rows["stderr"],
+                      color=color, marker="o", markersize=4, capsize=2)  # fmt: skip
+        start = rows.iloc[0]
+        lift = {"basis_sharing": -9, "svd_llm": 3}.get(str(method), -3)  # two beside one another
+        axes.annotate(method, (start["removed_percent"], start["bits_over_dense"]),
+                      xytext=(-8, lift), textcoords="offset points", ha="right",
+                      fontsize=8, color="0.45" if color == GREY else color)  # fmt: skip
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5]
+    axes.set(xlabel="parameters of the whole model removed (%)", yscale="log", xlim=(8.2, 21.3),
+             ylabel="bits per byte above dense (1.375)")  # fmt: skip
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
 PLOTS: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
     "which_method": (which_method, (8, 4.8)),
     "released_code": (released_code, (8, 3.4)),
     "departures": (departures, (8.5, 6)),
     "claims": (claims, (8.5, 5.2)),
+    "gemma": (gemma, (8, 4)),
 }
 
 

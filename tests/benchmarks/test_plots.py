@@ -16,6 +16,7 @@ PAGES = {
     "released_code": ("methods.md", "released_code", ("perplexity", "released_perplexity")),
     "departures": ("departures.md", "departures", ("perplexity",)),
     "claims": ("claims.md", "claims", ("figure", "bound")),
+    "gemma": ("methods.md", "gemma", ("bits_over_dense", "stderr")),
 }
 QUESTIONS = ("which_method.md", "methods.md", "departures.md", "claims.md")
 
