@@ -40,15 +40,18 @@ def windows_at_once(model: PreTrainedModel, tokens: int) -> int:
     return max(1, min(WINDOWS_AT_ONCE, LOGIT_BYTES // of_window))
 
 
-def mean_loss(loss_of: BatchLoss, num_windows: int, at_once: int) -> float:
-    """Mean over all windows, in nats per token, `at_once` of them at a time (`windows_at_once`);
-    infinite for a candidate that computes no number.
+def mean_loss(
+    loss_of: BatchLoss, model: PreTrainedModel, windows: Int[Tensor, "windows tokens"]
+) -> float:
+    """Mean over all windows of what `model` or its like computes, in nats per token; infinite for
+    a candidate that computes no number.
 
     A candidate may break the model altogether: it only has to lose the comparison.
     """
+    count, at_once = len(windows), windows_at_once(model, windows.shape[1])
     with torch.no_grad():
-        batches = torch.split(torch.arange(num_windows), at_once)
-        loss = math.fsum(float(loss_of(batch)) * len(batch) for batch in batches) / num_windows
+        batches = torch.split(torch.arange(count), at_once)
+        loss = math.fsum(float(loss_of(batch)) * len(batch) for batch in batches) / count
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -67,7 +70,6 @@ def deletion_losses(
     copied and nothing in `model` stays changed. `tell` is called after every candidate.
     """
     losses = {}
-    at_once = windows_at_once(model, windows.shape[1])
     with skipping(model, gone):
         stream = BlockStream(model, windows, batch_size=WINDOWS_AT_ONCE)
         for candidate in sorted(candidates):
@@ -78,7 +80,7 @@ def deletion_losses(
                 skipping(model, [candidate]),
                 next_token_loss(model, candidate, windows, entering) as loss_of,
             ):
-                losses[candidate] = mean_loss(loss_of, len(windows), at_once)
+                losses[candidate] = mean_loss(loss_of, model, windows)
             tell()
     return losses
 

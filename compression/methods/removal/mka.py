@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from foldstack.compression.evaluation.candidate_loss import (
     WINDOWS_AT_ONCE,
     mean_loss,
-    windows_at_once,
     windows_of,
 )
 from foldstack.compression.methods.method import Evidence, Method, check_evidence
@@ -168,7 +167,6 @@ def losses_of(
     """Next-token loss of candidates that are the same up to block `at` and in which blocks stay."""
     position = candidates[0][at].first
     losses = []
-    at_once = windows_at_once(trial.model, windows.shape[1])
     with skipping(trial.model, trial.show(candidates[0])):
         stream = BlockStream(trial.model, windows, batch_size=WINDOWS_AT_ONCE)
         while stream.position < position:
@@ -177,5 +175,5 @@ def losses_of(
         with next_token_loss(trial.model, position, windows, entering) as loss_of:
             for candidate in candidates:
                 trial.show(candidate)
-                losses.append(mean_loss(loss_of, len(windows), at_once))
+                losses.append(mean_loss(loss_of, trial.model, windows))
     return losses

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.candidate_loss import mean_loss, windows_at_once
+from foldstack.compression.evaluation.candidate_loss import mean_loss
 from foldstack.compression.methods.method import (
     TOLERANCE,
     Evidence,
@@ -260,6 +260,5 @@ def loss_without(model: PreTrainedModel, evidence: Evidence, gone: Iterable[int]
         loss: Tensor = model(tokens, labels=tokens, use_cache=False).loss
         return loss
 
-    at_once = windows_at_once(model, evidence.calibration.shape[1])
     with skipping(model, gone):
-        return mean_loss(loss_of, len(evidence.calibration), at_once)
+        return mean_loss(loss_of, model, evidence.calibration)

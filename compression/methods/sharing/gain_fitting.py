@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foldstack.compression.evaluation.candidate_loss import mean_loss, windows_at_once
+from foldstack.compression.evaluation.candidate_loss import mean_loss
 from foldstack.compression.statistics.stream import BlockStream
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.modeling_foldstack import sublayer_ends
@@ -43,7 +43,7 @@ def _loss(model: PreTrainedModel, windows: Int[Tensor, "windows tokens"]) -> flo
         loss: Tensor = model(tokens, labels=tokens, use_cache=False).loss
         return loss
 
-    return mean_loss(loss_of, len(windows), windows_at_once(model, windows.shape[1]))
+    return mean_loss(loss_of, model, windows)
 
 
 def fit_gains(

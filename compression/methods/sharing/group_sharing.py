@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foldstack.compression.errors import InputError
-from foldstack.compression.evaluation.candidate_loss import mean_loss, windows_at_once
+from foldstack.compression.evaluation.candidate_loss import mean_loss
 from foldstack.compression.methods.method import (
     TOLERANCE,
     Evidence,
@@ -246,12 +246,11 @@ def _losses(
     """The next-token loss with each of the candidates in all blocks of the group."""
     blocks = architecture_of(trial).blocks(trial)
     losses = {}
-    at_once = windows_at_once(trial, windows.shape[1])
     with next_token_loss(trial, group.start, windows, entering) as loss_of:
         for what, weights in candidates.items():
             for member in group:
                 _set_weights(blocks[member], weights)
-            losses[what] = mean_loss(loss_of, len(windows), at_once)
+            losses[what] = mean_loss(loss_of, trial, windows)
     return losses
 
 
