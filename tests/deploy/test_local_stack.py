@@ -165,7 +165,12 @@ def test_a_run_is_under_way_where_its_own_process_is(monkeypatch: pytest.MonkeyP
 
     number = uuid4()
     environment = os.environ | {interrupted.RUN_VARIABLE: str(number)}
-    with subprocess.Popen(["sleep", "60"], env=environment) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, bufsize=0, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"there\n")
+        assert process.stdout.readline() == b"there\n"  # within exec a process has no environment
         pid = f"a-host:{process.pid}"
         mine, other = (
             FlowRun(id=each, flow_id=uuid4(), infrastructure_pid=pid) for each in (number, uuid4())
