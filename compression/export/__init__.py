@@ -15,6 +15,8 @@
 - `gguf_tokenizer`: The tokenizer of a model folder as llama.cpp stores it: read from
   tokenizer.json.
 - `in_engine`: Load models in an engine that is not ours and say what it computes.
+- `mapped_stream`: What no stock block does to the residual stream, as layers of llama.cpp's
+  `deci`.
 - `mlx_folder`: A model as a folder for mlx-lm: of its own class of the family, or with code of
   ours.
 - `multiplied_out`: Any structure as its stock class: factors multiplied, borrowed weights copied,

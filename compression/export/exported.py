@@ -47,6 +47,8 @@ class _Written:
     file: str
     form: str
     parameters: int
+    precise: tuple[str, ...] = ()
+    """Tensors that are not to be quantised."""
 
 
 def export_model(
@@ -80,7 +82,7 @@ def export_model(
         written = _WRITERS[form.target](model, folder, out)
     except InputError as error:
         raise NoSuchForm(str(error)) from None
-    file = _quantised(out, written.file, form.scheme, engine_python)
+    file = _quantised(out, written, form.scheme, engine_python)
     report = ExportReport(
         target=form.target,
         scheme=form.scheme,
@@ -107,8 +109,8 @@ def _stock(model: PreTrainedModel, folder: Path, out: Path) -> _Written:
 
 def _gguf(model: PreTrainedModel, folder: Path, out: Path) -> _Written:
     file = out / f"{folder.name}.gguf"
-    form = write_gguf(model, folder, load_tokenizer(folder), file, folder.name)
-    return _Written(file.name, form, elements_in(file))
+    written = write_gguf(model, folder, load_tokenizer(folder), file, folder.name)
+    return _Written(file.name, written.architecture, elements_in(file), written.precise)
 
 
 def _as_it_is(model: PreTrainedModel, folder: Path, out: Path) -> _Written:
@@ -131,8 +133,9 @@ _WRITERS: dict[Target, Callable[[PreTrainedModel, Path, Path], _Written]] = {
 }
 
 
-def _quantised(out: Path, file: str, scheme: str | None, given: str | None) -> str:
+def _quantised(out: Path, written: _Written, scheme: str | None, given: str | None) -> str:
     """The file of fewer bits in place of the plain one."""
+    file = written.file
     if scheme is None:
         return file
     smaller = f"{Path(file).stem}-{scheme}.gguf"
@@ -140,7 +143,7 @@ def _quantised(out: Path, file: str, scheme: str | None, given: str | None) -> s
     python = engine.python(given)
     assert python is not None
     request = {"do": "quantise", "source": str(out / file), "file": str(out / smaller)}
-    answer_of(engine, python, {**request, "scheme": scheme})
+    answer_of(engine, python, {**request, "scheme": scheme, "precise": written.precise})
     (out / file).unlink()
     return smaller
 

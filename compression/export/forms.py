@@ -136,3 +136,15 @@ def why_no_stock(plan: "Plan") -> str | None:
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def why_no_gguf(plan: "Plan") -> str | None:
+    """What keeps a model from llama.cpp, in words; None where nothing does."""
+    family = plan.base_model_type
+    if family not in GGUF_ARCHITECTURES:
+        known = ", ".join(sorted(GGUF_ARCHITECTURES))
+        return f"GGUF files are written for {known}, and not for {family}"
+    reason = why_no_stock(plan)
+    if reason is None or family in DECI_FAMILIES:
+        return None
+    return f"{reason}, which GGUF files have of {', '.join(DECI_FAMILIES)}, and not of {family}"

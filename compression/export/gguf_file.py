@@ -2,11 +2,13 @@
 
 Structures are multiplied out (`multiplied_out`); where MLPs have widths of their own, the file is
 of an architecture that keeps them: `deci` where the family is Llama-shaped, `openelm` where it is
-Qwen3-shaped and tied.
+Qwen3-shaped and tied. What has no stock form is a `deci` of more layers (`mapped_stream`).
 """
 
+import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,19 @@ from foldstack.compression.export.block_configs import (
     openelm_tensors,
     why_not_openelm,
 )
-from foldstack.compression.export.forms import GGUF_ARCHITECTURES as ARCHITECTURES
+from foldstack.compression.export.forms import (
+    DECI_FAMILIES,
+    GGUF_ARCHITECTURES,
+    why_no_gguf,
+    why_no_stock,
+)
 from foldstack.compression.export.gguf_tokenizer import read_vocabulary, write_vocabulary
+from foldstack.compression.export.mapped_stream import ROWS, mapped_stream
 from foldstack.compression.export.multiplied_out import multiplied_out
-from foldstack.compression.structure.architectures import architecture_of
+from foldstack.compression.structure.architectures import architecture_of, base_config_of
 from foldstack.compression.structure.modeling_foldstack import MLP_DOWN_NAMES, MLP_UP_NAMES
 from foldstack.compression.structure.surgery import plan_of
 
-LLAMA_SHAPED = ("llama", "mistral", "qwen2")
-"""Families whose blocks `deci` computes, which has a width for each."""
 DECI, OPENELM = "deci", "openelm"
 WIDTH_PER_BLOCK = (DECI, OPENELM)
 ROTATED_IN_PAIRS = ("llama", DECI)
@@ -39,12 +45,24 @@ ROTATED_IN_PAIRS = ("llama", DECI)
 GEMMA = ("gemma", "gemma2", "gemma3")
 
 
-def why_not_gguf(model: PreTrainedModel) -> str | None:
-    """What keeps llama.cpp from the model's family, in words; None where nothing does."""
-    family = architecture_of(model).model_type
-    if family in ARCHITECTURES:
-        return None
-    return f"GGUF files are written for {', '.join(sorted(ARCHITECTURES))}, and not for {family}"
+@dataclass(frozen=True)
+class GgufFile:
+    """What was written: the architecture's name, and the tensors that are not to be quantised."""
+
+    architecture: str
+    precise: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a file holds: head counts and MLP widths are of each block."""
+
+    architecture: str
+    config: Any
+    heads: list[int]
+    kv_heads: list[int]
+    widths: list[int]
+    tensors: Iterator[tuple[str, Tensor]]
 
 
 def write_gguf(
@@ -53,36 +71,81 @@ def write_gguf(
     tokenizer: PreTrainedTokenizerBase,
     file: Path,
     name: str,
-) -> str:
-    """Write the model as a GGUF file of its own precision; returns the architecture's name in it.
+) -> GgufFile:
+    """Write the model as a GGUF file of its own precision.
 
     Raises:
-        InputError: llama.cpp has no such architecture or tokenizer, or the structure cannot be
-            multiplied out.
+        InputError: llama.cpp has no such architecture or tokenizer, or none that computes the
+            structure.
     """
-    if (reason := why_not_gguf(model)) is not None:
+    if (reason := why_no_gguf(plan_of(model))) is not None:
         raise InputError(reason)
-    stock = multiplied_out(model)
-    config: Any = stock.config
-    vocabulary = read_vocabulary(tokenizer_folder, config.vocab_size)
-    full = _full_width(config)
-    widths = mlp_widths(plan_of(model), full, absent=min(32, full))  # rows of a quantised block
-    arch = _architecture(stock, widths)
-    if arch not in WIDTH_PER_BLOCK:
-        widths = [full] * len(widths)
+    vocabulary = read_vocabulary(tokenizer_folder, model.config.vocab_size)
+    is_stock = why_no_stock(plan_of(model)) is None
+    contents = _of_stock(model) if is_stock else _of_mapped_stream(model)
     file.parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(file, arch)
+    writer = GGUFWriter(file, contents.architecture)
     writer.add_name(name)
-    _write_settings(writer, config, arch, widths)
+    _write_settings(writer, contents)
     write_vocabulary(writer, vocabulary, tokenizer)
-    tensors = _openelm if arch == OPENELM else _tensors
-    for tensor_name, tensor in tensors(stock, arch, widths):
+    for tensor_name, tensor in contents.tensors:
         _add(writer, tensor_name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return arch
+    precise = [
+        f"blk.{position}.attn_output.weight"
+        for position, (heads, kv_heads) in enumerate(
+            zip(contents.heads, contents.kv_heads, strict=True)
+        )
+        if heads and not kv_heads
+    ]
+    return GgufFile(contents.architecture, tuple(precise))
+
+
+def _of_stock(model: PreTrainedModel) -> _Contents:
+    stock = multiplied_out(model)
+    config: Any = stock.config
+    full = _full_width(config)
+    widths = mlp_widths(plan_of(model), full, absent=min(ROWS, full))
+    arch = _architecture(stock, widths)
+    if arch not in WIDTH_PER_BLOCK:
+        widths = [full] * len(widths)
+    tensors = _openelm if arch == OPENELM else _tensors
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    blocks = len(widths)
+    return _Contents(
+        arch, config, [heads] * blocks, [kv_heads] * blocks, widths, tensors(stock, arch, widths)
+    )
+
+
+def _of_mapped_stream(model: PreTrainedModel) -> _Contents:
+    stream = mapped_stream(model)
+    config = copy.deepcopy(base_config_of(model.config))
+    config.head_dim = head_width(config)
+    config.hidden_size, config.rms_norm_eps = stream.hidden_size, stream.eps
+    config.num_hidden_layers = len(stream.layers)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from stream.others.items()
+        for position, layer in enumerate(stream.layers):
+            for name, tensor in layer.tensors.items():
+                heads = {"attn_q": layer.heads, "attn_k": layer.kv_heads}
+                rotated = heads.get(name.partition(".")[0])
+                paired = tensor if rotated is None else _in_pairs(tensor, rotated)
+                yield f"blk.{position}.{name}", paired
+        yield from _rotary_factors(config)
+
+    return _Contents(
+        DECI,
+        config,
+        [layer.heads for layer in stream.layers],
+        [layer.kv_heads for layer in stream.layers],
+        [layer.mlp_width for layer in stream.layers],
+        tensors(),
+    )
 
 
 def _full_width(config: Any) -> int:
@@ -92,12 +155,12 @@ def _full_width(config: Any) -> int:
 
 def _architecture(stock: PreTrainedModel, widths: list[int]) -> str:
     family = str(stock.config.model_type)
-    if len(set(widths)) > 1 and family in LLAMA_SHAPED:
+    if len(set(widths)) > 1 and family in DECI_FAMILIES:
         return DECI
     is_tied = stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
     if len(set(widths)) > 1 and family == "qwen3" and is_tied and why_not_openelm(stock) is None:
         return OPENELM
-    return ARCHITECTURES[family]
+    return GGUF_ARCHITECTURES[family]
 
 
 def elements_in(file: Path) -> int:
@@ -116,22 +179,20 @@ def _add(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
 
 
-def _write_settings(writer: GGUFWriter, config: Any, arch: str, widths: list[int]) -> None:
-    heads = config.num_attention_heads
+def _write_settings(writer: GGUFWriter, contents: _Contents) -> None:
+    config, arch = contents.config, contents.architecture
     head_dim = head_width(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     is_own = arch in WIDTH_PER_BLOCK
-    writer.add_feed_forward_length(widths if is_own else widths[0])
-    blocks = config.num_hidden_layers
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    writer.add_head_count([heads] * blocks if is_own else heads)
+    writer.add_feed_forward_length(contents.widths if is_own else contents.widths[0])
+    writer.add_head_count(contents.heads if is_own else contents.heads[0])
     if arch == "gpt2":
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
-    writer.add_head_count_kv([kv_heads] * blocks if is_own else kv_heads)
+    writer.add_head_count_kv(contents.kv_heads if is_own else contents.kv_heads[0])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(int(head_dim * getattr(config, "partial_rotary_factor", 1)))
@@ -194,8 +255,7 @@ def _tensors(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[t
         if arch in ("gemma2", "gemma3"):
             tensor = _scaled_queries(tensor, name, arch, config)
         yield found, tensor
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
-        yield "rope_freqs.weight", _llama3_factors(config)
+    yield from _rotary_factors(config)
 
 
 def _openelm(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
@@ -223,8 +283,12 @@ def _as_computed(tensor: Tensor, inside: str, width: int, arch: str, config: Any
     if arch in ROTATED_IN_PAIRS and linear in ("self_attn.q_proj", "self_attn.k_proj"):
         is_query = linear.endswith("q_proj")
         heads = config.num_attention_heads if is_query else config.num_key_value_heads
-        return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return _in_pairs(tensor, heads)
     return tensor
+
+
+def _in_pairs(tensor: Tensor, heads: int) -> Tensor:
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _scaled_queries(tensor: Tensor, name: str, arch: str, config: Any) -> Tensor:
@@ -232,6 +296,11 @@ def _scaled_queries(tensor: Tensor, name: str, arch: str, config: Any) -> Tensor
     scale = math.sqrt(config.head_dim / config.query_pre_attn_scalar)
     last = ".self_attn.q_proj.weight" if arch == "gemma2" else ".self_attn.q_norm.weight"
     return tensor * scale if name.endswith(last) and scale != 1 else tensor
+
+
+def _rotary_factors(config: Any) -> Iterator[tuple[str, Tensor]]:
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
+        yield "rope_freqs.weight", _llama3_factors(config)
 
 
 def _llama3_factors(config: Any) -> Tensor:

@@ -10,13 +10,15 @@ is among the "trusted". Requests say what they want under "do":
   tokens of the texts where the engine reads text by itself;
 - speed: several `models` by name, `tokens`, `generate`, and `turns`; all are loaded, and decode in
   turns: tokens per second of each in every turn;
-- quantise (llama.cpp): the `source`, the `file` to write, and the `scheme`.
+- quantise (llama.cpp): the `source`, the `file` to write, the `scheme`, and the names of tensors
+  that are to stay `precise`.
 """
 
 import gc
 import json
 import math
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -66,11 +68,15 @@ class LlamaCpp:
         return [self.model.tokenize(text.encode(), add_bos=True) for text in texts]
 
     @staticmethod
-    def quantise(source: str, file: str, scheme: str) -> None:
+    def quantise(source: str, file: str, scheme: str, precise: list[str]) -> None:
         import llama_cpp
 
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{scheme.upper()}")
+        override = llama_cpp.llama_model_tensor_override
+        patterns = [f"^{re.escape(name)}$".encode() for name in precise]
+        kept = [override(pattern, llama_cpp.GGML_TYPE_F32) for pattern in patterns]
+        parameters.tt_overrides = (override * (len(kept) + 1))(*kept)  # the last one has no pattern
         if llama_cpp.llama_model_quantize(source.encode(), file.encode(), parameters):
             raise RuntimeError(f"llama.cpp could not quantise to {scheme}")
 
@@ -199,7 +205,7 @@ def speed(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 def quantise(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Write a file of fewer bits by the engine's own quantiser."""
-    engine.quantise(request["source"], request["file"], request["scheme"])
+    engine.quantise(*(request[name] for name in ("source", "file", "scheme", "precise")))
     return {}
 
 

@@ -15,6 +15,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.export.forms import why_no_stock
 from foldstack.compression.structure.architectures import (
     Architecture,
+    LinearSite,
     architecture_of,
     base_config_of,
     stock_of,
@@ -54,11 +55,7 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
             f"this model cannot be multiplied out to a {architecture.model_type}: {reason}; its "
             "own folder runs in transformers and vLLM"
         )
-    base = base_config_of(model.config)
-    config = config_for(base, Plan.identity(architecture.model_type, len(plan.blocks)))
-    stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with BUILDING:
-        stock: PreTrainedModel = stock_class(config).to(model.dtype)
+    stock = stock_like(model)
     sizes = head_sizes(stock)
     _copy_others(model, stock, architecture)
     for position in range(len(plan.blocks)):
@@ -66,6 +63,17 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
     stock.tie_weights()
     stock.generation_config = model.generation_config
     return stock.eval()
+
+
+def stock_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the stock class with as many blocks and any weights."""
+    plan = plan_of(model)
+    identity = Plan.identity(plan.base_model_type, len(plan.blocks))
+    config = config_for(base_config_of(model.config), identity)
+    stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with BUILDING:
+        stock: PreTrainedModel = stock_class(config).to(model.dtype)
+    return stock
 
 
 def _copy_others(
@@ -86,16 +94,27 @@ def _fill_block(
     architecture = architecture_of(model)
     block = architecture.blocks(model)[position]
     target = architecture.blocks(stock)[position]
+    for site, (weight, bias) in stock_affines(block, target, architecture, sizes):
+        place: Any = target.get_submodule(site.name)
+        if site.reads in ("mlp_input", "mlp_output"):
+            weight, bias = _widened_mlp(site.name, weight, bias, linear_shape(place))
+        _store(place, weight, bias, architecture)
+    _fill_norms(target, _gains(block))
+
+
+def stock_affines(
+    block: nn.Module, target: nn.Module, architecture: Architecture, sizes: HeadSizes
+) -> Iterator[tuple[LinearSite, Affine]]:
+    """The linears of a block with attention as its stock block `target` has them, but for the MLP's
+    width and the stream's."""
     gains = _gains(block)
     path = architecture.linears[0].name.rpartition(".")[0]
     attention: Any = block.get_submodule(path)
     value_bias: Tensor | None = None
     for site in reversed(architecture.linears):  # attention's output before its inputs
         weight, bias = affine(block.get_submodule(site.name), architecture)
-        place: Any = target.get_submodule(site.name)
-        if site.reads in ("mlp_input", "mlp_output"):
-            weight, bias = _widened_mlp(site.name, weight, bias, linear_shape(place))
-        elif isinstance(attention, NarrowAttention):
+        if isinstance(attention, NarrowAttention) and not site.reads.startswith("mlp"):
+            place: Any = target.get_submodule(site.name)
             if site.reads == "attention_output":
                 weight, bias, value_bias = _widened_output(attention, weight, bias, place, sizes)
             else:
@@ -104,8 +123,7 @@ def _fill_block(
         if site.reads in gains:
             gain = gains[site.reads]
             weight, bias = gain[:, None] * weight, None if bias is None else gain * bias
-        _store(place, weight, bias, architecture)
-    _fill_norms(target, gains)
+        yield site, (weight, bias)
 
 
 def _store(place: Any, weight: Tensor, bias: Tensor | None, architecture: Architecture) -> None:
@@ -258,7 +276,11 @@ def _gains(block: Any) -> dict[str, Tensor]:
         inside = {module: name for name, module in block.named_modules()}
         names = (inside[ends[0]], inside[ends[1]])
     outputs = (block.attention_output, block.mlp_output)
-    return {name: output.weight.double() for name, output in zip(names, outputs, strict=True)}
+    return {
+        name: output.weight.double()
+        for name, output in zip(names, outputs, strict=True)
+        if output.kind == "scaled"
+    }
 
 
 def _fill_norms(target: nn.Module, gains: dict[str, Tensor]) -> None:

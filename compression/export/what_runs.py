@@ -2,10 +2,10 @@
 
 from foldstack.compression.checkpoints.model_card import Program
 from foldstack.compression.export.forms import (
-    GGUF_ARCHITECTURES,
     MLX_CODE,
     Form,
     why_multiplied_out,
+    why_no_gguf,
     why_no_stock,
 )
 from foldstack.compression.structure.plan import Plan
@@ -31,15 +31,13 @@ def programs_of(plan: Plan) -> tuple[Program, ...]:
 
 
 def _in_llama_cpp(plan: Plan) -> Program:
-    family = plan.base_model_type
-    reason = why_no_stock(plan)
-    if family not in GGUF_ARCHITECTURES:
-        reason = f"llama.cpp has no {family}, or none is written for it"
-    if reason is not None:
+    if (reason := why_no_gguf(plan)) is not None:
         return Program("llama.cpp", "", f"no: {reason}")
     what = Form.of("gguf").why_not_kept(plan)
     state = BY_EXPORT
-    if what is not None:
+    if why_no_stock(plan) is not None:
+        state += f"; larger there, where several layers stand for {what}"
+    elif what is not None:
         state += f"; larger there, since {what} are multiplied out"
     command = "`foldstack export {name} --to gguf`, `llama-cli -m exports/.../{name}.gguf`"
     return Program("llama.cpp", command, state)

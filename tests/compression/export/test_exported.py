@@ -357,7 +357,10 @@ def test_a_target_says_what_it_does_not_keep(
     [
         *(
             ("gguf", structure, "llama")
-            for structure in ("shared_blocks", "narrow_heads", "narrow_mlps", "factored")
+            for structure in (
+                *("shared_blocks", "narrow_heads", "narrow_mlps", "factored"),
+                *("light_block", "light_first", "sliced", "virtual_blocks"),
+            )
         ),
         ("gguf", "narrow_mlps", "qwen3_tied"),
         ("gguf", "shared_blocks", "gpt2"),

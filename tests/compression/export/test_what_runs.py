@@ -14,8 +14,9 @@ from foldstack.compression.structure.surgery import plan_of
     [
         ("narrow_mlps", "llama", {"llama.cpp": "unchecked; the export compares"}),
         ("factored", "llama", {"llama.cpp": "linears are multiplied out", "vLLM": "unchecked"}),
-        ("sliced", "llama", {"llama.cpp": "no: its residual", "mlx-lm": "runs a file of ours"}),
-        ("shared_blocks", "opt", {"llama.cpp": "no: llama.cpp has no opt"}),
+        ("sliced", "llama", {"llama.cpp": "several layers stand for its narrower residual"}),
+        ("sliced", "qwen3", {"llama.cpp": "no: its residual", "mlx-lm": "runs a file of ours"}),
+        ("shared_blocks", "opt", {"llama.cpp": "no: GGUF files are written for gemma, "}),
     ],
 )
 def test_each_program_has_a_command_or_a_reason(
