@@ -14,6 +14,13 @@ LIBRARY = f"{PACKAGE}.compression"
 # an installed wheel alike.
 PACKAGE_FOLDER = Path(__file__).parents[2]
 CHUNK_BYTES = 1 << 20
+SEEN: set[Path] = set()
+"""What this process took digests of: while that is as it was, so are they."""
+
+
+def saw(*paths: Path) -> None:
+    """Note files, or folders, by whose content something is known."""
+    SEEN.update(path.absolute() for path in paths)
 
 
 def digest_json(value: Any) -> str:
@@ -31,6 +38,7 @@ def digest_json(value: Any) -> str:
 
 def digest_file(file: Path) -> str:
     """Digest of a file's bytes, read in pieces."""
+    saw(file)
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -41,6 +49,7 @@ def digest_file(file: Path) -> str:
 def digest_folder(folder: Path, patterns: Iterable[str] = ("**/*",)) -> str:
     """Digest of the names and bytes of the files under `folder` that match a pattern."""
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    saw(folder, *(file.parent for file in files))
     return digest_json({file.relative_to(folder).as_posix(): digest_file(file) for file in files})
 
 

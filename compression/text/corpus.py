@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from foldstack.compression.errors import InputError, told
 from foldstack.compression.reference.stdlib_corpus import SPLITS, stdlib_split
+from foldstack.compression.storage.digest import saw
 from foldstack.compression.text.text_files import FORMS, is_text_file, mended, read_texts
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def _read(source: TextSource) -> tuple[list[str], list[str]]:
     if source.corpus == PYTHON_STDLIB:
         texts, notes = list(_stdlib_modules(source.split).values()), list[str]()
     elif path.is_file() or is_text_file(source.corpus):
+        saw(path)
         texts, notes = read_texts(path, source.text_field, source.separator)
     else:
         texts, notes = _read_dataset(source)

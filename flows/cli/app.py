@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
@@ -14,13 +15,14 @@ import typer
 
 from foldstack.compression.errors import InputError
 from foldstack.flows.cli.completion import complete_kind, complete_override, complete_recipe
-from foldstack.flows.cli.output import output_for_result, print_facts, print_json
+from foldstack.flows.cli.output import exit_code, output_for_result, print_facts, print_json
 from foldstack.flows.cli.quick_imports import importing
 from foldstack.tasks.environment.inherited import own_environment
 from foldstack.tasks.environment.redaction import hide_in_logs, without_secrets
 
 if TYPE_CHECKING:
     from foldstack.flows.comparison.result import Comparison
+    from foldstack.flows.comparison.unchanged import Question
     from foldstack.flows.config.model_recipe import Wishes
     from foldstack.flows.config.run_config import RunConfig
 
@@ -101,8 +103,18 @@ def run(
     if dry_run:
         plan(config, overrides, as_json)
         return
+    from foldstack.flows.comparison.unchanged import Question, found_before
+
+    started = time.monotonic()
+    question = Question.of(config, overrides or [])
     with output_for_result() as output:
-        comparison = _swept(lambda: _load(config, overrides))
+        comparison = None if question is None else found_before(question)
+        if comparison is None:
+            comparison = _swept(lambda: _load(config, overrides), question)
+        else:
+            when = f"{comparison.made_at:%Y-%m-%d %H:%M}" if comparison.made_at else "then"
+            print(f"nothing has changed since this was found, {when} UTC", file=sys.stderr)
+            comparison = comparison.model_copy(update={"seconds": time.monotonic() - started})
         code = _show_comparison(comparison, as_json, output)
     raise typer.Exit(code)
 
@@ -181,7 +193,6 @@ def _compress(
 ) -> int:
     """The exit code of `compress`."""
     from foldstack.flows.cli import command_compress as parts
-    from foldstack.flows.cli.command_run import exit_code
 
     parts.check_out(out, is_front=wishes.front)
     with output_for_result() as output:
@@ -510,7 +521,7 @@ def ui(
     serve(servers, folder, partial(print, flush=True))
 
 
-def _swept(config: Callable[[], "RunConfig"]) -> "Comparison":
+def _swept(config: Callable[[], "RunConfig"], question: "Question | None" = None) -> "Comparison":
     """What a sweep came to, shown while it runs; `config` is called once it can be read."""
     from foldstack.flows.running.prefect_server import TemporaryServer
 
@@ -519,12 +530,11 @@ def _swept(config: Callable[[], "RunConfig"]) -> "Comparison":
         with importing():
             from foldstack.flows.cli.command_run import run_command
 
-        return run_command(config(), server, _command_line())
+        return run_command(config(), server, _command_line(), question)
 
 
 def _show_comparison(comparison: "Comparison", as_json: bool, output: TextIO) -> int:
     """Print the table, or all of it as JSON; gives the exit code."""
-    from foldstack.flows.cli.command_run import exit_code
     from foldstack.flows.comparison.findings import findings
     from foldstack.flows.comparison.terminal import print_result
     from foldstack.flows.running.progress import console_on

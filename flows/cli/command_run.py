@@ -14,10 +14,12 @@ from rich.console import Console
 from foldstack.compression.errors import InputError, told
 from foldstack.flows.cli.quick_imports import importing
 from foldstack.flows.comparison.result import Comparison, Row
+from foldstack.flows.comparison.unchanged import Question, note
 from foldstack.flows.config.run_config import RunConfig
 from foldstack.flows.running.prefect_server import (
     TemporaryServer,
     cancel_flow_run,
+    has_pages,
     settings_of_prefect,
 )
 from foldstack.flows.running.progress import Display, console_on, display_on
@@ -28,8 +30,15 @@ INTERRUPTED = 130
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Comparison:
+def run_command(
+    config: RunConfig,
+    server: TemporaryServer,
+    again: str,
+    question: Question | None = None,
+) -> Comparison:
     """Run the sweep of `config`, shown in the terminal; `again` is the command that resumes it.
+
+    What the run went by is noted under `question`, unless its pages are to stay on a server.
 
     Raises:
         InputError: something in `config` cannot work, or a disk is full.
@@ -61,6 +70,8 @@ def run_command(config: RunConfig, server: TemporaryServer, again: str) -> Compa
                     raise
                 raise InputError(f"Prefect cannot be worked with: {told(error)}") from error
     link_models(config, comparison)
+    if question is not None and not has_pages():
+        note(question, layout, comparison)
     return comparison
 
 
@@ -72,11 +83,13 @@ def link_models(config: RunConfig, comparison: Comparison) -> None:
     for row in comparison.rows:
         if row.is_dense or not row.folder or row.state != "done":
             continue
-        link = link_of(config, row)
+        link, target = link_of(config, row), _seen_from(folder, Path(row.folder), home)
+        if link.is_symlink() and Path(os.readlink(link)) == target:
+            continue
         made = folder / f".{link.name}.{os.getpid()}"
         with suppress(OSError):  # a file system without links: the store's own path still works
             folder.mkdir(parents=True, exist_ok=True)
-            made.symlink_to(_seen_from(folder, Path(row.folder), home))
+            made.symlink_to(target)
             made.replace(link)
 
 
@@ -177,17 +190,3 @@ def stopping_on_signal(server: TemporaryServer, console: Console, again: str) ->
 
 def _code(number: int) -> int:
     return INTERRUPTED if number == signal.SIGINT else 128 + number
-
-
-def exit_code(comparison: Comparison) -> int:
-    """0 when every model is there, else 1.
-
-    Raises:
-        InputError: everything failed, and for a mistake of the user's.
-    """
-    if not comparison.failed:
-        return 0
-    first = comparison.failed[0]
-    if len(comparison.failed) == len(comparison.rows) and first.is_input_error:
-        raise InputError(first.cause)
-    return 1

@@ -5,7 +5,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from foldstack.compression.errors import InputError
+
+if TYPE_CHECKING:
+    from foldstack.flows.comparison.result import Comparison
 
 
 @contextmanager
@@ -38,3 +43,17 @@ def print_facts(facts: Mapping[str, Any], output: TextIO, as_json: bool) -> None
     for name, value in facts.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         print(f"{name:<{width}}  {text}", file=output)
+
+
+def exit_code(comparison: "Comparison") -> int:
+    """0 when every model is there, else 1.
+
+    Raises:
+        InputError: everything failed, and for a mistake of the user's.
+    """
+    if not comparison.failed:
+        return 0
+    first = comparison.failed[0]
+    if len(comparison.failed) == len(comparison.rows) and first.is_input_error:
+        raise InputError(first.cause)
+    return 1

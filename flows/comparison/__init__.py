@@ -19,4 +19,5 @@
 - `tables`: The columns that people look at, and tables of them: of texts, and of rounded numbers.
 - `terminal`: What a person sees in the terminal when a sweep has ended: the table, and what it says
   in words.
+- `unchanged`: A run of which nothing has changed since it ended: what it found is told again.
 """
