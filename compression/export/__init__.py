@@ -1,6 +1,7 @@
 """A compressed model in the form that another program loads, checked in that program.
 
-- `block_configs`: Folders whose blocks have widths of their own: `DeciLMForCausalLM` and OpenELM's.
+- `block_configs`: Folders whose blocks have widths and heads of their own: `DeciLMForCausalLM` and
+  OpenELM's.
 - `configuration_nemotron_nas`: The config of a folder with block_configs, as vLLM and SGLang read
   it: by attribute.
 - `engines`: The engines that load what is exported, each in a process of its own: found, and asked.

@@ -1,8 +1,9 @@
-"""Folders whose blocks have widths of their own: `DeciLMForCausalLM` and OpenELM's.
+"""Folders whose blocks have widths and heads of their own: `DeciLMForCausalLM` and OpenELM's.
 
-Both describe each block in config.json. `deci` (model type nemotron-nas) is a Llama block, and
-vLLM, SGLang, mlx-lm and llama.cpp's converter load it; its widths are multiples of 256. `openelm`
-has norms on queries and keys and takes any width: mlx-lm loads it, and llama.cpp (`gguf_file`).
+Both describe each block in config.json. `deci` (model type nemotron-nas) is a Llama block or one
+without attention, and vLLM, SGLang, mlx-lm and llama.cpp's converter load it; its widths are
+multiples of 256. `openelm` has norms on queries and keys and takes any width: mlx-lm loads it, and
+llama.cpp (`gguf_file`).
 """
 
 import json
@@ -35,6 +36,29 @@ def mlp_widths(plan: Plan, full: int, *, absent: int = 0) -> list[int]:
     return [width or absent for width in widths]
 
 
+def kv_head_counts(plan: Plan, stock: PreTrainedModel, *, absent: bool = True) -> list[int]:
+    """Key and value heads of each position; 0 where there is no attention, if a reader takes
+    `absent` ones: none does in the first block.
+
+    Args:
+        stock: the model multiplied out, where each head stands as often as it is read.
+    """
+    full = kv_heads_of(stock.config)
+    counts = []
+    for position in range(len(plan.blocks)):
+        heads = plan.blocks[plan.owner(position)].narrow_heads
+        output: Any = stock.get_submodule(f"model.layers.{position}.self_attn.o_proj")
+        if heads is not None and not heads.attends and not output.weight.any():
+            counts.append(0 if absent and position else 1)
+        else:
+            counts.append(full if heads is None else heads.kv_heads or full)
+    return counts
+
+
+def kv_heads_of(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or int(config.num_attention_heads)
+
+
 def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int]:
     """Write the model as a folder with block_configs; returns the class and its parameters.
 
@@ -45,7 +69,7 @@ def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, in
     """
     stock = _llama_shaped(model, DECI_FAMILIES, "block_configs (deci)")
     config: Any = stock.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
     if (width := head_width(config)) * heads != config.hidden_size:
         raise InputError(
             f"the heads of block_configs (deci) are hidden size / heads wide, and here they are "
@@ -53,17 +77,19 @@ def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, in
         )
     widths = mlp_widths(plan_of(model), config.intermediate_size, absent=1)
     widths = [-(-width // DECI_STEP) * DECI_STEP for width in widths]
+    kv_heads = kv_head_counts(plan_of(model), stock)
     blocks = [
         {
             "attention": {
-                "no_op": False, "replace_with_linear": False, "n_heads_in_group": heads // kv_heads
+                "no_op": not count, "replace_with_linear": False,
+                "n_heads_in_group": heads // count if count else None,
             },
             "ffn": {
                 "no_op": False, "replace_with_linear": False,
                 "ffn_mult": 1.5 * width / config.hidden_size,
             },
         }
-        for width in widths
+        for width, count in zip(widths, kv_heads, strict=True)
     ]  # fmt: skip
     has_bias = any(name.endswith("q_proj.bias") for name in stock.state_dict())
     entries = config.to_dict() | both_ropes(config) | {
@@ -75,7 +101,9 @@ def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, in
         "qkv_bias": has_bias,
         "intermediate_size": max(widths),
     }  # fmt: skip
-    tensors = dict(_with_output_bias(stock, widths) if has_bias else _of_widths(stock, widths))
+    tensors = dict(of_blocks(stock, widths, kv_heads))
+    if has_bias:
+        tensors |= _output_biases(tensors)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(configuration_nemotron_nas.__file__, out)
     return "DeciLMForCausalLM", write_folder(stock, tensors, entries, folder, out)
@@ -93,6 +121,7 @@ def write_openelm(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str,
     if (reason := why_not_openelm(stock)) is not None:
         raise InputError(reason)
     widths = mlp_widths(plan_of(model), config.intermediate_size, absent=1)
+    kv_heads = kv_head_counts(plan_of(model), stock, absent=False)
     blocks = len(widths)
     entries = {
         "architectures": ["OpenELMForCausalLM"],
@@ -103,7 +132,7 @@ def write_openelm(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str,
         "vocab_size": config.vocab_size,
         "ffn_dim_divisor": 1,
         "num_query_heads": [config.num_attention_heads] * blocks,
-        "num_kv_heads": [config.num_key_value_heads] * blocks,
+        "num_kv_heads": kv_heads,
         "ffn_multipliers": [width / config.hidden_size for width in widths],
         "ffn_with_glu": True,
         "normalize_qk_projections": config.model_type == "qwen3",
@@ -114,7 +143,7 @@ def write_openelm(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
     }
-    tensors = dict(openelm_tensors(stock, widths))
+    tensors = dict(openelm_tensors(stock, widths, kv_heads))
     out.mkdir(parents=True, exist_ok=True)
     return "OpenELMForCausalLM", write_folder(stock, tensors, entries, folder, out)
 
@@ -128,9 +157,11 @@ def why_not_openelm(stock: PreTrainedModel) -> str | None:
     return None
 
 
-def openelm_tensors(stock: PreTrainedModel, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
+def openelm_tensors(
+    stock: PreTrainedModel, widths: list[int], kv_heads: list[int]
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under OpenELM's name: queries, keys and values in one, gate and up in one."""
-    state = dict(_of_widths(stock, widths))
+    state = dict(of_blocks(stock, widths, kv_heads))
     yield "transformer.token_embeddings.weight", state["model.embed_tokens.weight"]
     yield "transformer.norm.weight", state["model.norm.weight"]
     if not stock.config.tie_word_embeddings:
@@ -204,18 +235,27 @@ def _llama_shaped(model: PreTrainedModel, families: tuple[str, ...], what: str) 
     return stock
 
 
-def _of_widths(stock: PreTrainedModel, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """Stock tensors, each MLP cut or filled with zeros to its width."""
+def of_blocks(
+    stock: PreTrainedModel, widths: list[int], kv_heads: list[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Stock tensors, each MLP cut or filled with zeros to its width, and of each key and value head
+    the first of those that stand for it."""
     for name, tensor in stock.state_dict().items():
         if name == "lm_head.weight" and stock.config.tie_word_embeddings:
             continue
         parts = name.split(".")
-        if "mlp" not in parts:
+        if parts[:2] != ["model", "layers"]:
             yield name, tensor
             continue
+        width, count = widths[int(parts[2])], kv_heads[int(parts[2])]
+        if not count and parts[3] in ("self_attn", "input_layernorm"):
+            continue
         dim = 1 if "down_proj" in parts else 0
-        if dim < tensor.ndim:
-            yield name, _as_wide(tensor, dim, widths[int(parts[2])])
+        if parts[3] == "mlp" and dim < tensor.ndim:
+            yield name, _as_wide(tensor, dim, width)
+        elif parts[-2] in ("k_proj", "v_proj"):
+            heads = tensor.unflatten(0, (kv_heads_of(stock.config), -1))
+            yield name, heads[:: len(heads) // count].flatten(0, 1)
         else:
             yield name, tensor
 
@@ -229,11 +269,10 @@ def _as_wide(tensor: Tensor, dim: int, width: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _with_output_bias(stock: PreTrainedModel, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
+def _output_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Where queries have a bias, readers of block_configs want one of the output too."""
-    tensors = dict(_of_widths(stock, widths))
-    yield from tensors.items()
-    for name, tensor in tensors.items():
-        bias = name.removesuffix("weight") + "bias"
-        if name.endswith("self_attn.o_proj.weight") and bias not in tensors:
-            yield bias, tensor.new_zeros(tensor.shape[0])
+    return {
+        name.removesuffix("weight") + "bias": tensor.new_zeros(tensor.shape[0])
+        for name, tensor in tensors.items()
+        if name.endswith("self_attn.o_proj.weight")
+    }

@@ -103,22 +103,24 @@ class Form:
         """
         if self.target in ("vllm", "mlx") or plan.is_native:
             return None
-        if (what := why_multiplied_out(plan)) is not None:
+        is_deci = self.target in ("gguf", "deci") and plan.base_model_type in DECI_FAMILIES
+        if (what := why_multiplied_out(plan, takes_no_attention=is_deci)) is not None:
             return what
         is_own = plan.base_model_type in _OWN_WIDTHS.get(self.target, ())
         return None if is_own else "MLPs of several widths"
 
 
-def why_multiplied_out(plan: "Plan") -> str | None:
+def why_multiplied_out(plan: "Plan", *, takes_no_attention: bool = False) -> str | None:
     """What of a structure a stock class stores more of, or has no form for; None where only the
-    MLPs' widths may differ."""
+    MLPs' widths may differ, or blocks be without attention if that is taken."""
     for block in plan.blocks:
+        heads = block.narrow_heads
         reasons = {
             "its light network": not block.has_attention,
             "its narrower residual stream": block.sliced is not None,
             "its shared blocks": block.weights_of is not None,
             "its factored or sliced linears": bool(block.linears),
-            "its narrower heads": block.narrow_heads is not None,
+            "its narrower heads": heads is not None and (heads.attends or not takes_no_attention),
         }
         for what, holds in reasons.items():
             if holds:

@@ -21,7 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foldstack.compression.errors import InputError
 from foldstack.compression.export.block_configs import (
     head_width,
+    kv_head_counts,
+    kv_heads_of,
     mlp_widths,
+    of_blocks,
     openelm_tensors,
     why_not_openelm,
 )
@@ -35,7 +38,7 @@ from foldstack.compression.export.gguf_tokenizer import read_vocabulary, write_v
 from foldstack.compression.export.mapped_stream import ROWS, mapped_stream
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.architectures import architecture_of, base_config_of
-from foldstack.compression.structure.modeling_foldstack import MLP_DOWN_NAMES, MLP_UP_NAMES
+from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import plan_of
 
 DECI, OPENELM = "deci", "openelm"
@@ -108,17 +111,16 @@ def _of_stock(model: PreTrainedModel) -> _Contents:
     stock = multiplied_out(model)
     config: Any = stock.config
     full = _full_width(config)
-    widths = mlp_widths(plan_of(model), full, absent=min(ROWS, full))
-    arch = _architecture(stock, widths)
-    if arch not in WIDTH_PER_BLOCK:
-        widths = [full] * len(widths)
+    plan = plan_of(model)
+    widths = mlp_widths(plan, full, absent=min(ROWS, full))
+    arch = _architecture(plan, stock, widths)
+    if arch in WIDTH_PER_BLOCK:
+        kv_heads = kv_head_counts(plan, stock, absent=arch == DECI)
+    else:
+        widths, kv_heads = [full] * len(widths), [kv_heads_of(config)] * len(widths)
+    heads = [config.num_attention_heads if count else 0 for count in kv_heads]
     tensors = _openelm if arch == OPENELM else _tensors
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    blocks = len(widths)
-    return _Contents(
-        arch, config, [heads] * blocks, [kv_heads] * blocks, widths, tensors(stock, arch, widths)
-    )
+    return _Contents(arch, config, heads, kv_heads, widths, tensors(stock, arch, widths, kv_heads))
 
 
 def _of_mapped_stream(model: PreTrainedModel) -> _Contents:
@@ -153,14 +155,21 @@ def _full_width(config: Any) -> int:
     return width or 4 * config.hidden_size
 
 
-def _architecture(stock: PreTrainedModel, widths: list[int]) -> str:
+def _architecture(plan: Plan, stock: PreTrainedModel, widths: list[int]) -> str:
+    """One that keeps what blocks have of their own, if there is one and they have."""
     family = str(stock.config.model_type)
-    if len(set(widths)) > 1 and family in DECI_FAMILIES:
+    stock_heads = {kv_heads_of(stock.config)}
+
+    def differs(absent: bool) -> bool:
+        return (
+            len(set(widths)) > 1 or set(kv_head_counts(plan, stock, absent=absent)) != stock_heads
+        )
+
+    if family in DECI_FAMILIES and differs(absent=True):
         return DECI
     is_tied = stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
-    if len(set(widths)) > 1 and family == "qwen3" and is_tied and why_not_openelm(stock) is None:
-        return OPENELM
-    return GGUF_ARCHITECTURES[family]
+    is_openelm = family == "qwen3" and is_tied and why_not_openelm(stock) is None
+    return OPENELM if is_openelm and differs(absent=False) else GGUF_ARCHITECTURES[family]
 
 
 def elements_in(file: Path) -> int:
@@ -233,14 +242,17 @@ def _write_rotary(writer: GGUFWriter, config: Any) -> None:
         raise InputError(f"rotary settings of the kind {kind!r} are not written to GGUF files yet")
 
 
-def _tensors(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    stock: PreTrainedModel, arch: str, widths: list[int], kv_heads: list[int]
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under llama.cpp's name, as llama.cpp computes with it."""
     config: Any = stock.config
     architecture = architecture_of(stock)
     (kind,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     is_tied = stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
-    for name, stored in stock.state_dict().items():
+    own = of_blocks(stock, widths, kv_heads) if arch == DECI else stock.state_dict().items()
+    for name, stored in own:
         if is_tied and name == "lm_head.weight":
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -249,7 +261,7 @@ def _tensors(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[t
         tensor = stored
         if name.startswith(f"{architecture.blocks_path}."):
             position, inside = name.removeprefix(f"{architecture.blocks_path}.").split(".", 1)
-            tensor = _as_computed(tensor, inside, widths[int(position)], arch, config)
+            tensor = _as_computed(tensor, inside, kv_heads[int(position)], arch, config)
         if arch in GEMMA and name.endswith("norm.weight"):
             tensor = tensor.float() + 1
         if arch in ("gemma2", "gemma3"):
@@ -258,9 +270,11 @@ def _tensors(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[t
     yield from _rotary_factors(config)
 
 
-def _openelm(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[tuple[str, Tensor]]:
+def _openelm(
+    stock: PreTrainedModel, arch: str, widths: list[int], kv_heads: list[int]
+) -> Iterator[tuple[str, Tensor]]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OPENELM, len(widths))
-    for name, tensor in openelm_tensors(stock, widths):
+    for name, tensor in openelm_tensors(stock, widths, kv_heads):
         if name.endswith("ffn.proj_1.weight"):
             block = f"blk.{name.split('.')[2]}"
             gate, up = tensor.chunk(2)
@@ -272,18 +286,13 @@ def _openelm(stock: PreTrainedModel, arch: str, widths: list[int]) -> Iterator[t
         yield found, tensor
 
 
-def _as_computed(tensor: Tensor, inside: str, width: int, arch: str, config: Any) -> Tensor:
+def _as_computed(tensor: Tensor, inside: str, kv_heads: int, arch: str, config: Any) -> Tensor:
     linear = inside.rpartition(".")[0]
     if arch == "gpt2":  # its linears are stored transposed
         return tensor.T if tensor.ndim > 1 else tensor
-    if linear in MLP_UP_NAMES:
-        return tensor[:width]
-    if linear in MLP_DOWN_NAMES and tensor.ndim > 1:
-        return tensor[:, :width]
     if arch in ROTATED_IN_PAIRS and linear in ("self_attn.q_proj", "self_attn.k_proj"):
         is_query = linear.endswith("q_proj")
-        heads = config.num_attention_heads if is_query else config.num_key_value_heads
-        return _in_pairs(tensor, heads)
+        return _in_pairs(tensor, config.num_attention_heads if is_query else kv_heads)
     return tensor
 
 

@@ -190,10 +190,10 @@ def _widened_input(
     attention: NarrowAttention, name: str, weight: Tensor, bias: Tensor | None, sizes: HeadSizes
 ) -> Affine:
     """Queries, keys or values, or all of them in one, with zeros where nothing was kept."""
-    kind = name.rpartition(".")[2]
-    counts = {"q_proj": (sizes.heads,), "k_proj": (sizes.kv_heads,), "v_proj": (0,)}
-    parts = (sizes.heads, sizes.kv_heads, 0) if kind in FUSED_QKV_NAMES else counts[kind]
-    narrow = [n * attention.qk_dim if n else sizes.kv_heads * attention.v_dim for n in parts]
+    kind, keys = name.rpartition(".")[2], attention.num_kv_heads
+    counts = {"q_proj": (sizes.heads,), "k_proj": (keys,), "v_proj": (0,)}
+    parts = (sizes.heads, keys, 0) if kind in FUSED_QKV_NAMES else counts[kind]
+    narrow = [n * attention.qk_dim if n else keys * attention.v_dim for n in parts]
     weights, biases = (
         weight.split(narrow),
         [None] * len(parts) if bias is None else bias.split(narrow),
@@ -209,19 +209,25 @@ def _widened_input(
 def _widened_rows(
     attention: NarrowAttention, heads: int, weight: Tensor, bias: Tensor | None, sizes: HeadSizes
 ) -> Affine:
-    """Rows of `heads` query or key heads; of the values where `heads` is 0."""
-    count = heads or sizes.kv_heads
+    """Rows of `heads` query or key heads; of the values where `heads` is 0. Keys and values stand
+    there as often as stock heads read them."""
+    keys = attention.num_kv_heads
+    count = heads or keys
     rows = weight.unflatten(0, (count, -1))
     whole = rows.new_zeros(count, sizes.head_dim, rows.shape[-1])
     whole_bias = None if bias is None else bias.new_zeros(count, sizes.head_dim)
     for head in range(count):
         places = torch.arange(attention.v_dim)
         if heads:
-            places = _places(attention, head * sizes.kv_heads // count, sizes)
+            places = _places(attention, head * keys // count, sizes)
         whole[head, places] = rows[head]
         if bias is not None and whole_bias is not None:
             whole_bias[head, places] = bias.unflatten(0, (count, -1))[head]
-    return whole.flatten(0, 1), None if whole_bias is None else whole_bias.flatten()
+    copies = 1 if heads == sizes.heads else sizes.kv_heads // keys
+    whole = whole.repeat_interleave(copies, dim=0).flatten(0, 1)
+    if whole_bias is not None:
+        whole_bias = whole_bias.repeat_interleave(copies, dim=0).flatten()
+    return whole, whole_bias
 
 
 def _widened_output(

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from foldstack.compression.checkpoints.checkpoint import save_model
+from foldstack.compression.export.engines import ENGINES
 from foldstack.compression.export.exported import export_model
-from foldstack.compression.export.forms import Form, NoSuchForm, why_no_stock
+from foldstack.compression.export.forms import ENGINES_OF, Form, NoSuchForm, why_no_stock
 from foldstack.compression.export.mapped_stream import _Shortcut, mapped_stream
+from foldstack.compression.structure.block_plan import NarrowHeads
+from foldstack.compression.structure.heads import head_sizes
 from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.structure.surgery import config_for, plan_of
 
@@ -122,6 +125,56 @@ def test_the_file_computes_the_same(
     model = structured(structure, family, vocab_size=len(tokenizer))
     assert why_no_stock(plan_of(model)) is not None
     assert difference(model, exported(model)) < 2e-5
+
+
+@pytest.fixture
+def of_other_heads(tiny_model: Callable[..., Any], tokenizer: Any) -> Callable[..., Any]:
+    """Maker of a model with one key head in block 1 and no attention in blocks 0 and 2."""
+
+    def make(family: str, **overrides: Any) -> Any:
+        dense = tiny_model(family, vocab_size=len(tokenizer), **overrides)
+        width = head_sizes(dense).head_dim
+        one = NarrowHeads(qk_dim=width, v_dim=width, rotary_dim=width, kv_heads=1)
+        none = NarrowHeads(qk_dim=0, v_dim=0)
+        plan = plan_of(dense).narrow(heads={0: none, 1: one, 2: none})
+        model = FoldstackForCausalLM(config_for(dense.config, plan)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_blocks_keep_their_heads(
+    family: str, of_other_heads: Callable[..., Any], exported: Callable[[Any], Deci]
+) -> None:
+    model = of_other_heads(family)
+    deci = exported(model)
+    heads, full = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert deci.heads == [heads, heads, 0, heads]
+    assert deci.kv_heads == [1, 1, 0, full]  # a reader looks at the first block for what heads are
+    assert difference(model, deci) < 2e-5
+    assert Form.of("gguf").why_not_kept(plan_of(model)) == "its narrower heads"  # of block 1
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("target", ["gguf", "deci", "openelm"])
+def test_engines_take_blocks_of_other_heads(
+    target: str, of_other_heads: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    form = Form.of(target)
+    if lacking := [name for name in ENGINES_OF[form.target] if not ENGINES[name].python()]:
+        pytest.skip(f"no Python has {' and '.join(lacking)}")
+    model = of_other_heads("llama", hidden_size=128, head_dim=32)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    save_model(model, tmp_path / "model", tokenizer_from=tmp_path / "tokenizer")
+    report = export_model(tmp_path / "model", form, tmp_path / "out")
+    assert report.checks
+    for check in report.checks:
+        assert check.difference < 1e-4
+        assert check.greedy_is_equal
 
 
 def test_so_it_does_beside_a_token_of_a_thousand_times_the_size(

@@ -9,6 +9,7 @@ import torch
 from foldstack.compression.errors import InputError
 from foldstack.compression.export.forms import why_no_stock
 from foldstack.compression.export.multiplied_out import multiplied_out
+from foldstack.compression.structure.block_plan import NarrowHeads
 from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM, NarrowAttention
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import config_for, plan_of
@@ -69,6 +70,22 @@ def test_a_value_bias_in_the_output_goes_back_where_the_stock_class_has_one(
     plan = plan_of(dense).model_dump(mode="json")
     plan["blocks"][1]["narrow_heads"] = form
     model = FoldstackForCausalLM(config_for(dense.config, Plan.model_validate(plan))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    torch.testing.assert_close(
+        logits(multiplied_out(model), ids), logits(model, ids), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
+def test_fewer_key_heads_stand_there_as_often_as_they_are_read(
+    family: str, tiny_model: Callable[..., Any], ids: torch.Tensor
+) -> None:
+    dense = tiny_model(family)
+    heads = NarrowHeads(qk_dim=4, v_dim=7, rotary_dim=4, kv_heads=1)
+    plan = plan_of(dense).narrow(heads={1: heads, 3: heads})
+    model = FoldstackForCausalLM(config_for(dense.config, plan)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.2 * torch.randn_like(parameter))
