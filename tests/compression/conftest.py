@@ -10,6 +10,7 @@ import torch
 from foldstack.compression.methods.sharing.head_sharing import head_cuts
 from foldstack.compression.structure.architectures import architecture_of
 from foldstack.compression.structure.block_plan import NarrowHeads, Sliced
+from foldstack.compression.structure.heads import head_sizes
 from foldstack.compression.structure.modeling_foldstack import FoldstackForCausalLM
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import config_for, plan_of
@@ -36,6 +37,12 @@ def _narrow_heads(model: Any, plan: Plan) -> Plan:
     return plan.narrow(heads={1: heads, 3: heads})
 
 
+def _fewer_heads(model: Any, plan: Plan) -> Plan:
+    sizes = head_sizes(model)
+    whole = {"qk_dim": sizes.head_dim, "v_dim": sizes.head_dim, "rotary_dim": sizes.rotary_dim}
+    return plan.narrow(heads={1: NarrowHeads(kv_heads=1, **whole)})
+
+
 def _sliced(model: Any, plan: Plan) -> Plan:
     widths = [20, 21, 22, 23, model.config.hidden_size]
     pairs = itertools.pairwise(widths)
@@ -56,6 +63,7 @@ STRUCTURES: dict[str, PlanOf] = {
         {3: 1}, {_linears(model)[0]: 3, _linears(model)[-1]: 2}, outputs="normed"
     ),
     "narrow_heads": _narrow_heads,
+    "fewer_heads": _fewer_heads,
     "narrow_mlps": lambda _, plan: plan.narrow({0: 24, 2: 40}),
     "light_block": lambda _, plan: plan.replace(1, 3, "swiglu", 16),
     "light_first": lambda _, plan: plan.replace(0, 2, "ffn", 16),

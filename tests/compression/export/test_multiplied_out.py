@@ -52,11 +52,14 @@ def test_it_computes_the_same_in_the_stock_class_or_says_why_not(
 
 
 def _move_pairs(model: Any) -> None:
-    """Every key head keeps other rotary pairs, out of order."""
+    """Every key head keeps other rotary pairs, out of order; not where coordinates are normed."""
     for module in model.modules():
-        if isinstance(module, NarrowAttention) and module.rotary_pairs is not None:
-            kept = torch.tensor([[3, 1], [0, 2]])
-            module.rotary_pairs.copy_(kept[: len(module.rotary_pairs)])
+        if not isinstance(module, NarrowAttention) or module.q_norm is not None:
+            continue
+        if module.rotary_pairs is not None:
+            heads, pairs = module.rotary_pairs.shape
+            kept = torch.tensor([[3, 1], [0, 2]])[:heads]
+            module.rotary_pairs.copy_(kept if pairs == 2 else module.rotary_pairs.flip(-1))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
