@@ -11,11 +11,12 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from foldstack.compression.errors import InputError
+from foldstack.compression.errors import InputError, told
 
 ASKED = """Two assistants answered the same question. Say which answer is better: more correct, more
 helpful, more to the point. Reply with one letter alone: A, B, or T if neither is better.
@@ -118,11 +119,11 @@ def _ask(judge: Judge, prompt: str) -> str:
         "model": judge.model, "temperature": 0, "max_tokens": 8,
         "messages": [{"role": "user", "content": prompt}],
     }  # fmt: skip
-    headers = {"Content-Type": "application/json"}
+    headers, key = {"Content-Type": "application/json"}, ""
     if judge.key_variable:
-        if judge.key_variable not in os.environ:
+        if not (key := os.environ.get(judge.key_variable, "")):
             raise InputError(f"judge.key_variable names {judge.key_variable}, which is not set")
-        headers["Authorization"] = f"Bearer {os.environ[judge.key_variable]}"
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(
         f"{judge.url}/chat/completions", json.dumps(content).encode(), headers
     )
@@ -130,5 +131,9 @@ def _ask(judge: Judge, prompt: str) -> str:
         with urllib.request.urlopen(request, timeout=judge.timeout_seconds) as response:
             found = json.load(response)
         return str(found["choices"][0]["message"]["content"])
-    except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"the judge at {judge.url} gave no answer: {error}") from error
+    except urllib.error.HTTPError as error:
+        said = error.read(4096).decode(errors="replace")
+        why = told(RuntimeError(said.replace(key, "...") if key else said))  # some repeat it
+        raise InputError(f"the judge at {judge.url} gave no answer: {error}: {why}") from error
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"the judge at {judge.url} gave no answer: {told(error)}") from error

@@ -5,6 +5,8 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from email.message import Message
+from http.client import RemoteDisconnected
 from typing import Any
 
 import pytest
@@ -79,12 +81,29 @@ def test_a_key_comes_from_the_environment_and_is_never_told(
         Judge(url="http://me:secret@judge.example", model="some")
 
 
-def test_a_judge_that_is_away_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks when an evening's run ends in a traceback."""
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (urllib.error.URLError("connection refused"), "connection refused"),
+        (RemoteDisconnected("closed without response"), "closed without response"),
+        (
+            urllib.error.HTTPError("", 401, "No", Message(), io.BytesIO(b'{"message": "hidden?"}')),
+            r'HTTP Error 401: No: {"message": "\.\.\.\?"}',
+        ),
+    ],
+)
+def test_a_judge_that_does_not_answer_is_a_sentence(
+    failure: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when an evening's run ends in a traceback, or tells the key that was refused."""
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise urllib.error.URLError("connection refused")
+        raise failure
 
+    monkeypatch.setenv("JUDGE_KEY", "hidden")
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(InputError, match=r"the judge at http://127.0.0.1:9/v1 gave no answer"):
-        win_rate(JUDGE, ["q"], ["a"], ["b"])
+    judge = JUDGE.model_copy(update={"key_variable": "JUDGE_KEY"})
+    with pytest.raises(
+        InputError, match=f"the judge at http://127.0.0.1:9/v1 gave no answer: .*{said}"
+    ):
+        win_rate(judge, ["q"], ["a"], ["b"])
