@@ -2,9 +2,10 @@
 
 Small sweeps of the reference model run in a fresh home, one stage at a time and in this process,
 against a temporary Prefect server and an MLflow file: the first one, which also makes MLflow's
-database and imports what draws pages; one of other sparsities, which is computed as well; and that
-one again, which is found in the store. Everything that is not a stage's own work counts:
-fingerprints, Prefect, the store's digests and manifests, the comparison, its pictures, MLflow.
+database and imports what draws pages; one of other sparsities, which is computed as well; that one
+again, which is found in the store; and one of twelve sparsities. Everything that is not a stage's
+own work counts: fingerprints, Prefect, the store's digests and manifests, the comparison, its
+pictures, MLflow.
 
     python benchmarks/overhead.py [--json]
 """
@@ -54,7 +55,7 @@ def run_once(home: Path, sparsities: list[float]) -> dict[str, float]:
 
 
 def measure() -> dict[str, float]:
-    """The figures of the three sweeps."""
+    """The figures of the four sweeps."""
     from foldstack.flows.running.prefect_server import TemporaryServer
 
     with (
@@ -64,12 +65,16 @@ def measure() -> dict[str, float]:
         server.ready()
         first = run_once(Path(home), [0.15, 0.3])
         computed, cached = (run_once(Path(home), [0.2, 0.35]) for _ in range(2))
+        larger = run_once(Path(home), [0.1 + step / 40 for step in range(12)])
     return {
         "first_wall_seconds": first["wall"],
         "first_overhead_seconds_per_task": _overhead(first),
         "computed_tasks": computed["computed"],
         "computed_wall_seconds": computed["wall"],
         "computed_overhead_seconds_per_task": _overhead(computed),
+        "larger_tasks": larger["computed"],
+        "larger_wall_seconds": larger["wall"],
+        "larger_overhead_seconds_per_task": _overhead(larger),
         "cached_tasks": cached["tasks"],
         "cached_wall_seconds": cached["wall"],
         "cached_seconds_per_task": cached["wall"] / cached["tasks"],
