@@ -4,6 +4,8 @@
   OpenELM's.
 - `configuration_nemotron_nas`: The config of a folder with block_configs, as vLLM and SGLang read
   it: by attribute.
+- `deci_layers`: Sublayers as layers of llama.cpp's `deci`: attention, one linear or neither, then
+  an MLP.
 - `engines`: The engines that load what is exported, each in a process of its own: found, and asked.
 - `export_report`: What was exported, what its engines make of it beside transformers, and the card
   that says so.

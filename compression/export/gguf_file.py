@@ -28,6 +28,7 @@ from foldstack.compression.export.block_configs import (
     openelm_tensors,
     why_not_openelm,
 )
+from foldstack.compression.export.deci_layers import ROWS
 from foldstack.compression.export.forms import (
     DECI_FAMILIES,
     GGUF_ARCHITECTURES,
@@ -35,7 +36,7 @@ from foldstack.compression.export.forms import (
     why_no_stock,
 )
 from foldstack.compression.export.gguf_tokenizer import read_vocabulary, write_vocabulary
-from foldstack.compression.export.mapped_stream import ROWS, mapped_stream
+from foldstack.compression.export.mapped_stream import mapped_stream
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.architectures import architecture_of, base_config_of
 from foldstack.compression.structure.plan import Plan

@@ -10,7 +10,7 @@ in the stream: x + (P - 1) x is any map P. The opposite bias lowers it again, to
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from foldstack.compression.export.deci_layers import RAISED, ROWS, Layer, Layers, Sublayer
 from foldstack.compression.export.multiplied_out import Affine, affine, stock_affines, stock_like
 from foldstack.compression.structure.architectures import architecture_of, stock_of
 from foldstack.compression.structure.block_plan import BlockPlan
@@ -25,10 +26,6 @@ from foldstack.compression.structure.heads import head_sizes
 from foldstack.compression.structure.modeling_foldstack import SublayerOutput
 from foldstack.compression.structure.surgery import plan_of
 
-ROWS = 32
-"""Weights in a block of llama.cpp's schemes: widths are multiples of it."""
-_RAISED = 2.0**30
-"""Beside its square that of any stream is less than float32's last digit."""
 _APART = 2.0**20
 """How much larger than the stream is what is normed beside it."""
 _LARGEST = 2.0**15
@@ -48,26 +45,6 @@ _NAMES = {
 _WRITE = ("o_proj", "down_proj")
 
 
-@dataclass
-class Layer:
-    """One layer of deci, its tensors by llama.cpp's names inside a block."""
-
-    heads: int = 0
-    """Query heads; 0 where there is neither attention nor a linear."""
-    kv_heads: int = 0
-    """Key and value heads; 0 beside query heads stands for a linear."""
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def mlp_width(self) -> int:
-        up = self.tensors.get("ffn_up.weight")
-        return 0 if up is None else len(up)
-
-    @property
-    def is_linear(self) -> bool:
-        return self.heads > 0 and self.kv_heads == 0
-
-
 @dataclass(frozen=True)
 class MappedStream:
     """A model as layers of deci, in its precision; linears, of which one takes away what another
@@ -79,13 +56,6 @@ class MappedStream:
     layers: list[Layer]
     others: dict[str, Tensor]
     """Embeddings, last norm and head by llama.cpp's names."""
-
-
-@dataclass(frozen=True)
-class _Sublayer:
-    kind: Literal["attention", "linear", "mlp"]
-    tensors: dict[str, Tensor]
-    is_raised: bool = False
 
 
 class _Shortcut:
@@ -106,7 +76,7 @@ class _Shortcut:
 def mapped_stream(model: PreTrainedModel) -> MappedStream:
     """A Llama-shaped model of any structure as layers of deci."""
     mapping = _Mapping(model)
-    layers = _Layers(mapping)
+    layers = Layers(mapping.size, mapping.spare, mapping.sizes, model.dtype)
     for position in range(len(mapping.plan.blocks)):
         for sublayer in mapping.sublayers(position):
             layers.append(sublayer)
@@ -160,11 +130,11 @@ class _Mapping:
         return pad(gain, (0, self.size - len(gain))) * math.sqrt(self.hidden / self.size)
 
     def _raised_gain(self) -> Tensor:
-        gain = torch.full((self.size,), _RAISED / math.sqrt(self.size), dtype=torch.float64)
+        gain = torch.full((self.size,), RAISED / math.sqrt(self.size), dtype=torch.float64)
         gain[self.spare] = 0
         return gain
 
-    def sublayers(self, position: int) -> Iterator[_Sublayer]:
+    def sublayers(self, position: int) -> Iterator[Sublayer]:
         block, plan = self.blocks[position], self.plan.blocks[position]
         if not plan.has_attention:
             yield self._light(block.ffn)
@@ -186,7 +156,7 @@ class _Mapping:
         plan: BlockPlan,
         gain: Tensor,
         linears: dict[str, Affine],
-    ) -> Iterator[_Sublayer]:
+    ) -> Iterator[Sublayer]:
         """Attention or the MLP, and what is done to the stream after it."""
         last = next(name for name in _WRITE if name in linears)
         weight, bias = linears[last]
@@ -210,7 +180,7 @@ class _Mapping:
 
     def _sublayer(
         self, kind: Literal["attention", "mlp"], gain: Tensor, linears: dict[str, Affine]
-    ) -> _Sublayer:
+    ) -> Sublayer:
         norm = "attn_norm.weight" if kind == "attention" else "ffn_norm.weight"
         tensors = {norm: gain}
         for name, (weight, bias) in linears.items():
@@ -218,7 +188,7 @@ class _Mapping:
             tensors[f"{_NAMES[name]}.weight"] = place(weight)
             if bias is not None:
                 tensors[f"{_NAMES[name]}.bias"] = self.writing(bias) if name in _WRITE else bias
-        return _Sublayer(kind, tensors)
+        return Sublayer(kind, tensors)
 
     def _apart(self, weight: Tensor, bias: Tensor | None, scale: float) -> Affine:
         """y less its mean, `scale` times, in scratch coordinates; with the LayerNorm's eps."""
@@ -232,25 +202,25 @@ class _Mapping:
         )
         return scale * centred, scale * values
 
-    def _normed(self, output: Any) -> _Sublayer:
+    def _normed(self, output: Any) -> Sublayer:
         """Scratch coordinates, normed and times the gain, added to the stream."""
         gain = torch.zeros(self.size, dtype=torch.float64)
         scratch = slice(self.hidden, 2 * self.hidden)
         gain[scratch] = math.sqrt(self.hidden / self.size)
         weight = torch.zeros(self.size, self.size, dtype=torch.float64)
         weight[: self.hidden, scratch] = torch.diag(output.weight.double())
-        return _Sublayer("linear", {"attn_norm.weight": gain, "attn_output.weight": weight})
+        return Sublayer("linear", {"attn_norm.weight": gain, "attn_output.weight": weight})
 
-    def _map(self, matrix: Tensor) -> _Sublayer:
+    def _map(self, matrix: Tensor) -> Sublayer:
         """The first coordinates x -> P x; all others become zero."""
         weight = -torch.eye(self.size, dtype=torch.float64)
         rows, columns = matrix.shape
         weight[:rows, :columns] += matrix
         weight[self.spare] = 0
         tensors = {"attn_norm.weight": self._raised_gain(), "attn_output.weight": weight}
-        return _Sublayer("linear", tensors, is_raised=True)
+        return Sublayer("linear", tensors, is_raised=True)
 
-    def _light(self, network: Any) -> _Sublayer:
+    def _light(self, network: Any) -> Sublayer:
         """A network without a norm that replaces the stream: f(x) - x is added."""
         parts = dict(network.named_children())
         up, up_bias = affine(parts["up"], self.architecture)
@@ -272,68 +242,7 @@ class _Mapping:
             "down_proj": (torch.cat([down, -one], dim=1), down_bias),
         }
         tensors = self._sublayer("mlp", self._raised_gain(), linears).tensors
-        return _Sublayer("mlp", tensors, is_raised=True)
-
-
-class _Layers:
-    """Sublayers in layers, with the spare coordinate raised before what is to be linear."""
-
-    def __init__(self, mapping: _Mapping) -> None:
-        self.mapping = mapping
-        self.layers: list[Layer] = []
-        self._is_raised = False
-
-    def append(self, sublayer: _Sublayer) -> None:
-        self._turn(sublayer.is_raised)
-        if sublayer.kind != "mlp" or not self.layers or self.layers[-1].mlp_width:
-            self._fill()
-            self.layers.append(Layer())
-        layer = self.layers[-1]
-        if sublayer.kind != "mlp":
-            layer.heads = self.mapping.sizes.heads
-        if sublayer.kind == "attention":
-            layer.kv_heads = self.mapping.sizes.kv_heads
-        precision = torch.float32 if sublayer.kind == "linear" else self.mapping.model.dtype
-        _store(layer, _in_rows(sublayer.tensors), precision)
-
-    def end(self) -> None:
-        self._turn(to_raised=False)
-        self._fill()
-
-    def _turn(self, to_raised: bool) -> None:
-        if to_raised == self._is_raised:
-            return
-        if not self.layers:  # llama.cpp reads off the first what heads are
-            self.layers.append(self._idle_attention())
-        self._fill()
-        tensors = self.layers[-1].tensors
-        bias = tensors.get("ffn_down.bias", torch.zeros(self.mapping.size))
-        bias[self.mapping.spare] += _RAISED if to_raised else -_RAISED
-        tensors["ffn_down.bias"] = bias
-        self._is_raised = to_raised
-
-    def _fill(self) -> None:
-        """An MLP of zeros where the last layer has none: llama.cpp would leave it out whole."""
-        if self.layers and not self.layers[-1].mlp_width:
-            size, dtype = self.mapping.size, self.mapping.model.dtype
-            reads, writes = torch.zeros(ROWS, size), torch.zeros(size, ROWS)
-            tensors = {"ffn_norm.weight": torch.zeros(size), "ffn_down.weight": writes}
-            tensors |= {"ffn_gate.weight": reads, "ffn_up.weight": reads}
-            _store(self.layers[-1], tensors, dtype)
-
-    def _idle_attention(self) -> Layer:
-        size, width = self.mapping.size, self.mapping.sizes.head_dim
-        tensors = {f"attn_{name}.weight": torch.zeros(width, size) for name in "qkv"}
-        tensors |= {"attn_norm.weight": torch.zeros(size)}
-        tensors |= {"attn_output.weight": torch.zeros(size, width)}
-        layer = Layer(1, 1)
-        _store(layer, tensors, self.mapping.model.dtype)
-        return layer
-
-
-def _store(layer: Layer, tensors: dict[str, Tensor], precision: torch.dtype) -> None:
-    for name, tensor in tensors.items():
-        layer.tensors[name] = tensor.to(torch.float32 if tensor.ndim == 1 else precision)
+        return Sublayer("mlp", tensors, is_raised=True)
 
 
 def _composed(before: Tensor, weight: Tensor, bias: Tensor | None) -> Affine:
@@ -344,16 +253,3 @@ def _power_of_two(most: float, weight: Tensor) -> float:
     """The largest up to `most` that keeps scaled weights within float16."""
     largest = float(weight.abs().max()) or 1.0
     return min(most, 2.0 ** math.floor(math.log2(_LARGEST / largest)))
-
-
-def _in_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An MLP with as many channels of zeros as a block of a scheme wants."""
-    padded = dict(tensors)
-    for name in ("ffn_gate.weight", "ffn_up.weight", "ffn_gate.bias", "ffn_up.bias"):
-        if name in tensors:
-            missing = -len(tensors[name]) % ROWS or (0 if len(tensors[name]) else ROWS)
-            padded[name] = pad(tensors[name], (*(0,) * 2 * (tensors[name].ndim - 1), 0, missing))
-    if (down := tensors.get("ffn_down.weight")) is not None:
-        missing = -down.shape[1] % ROWS or (0 if down.shape[1] else ROWS)
-        padded["ffn_down.weight"] = pad(down, (0, missing))
-    return padded
