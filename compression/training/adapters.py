@@ -3,6 +3,7 @@ parameters in place."""
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from foldstack.compression.structure.architectures import architecture_of
@@ -221,7 +223,10 @@ def _attach(
     with warnings.catch_warnings():
         # peft asks transformers for a name that transformers has deprecated.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        wrapped = get_peft_model(model, config)
+        # peft draws first values in memory, and only then puts them where the model is.
+        is_without_memory = all(parameter.is_meta for parameter in model.parameters())
+        with no_init_weights() if is_without_memory else nullcontext():
+            wrapped = get_peft_model(model, config)
     # peft matches names by their ends too, and so could take more than was named.
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     assert sorted(adapted) == sorted(names), set(adapted) ^ set(names)

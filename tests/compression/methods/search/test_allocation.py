@@ -1,13 +1,13 @@
 """What the methods of the papers make of measured losses."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from foldstack.compression.errors import InputError
 from foldstack.compression.methods import METHODS
@@ -16,6 +16,7 @@ from foldstack.compression.methods.search.scoring import scored
 from foldstack.compression.statistics.gathering import KINDS, gather
 from foldstack.compression.statistics.ranking import rank_blocks
 from foldstack.compression.statistics.sensitivity import (
+    Family,
     Saved,
     Score,
     Sensitivity,
@@ -39,29 +40,38 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def windows() -> Tensor:
-    return torch.randint(97, (4, 20), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def evidence_of(windows: Tensor) -> Callable[[Any], Evidence]:
-    def of(model: Any) -> Evidence:
-        statistics = gather(model, windows, KINDS)
-        return Evidence(windows, statistics, rank_blocks(statistics))
-
-    return of
-
-
-@pytest.fixture
-def silent(tiny_model: Any) -> Any:
-    """A model whose block 1 adds next to nothing."""
+@pytest.fixture(scope="module")
+def silent(tiny_model: Any) -> Iterator[Any]:
+    """A model whose block 1 adds next to nothing; no method changes what it reads."""
     model = tiny_model("llama")
     block = dict(model.model.layers[1].named_parameters())
     with torch.no_grad():
         for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
             block[name].mul_(1e-3)
-    return model
+    before = copy.deepcopy(model.state_dict())
+    yield model
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def evidence(silent: Any) -> Evidence:
+    windows = torch.randint(97, (4, 20), generator=torch.Generator().manual_seed(0))
+    statistics = gather(silent, windows, KINDS)
+    return Evidence(windows, statistics, rank_blocks(statistics))
+
+
+@pytest.fixture(scope="module")
+def scored_on(silent: Any, evidence: Evidence) -> Callable[[Iterable[Family]], Evidence]:
+    """The evidence with scores of these families, each set of which is scored once."""
+    made: dict[frozenset[Family], Evidence] = {}
+
+    def of(families: Iterable[Family]) -> Evidence:
+        asked = frozenset(families)
+        if asked not in made:
+            made[asked] = scored(evidence, silent, asked)
+        return made[asked]
+
+    return of
 
 
 def least_pair(evidence: Evidence) -> int:
@@ -71,9 +81,9 @@ def least_pair(evidence: Evidence) -> int:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_costs_nothing_loses_most(name: str, silent: Any, evidence_of: Any) -> None:
+def test_what_costs_nothing_loses_most(name: str, silent: Any, scored_on: Any) -> None:
     method = METHODS[name](sparsity=0.15, **SETTINGS[name])
-    evidence = scored(evidence_of(silent), silent, method.scores)
+    evidence = scored_on(method.scores)
     assert method.scores
     change = method.compress(silent, evidence)
     removed = 1 - count_parameters(cut(silent, change)) / count_parameters(silent)
@@ -99,20 +109,21 @@ def test_what_costs_nothing_loses_most(name: str, silent: Any, evidence_of: Any)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_without_scores_it_says_what_it_reads(name: str, silent: Any, evidence_of: Any) -> None:
+def test_without_scores_it_says_what_it_reads(
+    name: str, silent: Any, evidence: Evidence, scored_on: Any
+) -> None:
     method = METHODS[name](sparsity=0.15, **SETTINGS[name])
     with pytest.raises(InputError, match=f"{name} with these settings reads scores of"):
-        method.compress(silent, evidence_of(silent))
-    other = "widths" if "widths" not in method.scores else "removals"
-    evidence = scored(evidence_of(silent), silent, [other])
-    with pytest.raises(InputError, match="no variants of"):
         method.compress(silent, evidence)
+    other = "widths" if "widths" not in method.scores else "removals"
+    with pytest.raises(InputError, match="no variants of"):
+        method.compress(silent, scored_on([other]))
 
 
-def test_a_stack_scores_what_each_step_is_given(silent: Any, evidence_of: Any) -> None:
+def test_a_stack_scores_what_each_step_is_given(silent: Any, evidence: Evidence) -> None:
     steps = [{"name": "shortgpt"}, {"name": "modegpt", "allocation": "sensitivity"}]
     method = METHODS["stack"](sparsity=0.4, steps=steps)
-    change = method.compress(silent, evidence_of(silent))
+    change = method.compress(silent, evidence)
     assert 1 - count_parameters(cut(silent, change)) / count_parameters(silent) >= 0.395
 
 
@@ -132,9 +143,9 @@ def test_a_run_costs_what_was_measured_of_it_or_the_least_sum_of_its_parts() -> 
     assert found.loss_of_run(range(2, 2)) == 0.0
 
 
-def test_scores_of_another_model_are_refused(silent: Any, evidence_of: Any) -> None:
+def test_scores_of_another_model_are_refused(silent: Any, scored_on: Any) -> None:
     method = METHODS["modegpt"](sparsity=0.1, allocation="sensitivity")
-    evidence = scored(evidence_of(silent), silent, method.scores)
+    evidence = scored_on(method.scores)
     assert evidence.sensitivity is not None
     few = tuple(s for s in evidence.sensitivity.scores if s.variant.first != 2)
     part = evidence.sensitivity.model_copy(update={"scores": few})
