@@ -87,10 +87,11 @@ def note(question: Question, layout: "Layout", comparison: Comparison) -> None:
         return
     from prefect.settings import get_current_settings
 
-    read = {*digest.SEEN, *_below(digest.PACKAGE_FOLDER / name for name in CODE)}
+    home = layout.config.output.home.expanduser().resolve()
+    given = {path for path in digest.SEEN if not path.is_relative_to(home)}
+    read = {*given, *_below(digest.PACKAGE_FOLDER / name for name in CODE)}
     if any(_changed_at(path) > question.asked_at - 1 for path in read):
         return  # before it was read, or after
-    home = layout.config.output.home.expanduser().resolve()
     made = [stage.artifact(layout.store).folder for stage in layout.stages]
     files = {
         *read,

@@ -121,6 +121,15 @@ def test_a_change_of_anything_is_seen(change: Callable[[Path], Any], run: Run) -
     assert question is None or found_before(question) is None
 
 
+def test_what_a_run_makes_is_new(run: Run) -> None:
+    """The store takes digests of it, too."""
+    made = run.artifact.folder / "scores.json"
+    digest.digest_file(made)
+    os.utime(made, (time.time() + 60, time.time() + 60))
+    run.end()
+    assert found_before(run.question()) is not None
+
+
 def test_what_was_changed_under_a_run_is_not_noted(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
