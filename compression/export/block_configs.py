@@ -21,6 +21,7 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.export import configuration_nemotron_nas
 from foldstack.compression.export.forms import DECI_FAMILIES, OPENELM_FAMILIES
 from foldstack.compression.export.multiplied_out import multiplied_out
+from foldstack.compression.structure.heads import head_sizes
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import plan_of
 
@@ -43,7 +44,7 @@ def kv_head_counts(plan: Plan, stock: PreTrainedModel, *, absent: bool = True) -
     Args:
         stock: the model multiplied out, where each head stands as often as it is read.
     """
-    full = kv_heads_of(stock.config)
+    full = head_sizes(stock).kv_heads
     counts = []
     for position in range(len(plan.blocks)):
         heads = plan.blocks[plan.owner(position)].narrow_heads
@@ -53,10 +54,6 @@ def kv_head_counts(plan: Plan, stock: PreTrainedModel, *, absent: bool = True) -
         else:
             counts.append(full if heads is None else heads.kv_heads or full)
     return counts
-
-
-def kv_heads_of(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or int(config.num_attention_heads)
 
 
 def write_deci(model: PreTrainedModel, folder: Path, out: Path) -> tuple[str, int]:
@@ -240,6 +237,7 @@ def of_blocks(
 ) -> Iterator[tuple[str, Tensor]]:
     """Stock tensors, each MLP cut or filled with zeros to its width, and of each key and value head
     the first of those that stand for it."""
+    full = head_sizes(stock).kv_heads
     for name, tensor in stock.state_dict().items():
         if name == "lm_head.weight" and stock.config.tie_word_embeddings:
             continue
@@ -254,8 +252,8 @@ def of_blocks(
         if parts[3] == "mlp" and dim < tensor.ndim:
             yield name, _as_wide(tensor, dim, width)
         elif parts[-2] in ("k_proj", "v_proj"):
-            heads = tensor.unflatten(0, (kv_heads_of(stock.config), -1))
-            yield name, heads[:: len(heads) // count].flatten(0, 1)
+            heads = tensor.unflatten(0, (full, -1))
+            yield name, heads[:: full // count].flatten(0, 1)
         else:
             yield name, tensor
 

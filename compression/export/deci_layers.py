@@ -114,12 +114,12 @@ def _store(layer: Layer, tensors: dict[str, Tensor], precision: torch.dtype) -> 
 
 def _in_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """An MLP with as many channels of zeros as a block of a scheme wants."""
-    padded = dict(tensors)
+    if (up := tensors.get("ffn_up.weight")) is None:
+        return tensors
+    missing = max(ROWS, -(-len(up) // ROWS) * ROWS) - len(up)
+    padded = tensors | {"ffn_down.weight": pad(tensors["ffn_down.weight"], (0, missing))}
     for name in ("ffn_gate.weight", "ffn_up.weight", "ffn_gate.bias", "ffn_up.bias"):
         if name in tensors:
-            missing = -len(tensors[name]) % ROWS or (0 if len(tensors[name]) else ROWS)
-            padded[name] = pad(tensors[name], (*(0,) * 2 * (tensors[name].ndim - 1), 0, missing))
-    if (down := tensors.get("ffn_down.weight")) is not None:
-        missing = -down.shape[1] % ROWS or (0 if down.shape[1] else ROWS)
-        padded["ffn_down.weight"] = pad(down, (0, missing))
+            rows = tensors[name]
+            padded[name] = pad(rows, (*(0,) * 2 * (rows.ndim - 1), 0, missing))
     return padded

@@ -22,7 +22,6 @@ from foldstack.compression.errors import InputError
 from foldstack.compression.export.block_configs import (
     head_width,
     kv_head_counts,
-    kv_heads_of,
     mlp_widths,
     of_blocks,
     openelm_tensors,
@@ -39,6 +38,7 @@ from foldstack.compression.export.gguf_tokenizer import read_vocabulary, write_v
 from foldstack.compression.export.mapped_stream import mapped_stream
 from foldstack.compression.export.multiplied_out import multiplied_out
 from foldstack.compression.structure.architectures import architecture_of, base_config_of
+from foldstack.compression.structure.heads import head_sizes
 from foldstack.compression.structure.plan import Plan
 from foldstack.compression.structure.surgery import plan_of
 
@@ -118,7 +118,7 @@ def _of_stock(model: PreTrainedModel) -> _Contents:
     if arch in WIDTH_PER_BLOCK:
         kv_heads = kv_head_counts(plan, stock, absent=arch == DECI)
     else:
-        widths, kv_heads = [full] * len(widths), [kv_heads_of(config)] * len(widths)
+        widths, kv_heads = [full] * len(widths), [head_sizes(stock).kv_heads] * len(widths)
     heads = [config.num_attention_heads if count else 0 for count in kv_heads]
     tensors = _openelm if arch == OPENELM else _tensors
     return _Contents(arch, config, heads, kv_heads, widths, tensors(stock, arch, widths, kv_heads))
@@ -159,7 +159,7 @@ def _full_width(config: Any) -> int:
 def _architecture(plan: Plan, stock: PreTrainedModel, widths: list[int]) -> str:
     """One that keeps what blocks have of their own, if there is one and they have."""
     family = str(stock.config.model_type)
-    stock_heads = {kv_heads_of(stock.config)}
+    stock_heads = {head_sizes(stock).kv_heads}
 
     def differs(absent: bool) -> bool:
         return (

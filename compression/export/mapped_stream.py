@@ -69,7 +69,14 @@ class _Shortcut:
         inverse = right[:well].T / values[:well] @ left[:, :well].T
         self.before = torch.cat([inverse, left[:, well:].T])
         self.map = torch.cat([matrix, left[:, well:]], dim=1)
-        self.size = max(self.map.shape)
+
+    @staticmethod
+    def size(shortcut: Any) -> int:
+        """Coordinates of the map, by the singular values alone."""
+        leaving, entering = shortcut.weight.shape
+        values = torch.linalg.svdvals(shortcut.weight.double())
+        well = int((values >= _WELL_CONDITIONED).sum())
+        return max(leaving, entering + leaving - well)
 
 
 @torch.no_grad()
@@ -103,7 +110,7 @@ class _Mapping:
     def _used(self, block: Any, plan: BlockPlan) -> int:
         if plan.sliced is not None:
             ends = (block.attention_shortcut, block.mlp_shortcut)
-            return max(_Shortcut(end).size for end in ends)
+            return max(map(_Shortcut.size, ends))
         return 2 * self.hidden if plan.outputs == "normed" else self.hidden
 
     def others(self) -> Iterator[tuple[str, Tensor]]:
@@ -119,10 +126,9 @@ class _Mapping:
         """(out, in) of the first coordinates as (out, size)."""
         return pad(weight, (0, self.size - weight.shape[1]))
 
-    def writing(self, values: Tensor, at: int = 0) -> Tensor:
-        """(out, ...) from coordinate `at` on as (size, ...)."""
-        after = self.size - at - len(values)
-        return pad(values, (*(0,) * 2 * (values.ndim - 1), at, after))
+    def writing(self, values: Tensor) -> Tensor:
+        """(out, ...) to the first coordinates as (size, ...)."""
+        return pad(values, (*(0,) * 2 * (values.ndim - 1), 0, self.size - len(values)))
 
     def _gain(self, norm: Any) -> Tensor:
         """A norm here divides by the mean square over all coordinates, the model's over its own."""
@@ -171,9 +177,8 @@ class _Mapping:
             yield self._sublayer(kind, gain, linears)
             yield self._normed(block.get_submodule(f"{kind}_output"))
             emptied = torch.eye(self.hidden, 2 * self.hidden, dtype=torch.float64)
-            for _ in range(
-                3
-            ):  # each leaves a 2^23rd of 2^20 y, or a 2^11th where products are TF32
+            # Each leaves a 2^23rd of 2^20 y, or a 2^11th where products are TF32.
+            for _ in range(3):
                 yield self._map(emptied)
         else:
             yield self._sublayer(kind, gain, linears)
